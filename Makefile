@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` and `make test`. Each sets up everything it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check up setup clean constraints
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(INSTALLED)  ## the virtual environment .venv with everything in it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cliprd needs Python 3.11 or newer; set PYTHON=path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[core,service,worker,embedded,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## teacher, student alone, student distilled: end to end on embedded defaults
+	$(BIN)/python examples/emoji/demo.py
+
+up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000
+	$(BIN)/cliprd up
+
+test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
+	$(BIN)/python -m pytest tests
+
+check: $(INSTALLED)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+constraints: $(INSTALLED)  ## write constraints.txt from what is installed
+	$(BIN)/python scripts/write_constraints.py
+
+clean:  ## remove the virtual environment and the embedded service's state
+	rm -rf $(VENV) .cliprd

@@ -1,0 +1,46 @@
+"""What the loader hands to the training step, and what a model says of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Captions to token ids (B, context_length), int64, padded."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a model wants its images; what `open_clip_config.json` calls `preprocess_cfg`."""
+
+    image_size: int  # pixels, height and width
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a step. B is the number of pairs in it."""
+
+    sample_indices: Tensor  # (B,) int64, position of each pair in the training set
+    student_images: Tensor  # (B, 3, H, W) float32, normalised
+    student_tokens: Tensor  # (B, context) int64
+    teacher_images: Tensor | None  # None: there is no teacher, or it sees student_images
+    teacher_tokens: Tensor | None  # None: there is no teacher, or it reads student_tokens
+
+    def to(self, device: torch.device) -> Batch:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Batch(
+            self.sample_indices,
+            self.student_images.to(device, non_blocking=True),
+            self.student_tokens.to(device, non_blocking=True),
+            move(self.teacher_images),
+            move(self.teacher_tokens),
+        )

@@ -1,0 +1,337 @@
+"""The job spec: everything a distillation run needs to know, typed, frozen and validated.
+
+This module is one of the project's three contracts. It imports pydantic only, because the API and the worker read specs too and
+neither may load torch. Every field states its unit and its default here and nowhere else; a recipe (``recipes/*.json``) holds only
+what it changes against these defaults, which are the CLIP-RD paper's (arXiv 2603.25383, section 4).
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from importlib.resources import files
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+JobId = Annotated[str, Field(pattern=r"^[0-9a-z-]{8,64}$")]
+Path = Annotated[str, Field(min_length=1, max_length=4096)]
+
+MAX_LIST_LENGTH = 256
+
+
+class SpecModel(BaseModel):
+    """Base of every part of the spec: frozen, and an unknown field is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Recipe(StrEnum):
+    """Named sets of defaults."""
+
+    CLIP = "clip"
+    """Plain contrastive training, no teacher (arXiv 2103.00020)."""
+    CLIP_KD = "clip_kd"
+    """CLIP-KD's best combination: feature, interactive-contrastive and relational (HRD) distillation (arXiv 2307.12732)."""
+    CLIP_RD = "clip_rd"
+    """CLIP-KD plus vertical and cross relational distillation (arXiv 2603.25383)."""
+
+
+class StudentSpec(SpecModel):
+    """The model to train: an open_clip model name, or an open_clip config object."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="open_clip model name (`ViT-T-16`, `RN50`, …) or `local-dir:PATH`.",
+        examples=["ViT-T-16"],
+    )
+    config: dict[str, Any] | None = Field(default=None, description="open_clip model config: `embed_dim`, `vision_cfg`, `text_cfg`.")
+    pretrained: str | None = Field(
+        default=None, max_length=4096, description="open_clip tag or checkpoint file to start from. Null: random weights."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give exactly one of `model` (an open_clip name) and `config` (an open_clip config object)")
+        if self.config is not None:
+            check_model_config(self.config)
+        return self
+
+
+class TeacherSpec(SpecModel):
+    """The frozen model to learn from: by name and weights, by config and weights, or an earlier result of this service."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="open_clip model name, or `local-dir:PATH` (then no `pretrained`).",
+        examples=["ViT-B-16"],
+    )
+    config: dict[str, Any] | None = Field(default=None, description="open_clip model config object; needs `pretrained`.")
+    pretrained: str | None = Field(
+        default=None, max_length=4096, description="open_clip tag or checkpoint file.", examples=["laion400m_e32"]
+    )
+    job: JobId | None = Field(default=None, description="Id of a job of this service whose exported model is the teacher.")
+    artifact: JobId | None = Field(default=None, description="Id of a `model` artifact of this service.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("model", "config", "job", "artifact") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of `model`, `config`, `job` and `artifact`, not {given or 'none'}")
+        is_local_dir = self.model is not None and self.model.startswith("local-dir:")
+        carries_weights = given[0] in ("job", "artifact") or is_local_dir
+        if carries_weights and self.pretrained is not None:
+            raise ValueError(f"`{given[0]}` carries its weights already; remove `pretrained`")
+        if not carries_weights and self.pretrained is None:
+            raise ValueError("a teacher needs trained weights: set `pretrained` to an open_clip tag or a checkpoint file")
+        if self.config is not None:
+            check_model_config(self.config)
+        return self
+
+
+class WebDatasetSource(SpecModel):
+    """Tar shards holding `KEY.png|jpg|jpeg|webp` and `KEY.txt` of each pair, as `webdataset` and img2dataset write them."""
+
+    type: Literal["webdataset"]
+    shards: Path = Field(
+        description="Shards, with brace ranges (`{00000..00007}.tar`) or globs.", examples=["examples/emoji/train/{00000..00007}.tar"]
+    )
+    num_samples: int | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+
+
+class CsvSource(SpecModel):
+    """A table of image paths and captions; the defaults read CLIP-KD's and open_clip's CSV files unchanged."""
+
+    type: Literal["csv"]
+    path: Path = Field(description="Path of the table, with a header line.")
+    image_column: str = Field(default="filepath", min_length=1, max_length=256)
+    caption_column: str = Field(default="title", min_length=1, max_length=256)
+    separator: str = Field(default="\t", min_length=1, max_length=1, description="One character. The default, a tab, is CLIP-KD's.")
+    image_root: str | None = Field(
+        default=None, max_length=4096, description="Folder that relative image paths start from. Null: the table's own folder."
+    )
+    num_samples: int | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+
+
+DataSource = Annotated[WebDatasetSource | CsvSource, Field(discriminator="type")]
+
+
+class DataSpec(SpecModel):
+    """Where the pairs come from and how images are augmented."""
+
+    train: list[DataSource] = Field(min_length=1, max_length=MAX_LIST_LENGTH, description="Training pairs; several sources are joined.")
+    validation: list[DataSource] = Field(
+        default=[], max_length=MAX_LIST_LENGTH, description="Held-out pairs: the job reports loss and retrieval on them."
+    )
+    crop_scale: tuple[Fraction, Fraction] = Field(default=(0.9, 1.0), description="RandomResizedCrop's area range, fractions of the image.")
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("the first number (smallest area) must not exceed the second (largest area)")
+        return value
+
+
+class ObjectiveSpec(SpecModel):
+    """Weights of the loss terms; 0 leaves a term out and it costs nothing. Equations: docs/objective.md."""
+
+    task: Weight = Field(default=1.0, description="The student's own CLIP loss.")
+    fd: Weight = Field(default=2000.0, description="Feature distillation (mean squared error).")
+    icl: Weight = Field(default=1.0, description="Interactive contrastive learning.")
+    hrd: Weight = Field(default=1.0, description="Horizontal relational distillation (CLIP-KD's CRD).")
+    vrd: Weight = Field(default=1.0, description="Vertical relational distillation.")
+    xrd: Weight = Field(default=1.0, description="Cross relational distillation.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any((self.fd, self.icl, self.hrd, self.vrd, self.xrd))
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Self:
+        if not (self.task or self.needs_teacher):
+            raise ValueError("every weight is 0, so there is nothing to learn; set at least one above 0")
+        return self
+
+
+class Schedule(StrEnum):
+    """Learning rate after the warm-up."""
+
+    COSINE = "cosine"
+    """Half a cosine from `learning_rate` to 0 at the last step."""
+    CONSTANT = "constant"
+    """`learning_rate` to the end."""
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward passes; master weights and the losses' softmaxes are always fp32."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    """With a gradient scaler; CUDA only."""
+    FP32 = "fp32"
+
+
+class TrainingSpec(SpecModel):
+    """Optimisation: AdamW with linear warm-up."""
+
+    epochs: int = Field(default=32, ge=1, le=10_000, description="Passes over the training pairs.")
+    global_batch_size: int = Field(
+        default=1024, ge=2, le=1_048_576, description="Pairs of one step over all processes; also the number of negatives."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="Peak learning rate.")
+    weight_decay: float = Field(default=0.1, ge=0, le=10, description="Decoupled; none on gains, biases, 1-d parameters and scales.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.98))
+    eps: float = Field(default=1e-6, gt=0, le=1)
+    warmup_steps: int = Field(default=10_000, ge=0, description="Steps of linear warm-up from 0 to `learning_rate`.")
+    schedule: Schedule = Schedule.COSINE
+    grad_clip_norm: float | None = Field(default=None, gt=0, description="Clip the gradient's global L2 norm to this. Null: no clipping.")
+    precision: Precision = Precision.BF16
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Determines initial weights, order and crops.")
+    checkpoint_every_steps: int = Field(default=1000, ge=1, description="Steps between checkpoints; one more is saved when the run stops.")
+    log_every_steps: int = Field(default=10, ge=1, description="Steps between metric records.")
+    num_data_workers: int = Field(
+        default=2, ge=0, le=256, description="Data-loading processes per training process; 0 loads in the training process."
+    )
+
+
+class EvaluationSet(SpecModel):
+    """One data set in clip_benchmark's webdataset layout (`classnames.txt`, `SPLIT/nshards.txt`, `SPLIT/0.tar`, …)."""
+
+    path: Path = Field(description="Folder of the data set.")
+    split: str = Field(default="test", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    name: str = Field(default="", max_length=128, description="Name in metrics and tables. Empty: the folder's name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_folder(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("name") and isinstance(value.get("path"), str):
+            return {**value, "name": value["path"].rstrip("/").rsplit("/", 1)[-1]}
+        return value
+
+
+def _path_only(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+EvaluationSetOrPath = Annotated[EvaluationSet, BeforeValidator(_path_only, json_schema_input_type=EvaluationSet | str)]
+
+
+class EvaluationSpec(SpecModel):
+    """What is measured, and when. The last epoch is always evaluated."""
+
+    every_epochs: int = Field(default=1, ge=1, description="Epochs between evaluations.")
+    zero_shot: list[EvaluationSetOrPath] = Field(
+        default=[], max_length=MAX_LIST_LENGTH, description="Classification sets; a bare path will do."
+    )
+    retrieval: list[EvaluationSetOrPath] = Field(default=[], max_length=MAX_LIST_LENGTH, description="Retrieval sets; a bare path will do.")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Self:
+        for kind, sets in (("zero_shot", self.zero_shot), ("retrieval", self.retrieval)):
+            names = [one.name for one in sets]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"two sets of `{kind}` are named {name!r}; give each its own `name`")
+        return self
+
+
+class Device(StrEnum):
+    """What the training processes run on."""
+
+    AUTO = "auto"
+    """CUDA where the worker has it, else the CPU."""
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class ResourcesSpec(SpecModel):
+    """What the job occupies."""
+
+    num_processes: int = Field(default=1, ge=1, le=64, description="Training processes on the worker's machine; one per GPU.")
+    device: Device = Device.AUTO
+    queue: str = Field(
+        default="default", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Workers subscribe to queues; the job waits in this one."
+    )
+
+
+class JobSpec(SpecModel):
+    """One distillation job."""
+
+    name: str = Field(min_length=1, max_length=128, description="For people; need not be unique.")
+    labels: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,128}$")]] = (
+        Field(default={}, max_length=64, description="For filtering lists of jobs.")
+    )
+    recipe: Recipe = Field(default=Recipe.CLIP_RD, description="Gives defaults that any field overrides.")
+    teacher: TeacherSpec | None = Field(default=None, description="Null for recipe `clip`.")
+    student: StudentSpec
+    data: DataSpec
+    objective: ObjectiveSpec = ObjectiveSpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_recipe(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        recipe = value.get("recipe", Recipe.CLIP_RD)
+        if recipe not in list(Recipe):
+            return value  # the field's own error names the choices
+        return merge_over(recipe_defaults(Recipe(recipe)), value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.objective.needs_teacher and self.teacher is None:
+            raise ValueError(f"recipe `{self.recipe}` distils, so `teacher` must be set; for training without one use recipe `clip`")
+        if self.teacher is not None and not self.objective.needs_teacher:
+            raise ValueError(
+                "every distillation weight in `objective` is 0, so `teacher` would not be used; remove it or set a weight above 0"
+            )
+        if self.training.global_batch_size % self.resources.num_processes:
+            raise ValueError(
+                f"`training.global_batch_size` ({self.training.global_batch_size}) must be a multiple of"
+                f" `resources.num_processes` ({self.resources.num_processes})"
+            )
+        if self.training.precision is Precision.FP16 and self.resources.device is Device.CPU:
+            raise ValueError("`training.precision` fp16 needs a GPU; use bf16 or fp32 with `resources.device` cpu")
+        return self
+
+
+def recipe_defaults(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's spec file: what it changes against the field defaults of this module."""
+    loaded: dict[str, Any] = json.loads(files("cliprd_core").joinpath(f"recipes/{recipe.value}.json").read_text())
+    return loaded
+
+
+def merge_over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` over `defaults`, object by object; lists and scalars are replaced whole."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        below = merged.get(key)
+        merged[key] = merge_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def check_model_config(config: dict[str, Any]) -> None:
+    """Refuse what cannot be an open_clip model config, by shape only; open_clip itself checks the rest when it builds it.
+
+    Raises:
+        ValueError: naming the missing or malformed key.
+    """
+    for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
+        if key not in config:
+            raise ValueError(f"the model config lacks `{key}`; it needs `embed_dim`, `vision_cfg` and `text_cfg` as in open_clip's")
+
+        if not isinstance(config[key], kind) or isinstance(config[key], bool):
+            raise ValueError(f"`{key}` in the model config must be {'a whole number' if kind is int else 'an object'}")
+    if config["embed_dim"] < 1:
+        raise ValueError("`embed_dim` in the model config must be at least 1")
