@@ -1,0 +1,135 @@
+"""One pure function per equation: the readable, dense reference of every loss term, and the oracle of its tests.
+
+What belongs here is maths on whole batches of features, with no knowledge of ranks, weights, blocks or specs. Training uses
+``cliprd_core.objective``, which computes the same numbers in bounded memory; these functions hold (B, B) matrices.
+
+Sources: "CLIP-RD: Relational Distillation for Efficient CLIP Knowledge Distillation" (arXiv 2603.25383) and "CLIP-KD"
+(arXiv 2307.12732). Each function returns an unweighted 0-d tensor.
+
+Shapes: B pairs in the batch, D width of the features. Row b of every matrix belongs to pair b, so a similarity matrix has its
+matching pairs on the diagonal. Features are L2-normalised rows (see :func:`unit_rows`). Scales are factors, used as they are
+given: whoever learns one in log space exponentiates it before.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Scale = Tensor | float
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The precision of normalisation, similarities and softmaxes: float64 if an input is, else float32, whatever the inputs."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def unit_rows(features_BD: Tensor) -> Tensor:
+    """L2-normalise each row, in float32 at least.
+
+    A row of zeros has no direction: it stays zero and gets a zero gradient, where dividing by a small epsilon would give a
+    gradient of 1/epsilon.
+
+    Args:
+        features_BD: (B, D), any floating type.
+
+    Returns:
+        (B, D) in :func:`compute_dtype`.
+    """
+    features_BD = features_BD.to(compute_dtype(features_BD))
+    norm_B1: Tensor = torch.linalg.vector_norm(features_BD, dim=-1, keepdim=True)
+    return features_BD / norm_B1.masked_fill(norm_B1 == 0, torch.inf)
+
+
+def cross_entropy(logits_BB: Tensor) -> Tensor:
+    """CE(Z): mean cross-entropy of the rows of (B, B) logits against the diagonal."""
+    return F.cross_entropy(logits_BB, torch.arange(len(logits_BB), device=logits_BB.device))
+
+
+def kl_divergence(target_logits_BB: Tensor, logits_BB: Tensor) -> Tensor:
+    """KL(P‖Q), each the row-wise softmax of (B, B) logits, averaged over rows. The target P carries no gradient."""
+    log_target_BB = target_logits_BB.detach().log_softmax(dim=1)
+    return F.kl_div(logits_BB.log_softmax(dim=1), log_target_BB, reduction="batchmean", log_target=True)
+
+
+def task(student_image_BD: Tensor, student_text_BD: Tensor, *, student_logit_scale: Scale) -> Tensor:
+    """The student's own CLIP loss (arXiv 2103.00020): ½[CE(σ_s s_I s_Tᵀ) + CE(σ_s s_T s_Iᵀ)]."""
+    logits_BB = student_logit_scale * student_image_BD @ student_text_BD.T
+    return (cross_entropy(logits_BB) + cross_entropy(logits_BB.T)) / 2
+
+
+def fd(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor) -> Tensor:
+    """Feature distillation (arXiv 2307.12732): mean((s_I − t_I)²) + mean((s_T − t_T)²), means over all B·D elements."""
+    return F.mse_loss(student_image_BD, teacher_image_BD) + F.mse_loss(student_text_BD, teacher_text_BD)
+
+
+def icl(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor, cross_scale: Scale) -> Tensor:
+    """Interactive contrastive learning (arXiv 2307.12732): ½[CE(σ_x s_I t_Tᵀ) + CE(σ_x s_T t_Iᵀ)].
+
+    `cross_scale` is σ_x, learned and used as it is, not exponentiated, as the published numbers were made.
+    """
+    image_to_text = cross_entropy(cross_scale * student_image_BD @ teacher_text_BD.T)
+    text_to_image = cross_entropy(cross_scale * student_text_BD @ teacher_image_BD.T)
+    return (image_to_text + text_to_image) / 2
+
+
+def hrd(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    *,
+    student_logit_scale: Scale,
+    teacher_logit_scale: Scale,
+) -> Tensor:
+    """Horizontal relational distillation, CLIP-KD's CRD: ½[KL(σ_t t_I t_Tᵀ ‖ σ_s s_I s_Tᵀ) + KL(σ_t t_T t_Iᵀ ‖ σ_s s_T s_Iᵀ)].
+
+    Student and teacher widths may differ, since only (B, B) matrices meet.
+    """
+    student_BB = student_logit_scale * student_image_BD @ student_text_BD.T
+    teacher_BB = teacher_logit_scale * teacher_image_BD @ teacher_text_BD.T
+    return (kl_divergence(teacher_BB, student_BB) + kl_divergence(teacher_BB.T, student_BB.T)) / 2
+
+
+def vrd_kl(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    *,
+    image_scale: Scale,
+    text_scale: Scale,
+) -> Tensor:
+    """Vertical relational distillation (arXiv 2603.25383), agreement part: ½[KL(V_T ‖ V_I) + KL(V_Tᵀ ‖ V_Iᵀ)].
+
+    V_I = σ_I t_I s_Iᵀ follows V_T = σ_T t_T s_Tᵀ, which carries no gradient here. Both scales are used as they are.
+    """
+    image_BB = image_scale * teacher_image_BD @ student_image_BD.T
+    text_BB = text_scale * teacher_text_BD @ student_text_BD.T
+    return (kl_divergence(text_BB, image_BB) + kl_divergence(text_BB.T, image_BB.T)) / 2
+
+
+def vrd_ce_image(student_image_BD: Tensor, teacher_image_BD: Tensor, *, image_scale: Scale) -> Tensor:
+    """Vertical relational distillation, image part: ½[CE(V_I) + CE(V_Iᵀ)] with V_I = σ_I t_I s_Iᵀ."""
+    image_BB = image_scale * teacher_image_BD @ student_image_BD.T
+    return (cross_entropy(image_BB) + cross_entropy(image_BB.T)) / 2
+
+
+def vrd_ce_text(student_text_BD: Tensor, teacher_text_BD: Tensor, *, text_scale: Scale) -> Tensor:
+    """Vertical relational distillation, text part: ½[CE(V_T) + CE(V_Tᵀ)] with V_T = σ_T t_T s_Tᵀ."""
+    text_BB = text_scale * teacher_text_BD @ student_text_BD.T
+    return (cross_entropy(text_BB) + cross_entropy(text_BB.T)) / 2
+
+
+def xrd(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor, cross_scale: Scale) -> Tensor:
+    """Cross relational distillation (arXiv 2603.25383): ¼[KL(C ‖ A) + KL(A ‖ C) + KL(Cᵀ ‖ Aᵀ) + KL(Aᵀ ‖ Cᵀ)].
+
+    A = σ_x t_I s_Tᵀ and C = σ_x t_T s_Iᵀ. Each divergence's first argument is detached, so the four give each side its
+    gradient. `cross_scale` is used as it is.
+    """
+    a_BB = cross_scale * teacher_image_BD @ student_text_BD.T
+    c_BB = cross_scale * teacher_text_BD @ student_image_BD.T
+    rows = kl_divergence(c_BB, a_BB) + kl_divergence(a_BB, c_BB)
+    columns = kl_divergence(c_BB.T, a_BB.T) + kl_divergence(a_BB.T, c_BB.T)
+    return (rows + columns) / 4

@@ -1,0 +1,235 @@
+"""The training objective: weights, learned scales and projections, and the dict of terms.
+
+What belongs here is which features meet which in what term; the equations are in ``cliprd_core.losses`` and their computation
+in bounded memory is in ``cliprd_core.objective_blocks``. Sources: "CLIP-RD" (arXiv 2603.25383), "CLIP-KD" (arXiv 2307.12732).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cliprd_core.distributed import all_reduce_sum, gather_row_counts, gather_with_grad, rank, world_size
+from cliprd_core.losses import compute_dtype, unit_rows
+from cliprd_core.objective_blocks import blocked_objective
+from cliprd_core.objective_terms import PARTS, Inputs, Settings
+from cliprd_core.spec import ObjectiveSpec
+
+INITIAL_SCALE = math.log(1 / 0.07)
+"""Start of the cross, image and text scales, which are used as they are: the published numbers were made so, not with its exponential."""
+
+MAX_BLOCK_ELEMENTS = 2**21
+"""Elements of one block of similarities; about nine such blocks are alive at once, 75 MB in float32."""
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What one step's objective came to. B is the number of pairs over all ranks.
+
+    `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`. With
+    `vrd` come its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text`, which add up to it: leave them out when adding terms up.
+    """
+
+    loss: Tensor
+    """0-d, to be differentiated on every rank. It is this rank's share of the total times the number of ranks, so AVERAGING
+    parameters' gradients over ranks, as DistributedDataParallel does, gives exactly the gradient of `total`. With one process
+    its value is `total`; with several, only its mean over ranks is."""
+    total: Tensor
+    """0-d, detached: the weighted sum of all terms over the global batch, equal on all ranks."""
+    terms: dict[str, Tensor]
+    """0-d, detached, unweighted, over the global batch, equal on all ranks."""
+    weighted: dict[str, Tensor]
+    """`terms` times their weights."""
+
+
+class Objective(nn.Module):
+    """The weighted sum of the terms of CLIP-RD, for 1 to N processes, in memory linear in the batch.
+
+    Parameters, each there only if an active term uses it, so that none is ever without a gradient:
+
+    - ``cross_scale`` (σ_x: icl, xrd), ``image_scale`` and ``text_scale`` (σ_I, σ_T: vrd): 0-d, used as they are;
+    - ``image_projection.weight`` and ``text_projection.weight`` (teacher_width, student_width), where the widths differ: they
+      carry the student's raw features to the teacher's width for fd, icl, vrd and xrd. `task` and the student's side of `hrd`
+      always use the student's own features, those it is deployed with.
+
+    They must be in the optimiser, in the data-parallel wrapper and in the checkpoint like the student's own.
+    """
+
+    def __init__(
+        self,
+        weights: ObjectiveSpec,
+        *,
+        student_width: int,
+        teacher_width: int | None = None,
+        teacher_logit_scale: float | None = None,
+        max_block_elements: int = MAX_BLOCK_ELEMENTS,
+    ) -> None:
+        """
+        Args:
+            weights: the terms' weights.
+            student_width: D of the student's features.
+            teacher_width: D of the teacher's; needed by fd, icl, hrd, vrd and xrd.
+            teacher_logit_scale: σ_t, exponentiated; needed by hrd.
+            max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed.
+
+        Raises:
+            ValueError: a term is active without what it needs.
+        """
+        super().__init__()
+        if weights.needs_teacher and teacher_width is None:
+            raise ValueError("the objective has terms that need a teacher: give `teacher_width`, or set all weights but `task` to 0")
+        if weights.hrd and teacher_logit_scale is None:
+            raise ValueError("`hrd` compares with the teacher's own logits: give `teacher_logit_scale`, or set the weight `hrd` to 0")
+        if max_block_elements < 1:
+            raise ValueError(f"`max_block_elements` must be at least 1, not {max_block_elements}")
+        self.weights = weights
+        self.student_width = student_width
+        self.teacher_width = teacher_width
+        self.teacher_logit_scale = teacher_logit_scale
+        self.max_block_elements = max_block_elements
+        self.cross_scale = _scale() if weights.icl or weights.xrd else None
+        self.image_scale = _scale() if weights.vrd else None
+        self.text_scale = _scale() if weights.vrd else None
+        self.image_projection: nn.Linear | None = None
+        self.text_projection: nn.Linear | None = None
+        if teacher_width is not None and teacher_width != student_width and self._meets_teacher:
+            self.image_projection = nn.Linear(student_width, teacher_width, bias=False)
+            self.text_projection = nn.Linear(student_width, teacher_width, bias=False)
+
+    @property
+    def _meets_teacher(self) -> bool:
+        """Whether a term compares the student's features with the teacher's in one space."""
+        weights = self.weights
+        return any((weights.fd, weights.icl, weights.vrd, weights.xrd))
+
+    def scales(self) -> dict[str, Tensor]:
+        """The learned scales that active terms use, 0-d and detached, for diagnostics."""
+        named = {"cross_scale": self.cross_scale, "image_scale": self.image_scale, "text_scale": self.text_scale}
+        return {name: scale.detach() for name, scale in named.items() if scale is not None}
+
+    def forward(
+        self,
+        *,
+        student_image_features: Tensor,
+        student_text_features: Tensor,
+        student_logit_scale: Tensor,
+        teacher_image_features: Tensor | None = None,
+        teacher_text_features: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """Compute the objective of the global batch. A collective: every rank must call it, with its own pairs.
+
+        Everything is computed in float32 (float64 if any features are), also under autocast, which is switched off here:
+        logits of up to 100 have errors of 0.4 in bfloat16. The result can be differentiated once.
+
+        Args:
+            student_image_features: (b, student_width), not normalised, any floating type; b may differ between ranks.
+            student_text_features: (b, student_width), likewise.
+            student_logit_scale: σ_s, one element, already exponentiated.
+            teacher_image_features: (b, teacher_width), normalised or not; they never get a gradient.
+            teacher_text_features: (b, teacher_width), likewise.
+
+        Raises:
+            ValueError: a shape is not as above, or the teacher's features are missing.
+        """
+        student = {"student_image_features": student_image_features, "student_text_features": student_text_features}
+        _check_shapes(student, len(student_image_features), self.student_width)
+        if student_logit_scale.numel() != 1:
+            raise ValueError(f"`student_logit_scale` must be one number, not of shape {tuple(student_logit_scale.shape)}")
+        teacher: dict[str, Tensor | None] = {}
+        if self.weights.needs_teacher:
+            teacher = {"teacher_image_features": teacher_image_features, "teacher_text_features": teacher_text_features}
+            assert self.teacher_width is not None
+            _check_shapes(teacher, len(student_image_features), self.teacher_width)
+        features = [*student.values(), *teacher.values()]
+        dtype = compute_dtype(*(tensor for tensor in features if tensor is not None))
+        with torch.autocast(student_image_features.device.type, enabled=False):
+            row_counts = gather_row_counts(len(student_image_features))
+            images = self._side(student_image_features, teacher.get("teacher_image_features"), self.image_projection, dtype)
+            texts = self._side(student_text_features, teacher.get("teacher_text_features"), self.text_projection, dtype)
+            inputs = self._inputs(images, texts, student_logit_scale.reshape(()), row_counts)
+            share, values = blocked_objective(self._settings(row_counts), inputs)
+            return self._output(share * world_size(), all_reduce_sum(values))
+
+    def _settings(self, row_counts: list[int]) -> Settings:
+        return Settings(
+            weights=self.weights,
+            teacher_logit_scale=self.teacher_logit_scale,
+            first_row=sum(row_counts[: rank()]),
+            num_rows=row_counts[rank()],
+            num_columns=sum(row_counts),
+            max_block_elements=self.max_block_elements,
+        )
+
+    def _side(self, student_bD: Tensor, teacher_bD: Tensor | None, projection: nn.Linear | None, dtype: torch.dtype) -> _Side:
+        """One modality's features, normalised."""
+        student_bD = student_bD.to(dtype)
+        own_bD = unit_rows(student_bD)
+        matched_bD = own_bD if projection is None else unit_rows(F.linear(student_bD, projection.weight.to(dtype)))
+        return _Side(own_bD, matched_bD, None if teacher_bD is None else unit_rows(teacher_bD.detach().to(dtype)))
+
+    def _inputs(self, images: _Side, texts: _Side, student_logit_scale: Tensor, row_counts: list[int]) -> Inputs:
+        """Gather what active terms need of the other ranks, once each."""
+        weights = self.weights
+        horizontal, relational = bool(weights.task or weights.hrd), bool(weights.icl or weights.vrd or weights.xrd)
+        matched_image = gather_with_grad(images.matched, row_counts) if relational else None
+        matched_text = gather_with_grad(texts.matched, row_counts) if relational else None
+        student_text = matched_text
+        if horizontal and (matched_text is None or texts.own is not texts.matched):
+            student_text = gather_with_grad(texts.own, row_counts)
+        dtype = images.own.dtype
+        return Inputs(
+            student_logit_scale=student_logit_scale.to(dtype) if horizontal else None,
+            cross_scale=None if self.cross_scale is None else self.cross_scale.to(dtype),
+            image_scale=None if self.image_scale is None else self.image_scale.to(dtype),
+            text_scale=None if self.text_scale is None else self.text_scale.to(dtype),
+            student_image_rows=images.own if horizontal else None,
+            student_text=student_text if horizontal else None,
+            matched_image_rows=images.matched if weights.fd else None,
+            matched_text_rows=texts.matched if weights.fd else None,
+            matched_image=matched_image,
+            matched_text=matched_text,
+            teacher_image_rows=images.teacher,
+            teacher_text_rows=texts.teacher,
+            teacher_text=gather_with_grad(texts.teacher, row_counts) if weights.hrd and texts.teacher is not None else None,
+        )
+
+    def _output(self, loss: Tensor, values: Tensor) -> ObjectiveOutput:
+        weights: dict[str, float] = self.weights.model_dump()
+        terms: dict[str, Tensor] = {}
+        for part, value in zip(PARTS, values, strict=True):
+            if weights[part.partition("_")[0]]:
+                terms[part] = value
+        if weights["vrd"]:
+            terms["vrd"] = terms["vrd_kl"] + terms["vrd_ce_image"] + terms["vrd_ce_text"]
+        weighted = {name: value * weights[name.partition("_")[0]] for name, value in terms.items()}
+        total = torch.stack([value for name, value in weighted.items() if name in weights]).sum()
+        return ObjectiveOutput(loss, total, terms, weighted)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One modality's normalised features of this rank's pairs."""
+
+    own: Tensor  # (b, student_width)
+    matched: Tensor  # (b, teacher_width), or `own` itself where the widths are equal
+    teacher: Tensor | None  # (b, teacher_width)
+
+
+def _scale() -> nn.Parameter:
+    return nn.Parameter(torch.tensor(INITIAL_SCALE))
+
+
+def _check_shapes(features: Mapping[str, Tensor | None], num_pairs: int, width: int) -> None:
+    for name, tensor in features.items():
+        if tensor is None:
+            raise ValueError(f"`{name}` is missing, but the objective has terms that need a teacher")
+        if tensor.shape != (num_pairs, width):
+            raise ValueError(
+                f"`{name}` must be of shape ({num_pairs}, {width}): one row per image, as wide as its model's embedding,"
+                f" not {tuple(tensor.shape)}"
+            )

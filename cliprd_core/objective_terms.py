@@ -1,0 +1,205 @@
+"""Which similarity matrices the objective has, and which terms rest on them.
+
+What belongs here is the translation of the equations (``cliprd_core.losses``) into what ``cliprd_core.objective_blocks`` computes:
+every term but `fd` is a cross-entropy or a divergence over the rows and the columns of six similarity matrices, (B, B) each.
+
+    S   = σ_s s_I s_Tᵀ   student, horizontal        T   = σ_t t_I t_Tᵀ   teacher, horizontal
+    A   = σ_x t_I s_Tᵀ   cross                      C   = σ_x t_T s_Iᵀ   cross
+    V_I = σ_I t_I s_Iᵀ   vertical, image            V_T = σ_T t_T s_Tᵀ   vertical, text
+
+Each rank holds the rows of its own pairs against all columns. Rows are the teacher's wherever a teacher is, so that only the
+student's features have to be gathered, and the teacher's texts for T.
+
+Shapes: b pairs on this rank, B on all, r in a block, D the width of the features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from cliprd_core.spec import ObjectiveSpec
+
+T = TypeVar("T")
+
+PARTS = ("task", "fd", "icl", "hrd", "vrd_kl", "vrd_ce_image", "vrd_ce_text", "xrd")
+"""The terms, with vrd's three apart, in the order of :func:`blocked_objective`'s values."""
+
+_SMALLEST_SCALE = 1e-12
+"""A scale nearer to zero is computed as this: softmaxes are the same to 1e-12, and its gradient may divide by it."""
+
+
+class Inputs(NamedTuple):
+    """Scales (0-d) and normalised features; None where no active term uses one.
+
+    `…_rows` are this rank's (b, D), the others all ranks' (B, D). `student_…` have the student's own width. `matched_…` are the
+    student's in the teacher's width, and are the very same tensors where the widths are equal.
+    """
+
+    student_logit_scale: Tensor | None = None
+    cross_scale: Tensor | None = None
+    image_scale: Tensor | None = None
+    text_scale: Tensor | None = None
+    student_image_rows: Tensor | None = None
+    student_text: Tensor | None = None
+    matched_image_rows: Tensor | None = None
+    matched_text_rows: Tensor | None = None
+    matched_image: Tensor | None = None
+    matched_text: Tensor | None = None
+    teacher_image_rows: Tensor | None = None
+    teacher_text_rows: Tensor | None = None
+    teacher_text: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is to be computed, beside the tensors."""
+
+    weights: ObjectiveSpec
+    teacher_logit_scale: float | None
+    first_row: int  # position of this rank's first pair in the global batch
+    num_rows: int  # b
+    num_columns: int  # B
+    max_block_elements: int
+
+
+class Gradients:
+    """One zeroed buffer per tensor that needs a gradient; a tensor given twice has one buffer, returned for its first place."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], needed: tuple[bool, ...]) -> None:
+        self._tensors = tensors
+        self._buffers: dict[int, Tensor] = {}
+        for tensor, is_needed in zip(tensors, needed, strict=True):
+            if tensor is not None and is_needed:
+                self._buffers[id(tensor)] = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        return self._buffers.get(id(tensor))
+
+    def multiply_(self, factor: float) -> None:
+        for buffer in self._buffers.values():
+            buffer.mul_(factor)
+
+    def in_order(self) -> list[Tensor | None]:
+        remaining = dict(self._buffers)
+        return [None if tensor is None else remaining.pop(id(tensor), None) for tensor in self._tensors]
+
+
+class Similarity:
+    """Logits ``scale · rows @ columnsᵀ`` of this rank's rows against all columns, block by block."""
+
+    def __init__(self, rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, gradients: Gradients) -> None:
+        self._rows_bD, self._columns_BD = rows_bD, columns_BD
+        smallest = torch.full_like(scale, _SMALLEST_SCALE).copysign(scale)
+        self._scale = torch.where(scale.abs() < _SMALLEST_SCALE, smallest, scale)
+        self._grad_rows_bD, self._grad_columns_BD = gradients.of(rows_bD), gradients.of(columns_BD)
+        self._grad_scale = gradients.of(scale)
+        self._only_block: Tensor | None = None
+        self.column_logsumexp_B: Tensor  # over all ranks' rows; set between the passes
+
+    @property
+    def needs_gradient(self) -> bool:
+        return any(grad is not None for grad in (self._grad_rows_bD, self._grad_columns_BD, self._grad_scale))
+
+    def logits(self, block: slice) -> Tensor:
+        """(r, B)."""
+        if self._only_block is not None:
+            return self._only_block
+        return (self._rows_bD[block] * self._scale) @ self._columns_BD.T
+
+    def local_column_logsumexp(self, blocks: list[slice]) -> Tensor:
+        """(B,), over this rank's rows."""
+        total_B = self._columns_BD.new_full((len(self._columns_BD),), -torch.inf)
+        for block in blocks:
+            logits_rB = self.logits(block)
+            total_B = torch.logaddexp(total_B, logits_rB.logsumexp(dim=0))
+            if len(blocks) == 1:
+                self._only_block = logits_rB
+        return total_B
+
+    def add_gradient(self, block: slice, grad_rB: Tensor, logits_rB: Tensor) -> None:
+        """Add what flows from the gradient of a block's logits into both sides and the scale."""
+        if self._grad_rows_bD is not None:
+            self._grad_rows_bD[block] += (grad_rB @ self._columns_BD) * self._scale
+        if self._grad_columns_BD is not None:
+            self._grad_columns_BD.addmm_(grad_rB.T, self._rows_bD[block] * self._scale)
+        if self._grad_scale is not None:
+            self._grad_scale += (grad_rB * logits_rB).sum() / self._scale  # not torch.dot: it adds up in sequence, with 100 times the error
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """½[CE(Z) + CE(Zᵀ)], or ½CE(Zᵀ) alone."""
+
+    part: str
+    logits: Similarity
+    weight: float
+    columns_only: bool = False
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """`factor` · ½[KL(target ‖ logits) + KL(targetᵀ ‖ logitsᵀ)]."""
+
+    part: str
+    target: Similarity
+    logits: Similarity
+    weight: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Similarities that share terms, and so are computed side by side."""
+
+    similarities: tuple[Similarity, ...]
+    cross_entropies: tuple[CrossEntropy, ...]
+    divergences: tuple[Divergence, ...]
+
+
+def _horizontal(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+    """`task` and `hrd`, on S and T."""
+    weights = settings.weights
+    student = Similarity(_given(inputs.student_image_rows), _given(inputs.student_text), _given(inputs.student_logit_scale), gradients)
+    contrast = (CrossEntropy("task", student, weights.task),) if weights.task else ()
+    if not weights.hrd:
+        return Group((student,), contrast, ())
+    teacher_text = _given(inputs.teacher_text)
+    scale = teacher_text.new_full((), _given(settings.teacher_logit_scale))
+    teacher = Similarity(_given(inputs.teacher_image_rows), teacher_text, scale, gradients)
+    return Group((student, teacher), contrast, (Divergence("hrd", teacher, student, weights.hrd),))
+
+
+def _cross(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+    """`icl` and `xrd`, on A and C. The rows of icl's σ_x s_I t_Tᵀ are the columns of C, those of its σ_x s_T t_Iᵀ the columns of A."""
+    weights = settings.weights
+    a = Similarity(_given(inputs.teacher_image_rows), _given(inputs.matched_text), _given(inputs.cross_scale), gradients)
+    c = Similarity(_given(inputs.teacher_text_rows), _given(inputs.matched_image), _given(inputs.cross_scale), gradients)
+    contrast = tuple(CrossEntropy("icl", one, weights.icl, columns_only=True) for one in (a, c)) if weights.icl else ()
+    relation = (Divergence("xrd", c, a, weights.xrd, factor=0.5), Divergence("xrd", a, c, weights.xrd, factor=0.5))
+    return Group((a, c), contrast, relation if weights.xrd else ())
+
+
+def _vertical(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+    """`vrd`, on V_I and V_T."""
+    weight = settings.weights.vrd
+    image = Similarity(_given(inputs.teacher_image_rows), _given(inputs.matched_image), _given(inputs.image_scale), gradients)
+    text = Similarity(_given(inputs.teacher_text_rows), _given(inputs.matched_text), _given(inputs.text_scale), gradients)
+    contrast = (CrossEntropy("vrd_ce_image", image, weight), CrossEntropy("vrd_ce_text", text, weight))
+    return Group((image, text), contrast, (Divergence("vrd_kl", text, image, weight),))
+
+
+def active_groups(settings: Settings, inputs: Inputs, gradients: Gradients) -> list[Group]:
+    """The similarities and terms whose weights are not 0."""
+    weights = settings.weights
+    wanted = ((weights.task or weights.hrd, _horizontal), (weights.icl or weights.xrd, _cross), (weights.vrd, _vertical))
+    return [build(settings, inputs, gradients) for weight, build in wanted if weight]
+
+
+def _given(value: T | None) -> T:
+    """What an active term uses is never absent."""
+    assert value is not None
+    return value

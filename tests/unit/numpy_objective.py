@@ -1,0 +1,109 @@
+"""The CLIP-RD objective written a second time, in NumPy and from the equations alone, as an oracle that shares no code with ours.
+
+Everything is float64. Because KL's first argument carries no gradient, `frozen` may hold other values than `moving` for those
+arguments: finite differences over `moving` with `frozen` fixed are then the gradient that training is to follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass
+class Variables:
+    """What is learned. Student features are not normalised; projections are None where the widths are equal."""
+
+    student_image: Matrix
+    student_text: Matrix
+    log_student_logit_scale: float
+    cross_scale: float
+    image_scale: float
+    text_scale: float
+    image_projection: Matrix | None = None
+    text_projection: Matrix | None = None
+
+
+@dataclass
+class Teacher:
+    """What is frozen. Features need not be normalised."""
+
+    image: Matrix
+    text: Matrix
+    logit_scale: float
+
+
+def normalize(rows: Matrix) -> Matrix:
+    lengths = np.sqrt((rows**2).sum(axis=1, keepdims=True))
+    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+
+
+def log_softmax(logits: Matrix) -> Matrix:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def ce(logits: Matrix) -> float:
+    return float(-np.diag(log_softmax(logits)).mean())
+
+
+def kl(target: Matrix, logits: Matrix) -> float:
+    log_p, log_q = log_softmax(target), log_softmax(logits)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
+
+
+@dataclass
+class _Matrices:
+    student: Matrix
+    a: Matrix
+    c: Matrix
+    vertical_image: Matrix
+    vertical_text: Matrix
+
+
+def _matched(v: Variables) -> tuple[Matrix, Matrix]:
+    image = v.student_image if v.image_projection is None else v.student_image @ v.image_projection.T
+    text = v.student_text if v.text_projection is None else v.student_text @ v.text_projection.T
+    return normalize(image), normalize(text)
+
+
+def _matrices(v: Variables, t_i: Matrix, t_t: Matrix) -> _Matrices:
+    own_i, own_t = normalize(v.student_image), normalize(v.student_text)
+    s_i, s_t = _matched(v)
+    return _Matrices(
+        student=np.exp(v.log_student_logit_scale) * own_i @ own_t.T,
+        a=v.cross_scale * t_i @ s_t.T,
+        c=v.cross_scale * t_t @ s_i.T,
+        vertical_image=v.image_scale * t_i @ s_i.T,
+        vertical_text=v.text_scale * t_t @ s_t.T,
+    )
+
+
+def terms(moving: Variables, teacher: Teacher, frozen: Variables | None = None) -> dict[str, float]:
+    """Every term, unweighted."""
+    t_i, t_t = normalize(teacher.image), normalize(teacher.text)
+    s_i, s_t = _matched(moving)
+    m = _matrices(moving, t_i, t_t)
+    f = _matrices(frozen or moving, t_i, t_t)
+    t = teacher.logit_scale * t_i @ t_t.T
+    parts = {
+        "task": (ce(m.student) + ce(m.student.T)) / 2,
+        "fd": float(((s_i - t_i) ** 2).mean() + ((s_t - t_t) ** 2).mean()),
+        "icl": (ce(moving.cross_scale * s_i @ t_t.T) + ce(moving.cross_scale * s_t @ t_i.T)) / 2,
+        "hrd": (kl(t, m.student) + kl(t.T, m.student.T)) / 2,
+        "vrd_kl": (kl(f.vertical_text, m.vertical_image) + kl(f.vertical_text.T, m.vertical_image.T)) / 2,
+        "vrd_ce_image": (ce(m.vertical_image) + ce(m.vertical_image.T)) / 2,
+        "vrd_ce_text": (ce(m.vertical_text) + ce(m.vertical_text.T)) / 2,
+        "xrd": (kl(f.c, m.a) + kl(f.a, m.c) + kl(f.c.T, m.a.T) + kl(f.a.T, m.c.T)) / 4,
+    }
+    return parts | {"vrd": parts["vrd_kl"] + parts["vrd_ce_image"] + parts["vrd_ce_text"]}
+
+
+def total(moving: Variables, teacher: Teacher, weights: dict[str, float], frozen: Variables | None = None) -> float:
+    """The weighted sum."""
+    values = terms(moving, teacher, frozen)
+    return sum(weight * values[name] for name, weight in weights.items())
