@@ -24,6 +24,15 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class ModelInput:
+    """What one model is fed with."""
+
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    context_length: int  # tokens of one caption, padding included
+
+
+@dataclass(frozen=True)
 class Batch:
     """One process's share of a step. B is the number of pairs in it."""
 

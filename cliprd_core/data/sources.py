@@ -1,0 +1,243 @@
+"""Image-text pairs by number, from tar shards and from tables, joined into one sequence."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import glob
+import logging
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from braceexpand import braceexpand
+
+from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
+from cliprd_core.data.shard_index import Descriptor, ShardIndex, load_shard_index
+from cliprd_core.data.string_table import StringTable
+from cliprd_core.spec import CsvSource, DataSource, WebDatasetSource
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN_SHARDS = 64
+"""File descriptors kept open by one process; far below the usual limit of 1024."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One pair as it is stored."""
+
+    key: str  # which pair, for people: `SHARD:KEY` or the image's path
+    image_bytes: bytes  # an encoded image
+    caption: str  # stripped, never empty
+
+
+class PairSource(Protocol):
+    """A fixed sequence of pairs with random access."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> RawSample:
+        """Pair `index`, 0 <= index < len(self).
+
+        Raises:
+            CorruptSampleError: it cannot be read, or has no caption.
+        """
+        ...
+
+
+class ShardReader:
+    """Reads members of the samples of tar shards, numbered through; the first few shards stay open."""
+
+    def __init__(self, shards: Sequence[ShardIndex]) -> None:
+        self._shards = list(shards)
+        self._ends = list(accumulate(len(shard) for shard in shards))
+        self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(Descriptor)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: int) -> tuple[ShardIndex, int]:
+        """The shard that holds sample `index`, and the sample's row in it."""
+        number = bisect_right(self._ends, index)
+        return self._shards[number], index - (self._ends[number - 1] if number else 0)
+
+    def key(self, index: int) -> str:
+        shard, row = self.locate(index)
+        return f"{shard.path}:{shard.keys[row]}"
+
+    def read(self, index: int, kind: str) -> bytes:
+        """The member of `kind` (`images`, `captions` or `labels`) of sample `index`, which must have it.
+
+        Raises:
+            CorruptSampleError: the shard has shrunk, vanished or cannot be read.
+        """
+        shard, row = self.locate(index)
+        spans = getattr(shard, kind)
+        try:
+            content: bytes = self._open(shard.path).read(int(spans.offsets[row]), int(spans.sizes[row]))
+        except (OSError, EOFError) as error:
+            raise CorruptSampleError(self.key(index), f"cannot read its {kind[:-1]}: {error}") from error
+        return content
+
+
+class WebDatasetPairs:
+    """The pairs of tar shards: every sample that has an image and a caption."""
+
+    def __init__(self, shards: Sequence[ShardIndex], num_samples: int | None = None) -> None:
+        self._reader = ShardReader(shards)
+        has_caption = np.concatenate([shard.captions.present for shard in shards]) if shards else np.zeros(0, dtype=np.bool_)
+        self._rows = np.flatnonzero(has_caption)[:num_samples]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> RawSample:
+        row = int(self._rows[index])
+        key = self._reader.key(row)
+        return RawSample(key, self._reader.read(row, "images"), clean_caption(key, self._reader.read(row, "captions")))
+
+
+class CsvPairs:
+    """The pairs of a table; images are files of their own."""
+
+    def __init__(self, image_paths: StringTable, captions: StringTable, image_root: Path) -> None:
+        assert len(image_paths) == len(captions)
+        self._image_paths = image_paths
+        self._captions = captions
+        self._image_root = image_root
+
+    def __len__(self) -> int:
+        return len(self._image_paths)
+
+    def read(self, index: int) -> RawSample:
+        path = self._image_root / self._image_paths[index]  # an absolute path stays as it is
+        try:
+            image_bytes = path.read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            raise CorruptSampleError(str(path), f"cannot read its image: {error}") from error
+        return RawSample(str(path), image_bytes, clean_caption(str(path), self._captions[index].encode()))
+
+
+class JoinedPairs:
+    """Several sources one after another."""
+
+    def __init__(self, sources: Sequence[PairSource]) -> None:
+        self._sources = list(sources)
+        self._ends = list(accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, index: int) -> RawSample:
+        number = bisect_right(self._ends, index)
+        return self._sources[number].read(index - (self._ends[number - 1] if number else 0))
+
+
+def open_sources(sources: Sequence[DataSource], cache_dir: Path) -> PairSource:
+    """Open every source and join them in order.
+
+    Args:
+        sources: `data.train` or `data.validation` of the spec.
+        cache_dir: folder for the shards' index files; it may be shared by any number of processes and jobs.
+
+    Raises:
+        InvalidDataError: files or columns are missing, or a source holds no pair.
+    """
+    opened = [_open_shards(source, cache_dir) if isinstance(source, WebDatasetSource) else _open_table(source) for source in sources]
+    return opened[0] if len(opened) == 1 else JoinedPairs(opened)
+
+
+def clean_caption(key: str, content: bytes) -> str:
+    """The caption in a file's content.
+
+    Raises:
+        CorruptSampleError: it is not UTF-8, or blank.
+    """
+    try:
+        caption = content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CorruptSampleError(key, f"its caption is not UTF-8: {error}") from error
+    if not caption:
+        raise CorruptSampleError(key, "its caption is empty")
+    return caption
+
+
+def expand_shards(pattern: str) -> Iterator[Path]:
+    """The files that brace ranges and globs name, in order (a glob's files sorted).
+
+    Raises:
+        InvalidDataError: unbalanced braces, or nothing matches.
+    """
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:
+        raise InvalidDataError(f"`shards` has unbalanced braces: {pattern!r}; write a range as {{00000..00007}}") from error
+    for name in names:
+        if not glob.has_magic(name) or Path(name).exists():
+            yield Path(name)
+            continue
+        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
+        if not matches:
+            raise InvalidDataError(f"no file matches {name!r}; check the path in `shards`")
+        yield from map(Path, matches)
+
+
+def _open_shards(source: WebDatasetSource, cache_dir: Path) -> WebDatasetPairs:
+    shards: list[ShardIndex] = []
+    num_pairs = num_without_caption = 0
+    for path in expand_shards(source.shards):
+        shard = load_shard_index(path, cache_dir)
+        shards.append(shard)
+        num_shard_pairs = int(shard.captions.present.sum())
+        num_pairs += num_shard_pairs
+        num_without_caption += len(shard) - num_shard_pairs
+        if source.num_samples is not None and num_pairs >= source.num_samples:
+            break
+    if num_without_caption:
+        log.warning("%d images in %s have no caption (KEY.txt) and are left out", num_without_caption, source.shards)
+    if not num_pairs:
+        raise InvalidDataError(
+            f"there is no image-text pair in {source.shards!r}; a shard must hold KEY.png|jpg|jpeg|webp and KEY.txt for each pair"
+        )
+    return WebDatasetPairs(shards, source.num_samples)
+
+
+def _open_table(source: CsvSource) -> CsvPairs:
+    path = Path(source.path)
+    image_paths: list[str] = []
+    captions: list[str] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file, delimiter=source.separator)
+            header = next(rows, [])
+            image_column, caption_column = (_column(header, name, source) for name in (source.image_column, source.caption_column))
+            for row in rows:
+                if source.num_samples is not None and len(image_paths) >= source.num_samples:
+                    break
+                if row:  # a blank line is no row
+                    image_paths.append(row[image_column] if image_column < len(row) else "")
+                    captions.append(row[caption_column] if caption_column < len(row) else "")
+    except OSError as error:
+        raise InvalidDataError(f"cannot read table {path}: {error.strerror}; check `path`") from error
+    except UnicodeDecodeError as error:
+        raise InvalidDataError(f"table {path} is not UTF-8: {error}") from error
+    except csv.Error as error:
+        raise InvalidDataError(f"table {path} is malformed near line {rows.line_num}: {error}") from error
+    if not image_paths:
+        raise InvalidDataError(f"table {path} has a header but no rows")
+    image_root = path.parent if source.image_root is None else Path(source.image_root)
+    return CsvPairs(StringTable.from_strings(image_paths), StringTable.from_strings(captions), image_root)
+
+
+def _column(header: list[str], name: str, source: CsvSource) -> int:
+    if name in header:
+        return header.index(name)
+    raise InvalidDataError(
+        f"table {source.path} has no column {name!r}; with separator {source.separator!r} its columns are {header}."
+        " Set `image_column`, `caption_column` or `separator`"
+    )

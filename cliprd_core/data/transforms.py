@@ -1,0 +1,121 @@
+"""From encoded bytes to what a model sees: decoding, the random crop of training, the centre crop of evaluation, normalising.
+
+Images stay 8-bit (H, W, 3) until a whole batch is normalised at once, which is several times faster than image by image.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cliprd_core.data.batch import Preprocess
+from cliprd_core.data.errors import CorruptSampleError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Decoders that pairs may reach; Pillow has many more, seldom used and seldom tested against hostile files."""
+
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESIZE_MODES = ("shortest", "squash")
+
+CROP_ATTEMPTS = 10
+DRAWS_PER_CROP = CROP_ATTEMPTS * 4
+"""Uniform numbers that `random_crop_box` may use: area, ratio, top and left of each attempt."""
+
+LOG_RATIO_RANGE = (math.log(3 / 4), math.log(4 / 3))
+
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels."""
+
+
+def check_preprocess(preprocess: Preprocess) -> None:
+    """Refuse what is not implemented, before any image is touched.
+
+    Raises:
+        ValueError: naming the field of open_clip's `preprocess_cfg` and its choices.
+    """
+    for field, value, choices in (
+        ("interpolation", preprocess.interpolation, tuple(INTERPOLATIONS)),
+        ("resize_mode", preprocess.resize_mode, RESIZE_MODES),
+    ):
+        if value not in choices:
+            raise ValueError(f"`{field}` of the model's preprocessing is {value!r}; use one of {', '.join(choices)}")
+
+
+def decode_rgb(key: str, image_bytes: bytes) -> Image.Image:
+    """Decode to RGB. Transparency is dropped, as open_clip does; grey and palette images are expanded before any resizing.
+
+    Raises:
+        CorruptSampleError: naming `key`.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(image_bytes), formats=FORMATS)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow's way; straight to RGB it warns
+        return image.convert("RGB")
+    except Exception as error:  # Pillow documents no closed set of what a malformed file may raise
+        raise CorruptSampleError(key, f"cannot decode its image: {type(error).__name__}: {error}") from error
+
+
+def random_crop_box(width: int, height: int, scale: tuple[float, float], draws: Sequence[float]) -> Box:
+    """The box of torchvision's RandomResizedCrop (ratio 3/4 to 4/3), from given uniform numbers.
+
+    Args:
+        width, height: of the image, pixels.
+        scale: range of the crop's area, as fractions of the image's.
+        draws: DRAWS_PER_CROP numbers in [0, 1).
+    """
+    for attempt in range(0, DRAWS_PER_CROP, 4):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[attempt])
+        ratio = math.exp(LOG_RATIO_RANGE[0] + (LOG_RATIO_RANGE[1] - LOG_RATIO_RANGE[0]) * draws[attempt + 1])
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(draws[attempt + 2] * (height - crop_height + 1))
+            left = int(draws[attempt + 3] * (width - crop_width + 1))
+            return left, top, left + crop_width, top + crop_height
+    return _central_crop_box(width, height)
+
+
+def _central_crop_box(width: int, height: int) -> Box:
+    """torchvision's fallback: the largest central box whose ratio is within 3/4 to 4/3."""
+    crop_width, crop_height = width, height
+    if width / height < 3 / 4:
+        crop_height = min(round(width / (3 / 4)), height)
+    elif width / height > 4 / 3:
+        crop_width = min(round(height * (4 / 3)), width)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def resize_crop(image: Image.Image, box: Box, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """The box of the image at the model's size: (image_size, image_size, 3)."""
+    size = (preprocess.image_size, preprocess.image_size)
+    # Cropping first, and not `resize(box=…)`, keeps pixels outside the box out of the result, as torchvision does.
+    return np.asarray(image.crop(box).resize(size, INTERPOLATIONS[preprocess.interpolation]))
+
+
+def center_crop(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """open_clip's evaluation transform up to the normalising: (image_size, image_size, 3)."""
+    size = preprocess.image_size
+    if preprocess.resize_mode == "squash":
+        return np.asarray(image.resize((size, size), INTERPOLATIONS[preprocess.interpolation]))
+    assert preprocess.resize_mode == "shortest", preprocess.resize_mode
+    width, height = image.size
+    shorter = min(width, height)
+    scaled = image.resize((size * width // shorter, size * height // shorter), INTERPOLATIONS[preprocess.interpolation])
+    left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
+    return np.asarray(scaled.crop((left, top, left + size, top + size)))
+
+
+def normalise(images: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
+    """(B, H, W, 3) 8-bit to (B, 3, H, W) float32: ((x / 255) - mean) / std, rounded as torchvision's ToTensor and Normalize do."""
+    mean = torch.tensor(preprocess.mean).view(1, 3, 1, 1)
+    std = torch.tensor(preprocess.std).view(1, 3, 1, 1)
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
