@@ -1,0 +1,286 @@
+"""Everything that stands before the first step: device, models, data, objective, optimiser, and the checkpoint to resume from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from cliprd_core import distributed
+from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, latest_valid, load_checkpoint, read_state, spec_as_json
+from cliprd_core.control import ControlGroup
+from cliprd_core.data.batch import ModelInput
+from cliprd_core.data.errors import InvalidDataError
+from cliprd_core.data.loader import TrainLoader, build_train_loader
+from cliprd_core.data.sources import PairSource, open_sources
+from cliprd_core.evaluation.run import check_evaluation_sets
+from cliprd_core.failures import InvalidSpecError
+from cliprd_core.metrics_log import MetricsLog, Stopwatch
+from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
+from cliprd_core.objective import Objective
+from cliprd_core.optim import build_optimizer, check_schedule
+from cliprd_core.run_dir import ATTEMPT_VARIABLE
+from cliprd_core.spec import Device, JobSpec, Precision
+from cliprd_core.step_module import AUTOCAST_TYPES, StudentWithObjective, autocast
+
+logger = logging.getLogger(__name__)
+
+CACHE_DIR = "cache"
+"""Folder inside the run directory for indexes of the data."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to take its next step."""
+
+    spec: JobSpec
+    run_dir: Path
+    attempt: int
+    device: torch.device
+    student: LoadedModel
+    teacher: LoadedModel | None
+    objective: Objective
+    module: nn.Module  # StudentWithObjective, in the data-parallel wrapper where there are several processes
+    trainable: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: TrainLoader
+    validation: PairSource | None
+    control: ControlGroup
+    metrics: MetricsLog
+    stopwatch: Stopwatch
+    num_steps: int
+    start_step: int
+
+    @property
+    def num_steps_per_epoch(self) -> int:
+        return self.loader.num_steps_per_epoch
+
+    @property
+    def parts(self) -> TrainedParts:
+        return TrainedParts(self.student.model, self.objective, self.optimizer, self.scaler)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return autocast(self.device, AUTOCAST_TYPES.get(self.spec.training.precision))
+
+    def state_at(self, step: int) -> TrainingState:
+        return training_state(self.spec, self.loader, self.scaler, self.teacher, step=step, attempt=self.attempt)
+
+
+def prepare_run(spec: JobSpec, run_dir: Path) -> Run:
+    """Build everything, join the process group, and resume from the newest valid checkpoint if there is one.
+
+    Raises:
+        InvalidSpecError, InvalidDataError: what the user has to change.
+    """
+    try:
+        return _prepare(spec, run_dir)
+    except InvalidDataError:
+        raise
+    except ValueError as error:
+        raise InvalidSpecError(str(error)) from error
+
+
+def choose_device(spec: JobSpec) -> torch.device:
+    """This process's device.
+
+    Raises:
+        ValueError: `resources.device` or `training.precision` asks for a GPU and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if spec.resources.device is Device.CUDA and not has_cuda:
+        raise ValueError("`resources.device` is cuda but torch sees no GPU here; use a worker with one, or set it to cpu")
+    if spec.resources.device is Device.CPU or not has_cuda:
+        if spec.training.precision is Precision.FP16:
+            raise ValueError("`training.precision` fp16 needs a GPU and there is none here; use bf16 or fp32")
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"`resources.num_processes` asks for more GPUs than the {torch.cuda.device_count()} here; there is one process per GPU"
+        )
+    return torch.device("cuda", index)
+
+
+def training_state(
+    spec: JobSpec, loader: TrainLoader, scaler: torch.amp.GradScaler, teacher: LoadedModel | None, *, step: int, attempt: int
+) -> TrainingState:
+    """The counters as a checkpoint at `step` holds them."""
+    return TrainingState(
+        step=step,
+        num_steps=loader.num_steps_per_epoch * spec.training.epochs,
+        num_steps_per_epoch=loader.num_steps_per_epoch,
+        samples_seen=step * spec.training.global_batch_size,
+        attempt=attempt,
+        world_size=distributed.world_size(),
+        teacher_sha256=None if teacher is None else teacher.weights_sha256,
+        scaler=scaler.state_dict(),
+        spec=spec_as_json(spec),
+    )
+
+
+def _prepare(spec: JobSpec, run_dir: Path) -> Run:
+    attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
+    device = choose_device(spec)
+    distributed.init(device)
+    control = ControlGroup()
+    student = load_student(spec.student, seed=spec.training.seed)
+    teacher = None if spec.teacher is None else load_teacher(spec.teacher)
+    loader, validation = _open_data(spec, run_dir, student, teacher, control)
+    num_steps = loader.num_steps_per_epoch * spec.training.epochs
+    check_schedule(spec.training, num_steps)
+
+    objective = _build_objective(spec, student, teacher)
+    module = StudentWithObjective(student.model, objective, AUTOCAST_TYPES.get(spec.training.precision)).to(device)
+    if teacher is not None:
+        teacher.model.to(device)
+    if distributed.world_size() > 1:
+        _freeze_unused(student, device)
+    optimizer = build_optimizer(module, spec.training)
+    scaler = torch.amp.GradScaler(device.type, enabled=spec.training.precision is Precision.FP16)
+    current = training_state(spec, loader, scaler, teacher, step=0, attempt=attempt)
+    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler))
+    metrics = MetricsLog(
+        run_dir,
+        attempt=attempt,
+        num_steps=num_steps,
+        num_steps_per_epoch=loader.num_steps_per_epoch,
+        global_batch_size=spec.training.global_batch_size,
+        start_step=start_step,
+    )
+    run = Run(
+        spec=spec,
+        run_dir=run_dir,
+        attempt=attempt,
+        device=device,
+        student=student,
+        teacher=teacher,
+        objective=objective,
+        module=_data_parallel(module, device),
+        trainable=[parameter for parameter in module.parameters() if parameter.requires_grad],
+        optimizer=optimizer,
+        scaler=scaler,
+        loader=loader,
+        validation=validation,
+        control=control,
+        metrics=metrics,
+        stopwatch=Stopwatch(),
+        num_steps=num_steps,
+        start_step=start_step,
+    )
+    _announce(run)
+    return run
+
+
+def _open_data(
+    spec: JobSpec, run_dir: Path, student: LoadedModel, teacher: LoadedModel | None, control: ControlGroup
+) -> tuple[TrainLoader, PairSource | None]:
+    """The training loader of this rank, and the validation pairs."""
+    world_size = distributed.world_size()
+    batch_size = spec.training.global_batch_size
+    if batch_size % world_size:
+        raise ValueError(f"`training.global_batch_size` ({batch_size}) must be a multiple of the {world_size} training processes")
+    cache_dir = run_dir / CACHE_DIR
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if not distributed.is_main():
+        control.wait()  # rank 0 indexes the shards, the others read its index
+    source = open_sources(spec.data.train, cache_dir)
+    validation = open_sources(spec.data.validation, cache_dir) if spec.data.validation else None
+    if distributed.is_main():
+        check_evaluation_sets(spec.evaluation, cache_dir)
+        control.wait()
+    if len(source) < batch_size:
+        raise ValueError(f"`training.global_batch_size` is {batch_size} but `data.train` holds {len(source)} pairs; lower it or add data")
+    loader = build_train_loader(
+        spec,
+        source,
+        student=_model_input(student),
+        teacher=None if teacher is None else _model_input(teacher),
+        rank=distributed.rank(),
+        world_size=world_size,
+    )
+    return loader, validation
+
+
+def _model_input(loaded: LoadedModel) -> ModelInput:
+    return ModelInput(preprocess=loaded.preprocess, tokenizer=loaded.tokenizer, context_length=loaded.context_length)
+
+
+def _build_objective(spec: JobSpec, student: LoadedModel, teacher: LoadedModel | None) -> Objective:
+    """The objective, its projections initialised from `training.seed`."""
+    if not (spec.objective.task or spec.objective.hrd):
+        student.model.logit_scale.requires_grad_(False)  # no term uses it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.training.seed)
+        return Objective(
+            spec.objective,
+            student_width=student.embed_dim,
+            teacher_width=None if teacher is None else teacher.embed_dim,
+            teacher_logit_scale=None if teacher is None else float(teacher.model.logit_scale.detach().exp()),
+        )
+
+
+def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts) -> int:
+    """Load the newest valid checkpoint, as found by rank 0; returns the step to go on from, 0 without one."""
+    folder = distributed.broadcast_object(latest_valid(run_dir) if distributed.is_main() else None)
+    if folder is None:
+        return 0
+    saved = read_state(folder)
+    check_compatible(saved, current)
+    load_checkpoint(folder, parts)
+    return saved.step
+
+
+def _data_parallel(module: StudentWithObjective, device: torch.device) -> nn.Module:
+    """Wrap for several processes; alone, the module itself."""
+    if distributed.world_size() == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=_has_batch_norm(module),  # else only constant masks, not worth a collective per step
+        gradient_as_bucket_view=True,
+    )
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(inner, _BatchNorm) for inner in module.modules())
+
+
+def _freeze_unused(student: LoadedModel, device: torch.device) -> None:
+    """Freeze parameters that the features don't depend on (an unused pooler, …), or the wrapper would wait for their gradients."""
+    model = student.model
+    model.eval()  # so that the probe leaves running statistics alone
+    size = student.preprocess.image_size
+    image_features = model.encode_image(torch.zeros(2, 3, size, size, device=device))
+    text_features = model.encode_text(student.tokenizer(["a", "b"]).to(device))
+    torch.autograd.backward([image_features.sum(), text_features.sum()])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None and name != "logit_scale":
+            logger.warning("`student`: %s does not take part in the features and is not trained", name)
+            parameter.requires_grad_(False)
+    model.zero_grad()
+    model.train()
+
+
+def _announce(run: Run) -> None:
+    """One line on what is about to happen."""
+    teacher = "no teacher" if run.teacher is None else f"teacher {num_parameters(run.teacher.model) / 1e6:.1f} M parameters"
+    logger.info(
+        "student %.1f M parameters, %s, %d pairs, %d steps of %d on %d x %s; %s",
+        num_parameters(run.student.model) / 1e6,
+        teacher,
+        run.loader.num_samples,
+        run.num_steps,
+        run.spec.training.global_batch_size,
+        distributed.world_size(),
+        run.device,
+        f"resuming at step {run.start_step}" if run.start_step else "starting",
+    )

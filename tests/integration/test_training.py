@@ -1,0 +1,373 @@
+"""Whole training runs, small and real: exact resume after SIGKILL, stopping by SIGTERM, several processes, precisions, failures.
+
+Where signals matter the run is a process of its own; elsewhere `train.main` is called in this one, which saves the start.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cliprd_core import train
+from cliprd_core.models import load_student
+from cliprd_core.run_dir import (
+    ERROR_FILE,
+    EVALUATIONS_FILE,
+    EXIT_CODE_STOPPED,
+    EXPORT_DIR,
+    METRICS_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+    ErrorReason,
+    ErrorRecord,
+    EvaluationRecord,
+    MetricsRecord,
+    ResultRecord,
+    complete_checkpoints,
+    read_record,
+    read_records,
+)
+from cliprd_core.spec import JobSpec, StudentSpec
+from tests.golden.make_loss_curve import GOLDEN_FILE, golden_spec, loss_curve
+from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
+
+WEIGHTS = f"{EXPORT_DIR}/open_clip_model.safetensors"
+NUM_STEPS = 8
+TIMEOUT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Inputs:
+    shards: str
+    teacher: str
+
+    def spec(self, **changes: Any) -> JobSpec:
+        """CLIP-RD, 2 epochs of 4 steps, from a teacher that shares neither width, resolution, context length nor tokenizer."""
+        return tiny_spec(self.shards, teacher=self.teacher, **changes)
+
+    def random_spec(self) -> JobSpec:
+        """As `spec`, but with patch dropout, so that every step draws random numbers, and loader processes."""
+        config = tiny_config()
+        config["vision_cfg"]["patch_dropout"] = 0.3
+        return self.spec(student={"config": config}, training={"num_data_workers": 1, "epochs": 3}, data={"validation": [self.source]})
+
+    @property
+    def source(self) -> dict[str, str]:
+        return {"type": "webdataset", "shards": self.shards}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    config = tiny_config(width=48, embed_dim=48, image_size=48, context_length=20)
+    config["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3], "interpolation": "bilinear"}
+    return Inputs(write_shards(folder / "shards", 32, num_shards=2), write_teacher(folder / "teacher", config, preprocess=preprocess))
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """`train.main` installs a handler for SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def straight(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run without randomness in its steps. Read only: copy it to change it."""
+    run = tmp_path_factory.mktemp("straight")
+    assert run_here(run, inputs.spec(data={"validation": [inputs.source]})) == 0
+    return run
+
+
+def run_here(run: Path, spec: JobSpec) -> int:
+    run.mkdir(exist_ok=True)
+    (run / SPEC_FILE).write_text(spec.model_dump_json())
+    return train.main([str(run / SPEC_FILE)])
+
+
+def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1) -> subprocess.Popen[bytes]:
+    run.mkdir(exist_ok=True)
+    (run / SPEC_FILE).write_text(spec.model_dump_json())
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
+    with (run / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [*launcher, "-m", "cliprd_core.train", str(run / SPEC_FILE)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CLIPRD_ATTEMPT": str(attempt)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], *, attempt: int = 1) -> None:
+    """Return as soon as `attempt` has recorded `step`, so within a few milliseconds of the update."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not any(record.step >= step and record.attempt == attempt for record in metrics(run)):
+        assert process.poll() is None, (run / "log.txt").read_text()
+        assert time.monotonic() < deadline, (run / "log.txt").read_text()
+        time.sleep(0.005)
+
+
+def metrics(run: Path) -> list[MetricsRecord]:
+    return [record for record, _ in read_records(run / METRICS_FILE, MetricsRecord)]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step; a step that was repeated after a crash counts as its last attempt had it."""
+    return {record.step: record.values["train/loss"] for record in metrics(run) if "train/loss" in record.values}
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    first, second = load_file(run / WEIGHTS), load_file(other / WEIGHTS)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def failure(run: Path, spec: JobSpec) -> ErrorRecord:
+    assert run_here(run, spec) == 1
+    error = read_record(run / ERROR_FILE, ErrorRecord)
+    assert error is not None
+    assert not (run / RESULT_FILE).exists()
+    return error
+
+
+def test_a_run_leaves_everything_behind(straight: Path, inputs: Inputs) -> None:
+    training = [record for record in metrics(straight) if "train/loss" in record.values]
+    assert [record.step for record in training] == list(range(1, NUM_STEPS + 1))
+    first, last = training[0], training[-1]
+    terms = {"task", "fd", "icl", "hrd", "vrd", "xrd"}
+    for kind in ("term", "weighted"):
+        assert terms <= {name.removeprefix(f"train/{kind}/") for name in last.values if name.startswith(f"train/{kind}/")}
+    for name in ("grad_norm", "learning_rate", "samples_per_second", "data_wait_share", "logit_scale", "scale/cross_scale"):
+        assert f"train/{name}" in last.values
+    assert last.values["train/loss"] == pytest.approx(sum(last.values[f"train/weighted/{name}"] for name in terms), rel=1e-5)
+    assert last.values["train/loss"] < first.values["train/loss"]
+    assert (last.progress.num_steps, last.progress.epoch, last.progress.samples_seen) == (NUM_STEPS, 2.0, 64)
+    assert (first.progress.eta_seconds, last.progress.eta_seconds) == (None, 0.0)
+    assert last.values["train/scale/image_scale"] != pytest.approx(math.log(1 / 0.07), abs=1e-5), "the objective's scales are learned"
+
+    evaluations = [record for record, _ in read_records(straight / EVALUATIONS_FILE, EvaluationRecord)]
+    assert [(record.step, record.epoch, record.task) for record in evaluations] == [(4, 1.0, "validation"), (8, 2.0, "validation")]
+    assert metrics(straight)[-1].values["evaluation/validation/image_to_text_R@1"] == evaluations[-1].metrics["image_to_text_R@1"]
+
+    result = read_record(straight / RESULT_FILE, ResultRecord)
+    assert result is not None
+    assert (result.step, result.samples_seen, result.num_corrupt_samples) == (NUM_STEPS, 64, 0)
+    assert (result.num_student_parameters, result.num_teacher_parameters) == (1_615_937, 2_445_025)
+    assert [folder.name for folder in complete_checkpoints(straight)] == ["step-0000000006", "step-0000000008"]
+    assert not (straight / ERROR_FILE).exists()
+
+
+def test_export_loads_in_plain_open_clip_with_the_trained_weights(straight: Path) -> None:
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{straight / EXPORT_DIR}")
+    trained = load_file(complete_checkpoints(straight)[-1] / "student.safetensors")
+    exported = model.state_dict()
+    assert exported.keys() == trained.keys()
+    assert all(torch.equal(exported[name], trained[name]) for name in trained)
+    initial = load_student(StudentSpec(config=tiny_config()), seed=0).model.state_dict()
+    assert not torch.equal(initial["text_projection"], trained["text_projection"])
+
+
+def test_killed_at_any_step_it_ends_with_the_same_weights(inputs: Inputs, tmp_path: Path) -> None:
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    process = start(reference, inputs.random_spec())
+    assert process.wait(TIMEOUT_SECONDS) == 0, (reference / "log.txt").read_text()
+    steps = sorted(random.Random(time.time_ns()).sample(range(1, 10), k=2))  # of 12
+    for attempt, step in enumerate(steps, start=1):
+        process = start(killed, inputs.random_spec(), attempt=attempt)
+        wait_for_step(killed, step, process, attempt=attempt)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(TIMEOUT_SECONDS)
+    process = start(killed, inputs.random_spec(), attempt=3)
+    assert process.wait(TIMEOUT_SECONDS) == 0, (killed / "log.txt").read_text()
+    assert losses(killed) == losses(reference), f"killed at steps {steps}"
+    assert_same_weights(killed, reference)
+    recorded = [(record.step, record.metrics) for record, _ in read_records(killed / EVALUATIONS_FILE, EvaluationRecord)]
+    expected = [(record.step, record.metrics) for record, _ in read_records(reference / EVALUATIONS_FILE, EvaluationRecord)]
+    assert dict(recorded) == dict(expected)
+    for attempt in (2, 3):
+        first_step = next(record.step for record in metrics(killed) if record.attempt == attempt)
+        assert first_step > steps[attempt - 2] - 3, "it went on from a checkpoint, not from the start"
+
+
+def test_sigterm_saves_and_the_run_goes_on_where_it_stopped(inputs: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spec = inputs.spec(training={"checkpoint_every_steps": 1000, "epochs": 100})  # long enough not to finish before the signal
+    ends = [0]
+    for attempt in (1, 2):
+        process = start(run, spec, attempt=attempt)
+        wait_for_step(run, ends[-1] + 2, process, attempt=attempt)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_SECONDS) == EXIT_CODE_STOPPED, (run / "log.txt").read_text()
+        ends.append(metrics(run)[-1].step)
+        assert complete_checkpoints(run)[-1].name == f"step-{ends[-1]:010d}", "the step was finished, then saved"
+        assert [record.step for record in metrics(run) if record.attempt == attempt] == list(range(ends[-2] + 1, ends[-1] + 1))
+        assert not (run / RESULT_FILE).exists()
+        assert not (run / ERROR_FILE).exists()
+
+
+def test_two_processes_follow_the_curve_of_one(inputs: Inputs, straight: Path, tmp_path: Path) -> None:
+    """Tolerance: two processes add the same fp32 numbers in another order, and AdamW's first steps amplify that; 1e-4 relative.
+
+    The run is stopped half-way and resumed by a single process, so it also shows that checkpoints don't depend on their number.
+    """
+    spec = inputs.spec(data={"validation": [inputs.source]}, training={"checkpoint_every_steps": 1000})
+    process = start(tmp_path / "run", spec, num_processes=2)
+    wait_for_step(tmp_path / "run", 4, process)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
+    process.wait(TIMEOUT_SECONDS)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    stopped = [record for record in metrics(tmp_path / "run") if "train/loss" in record.values]
+    assert [record.step for record in stopped] == list(range(1, len(stopped) + 1)), "one process alone writes"
+    assert complete_checkpoints(tmp_path / "run")[-1].name == f"step-{len(stopped):010d}", log
+    assert not (tmp_path / "run" / ERROR_FILE).exists(), log
+    assert run_here(tmp_path / "run", spec) == 0
+    for step, loss in losses(straight).items():
+        assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
+    by_step = {record.step: record.values["train/grad_norm"] for record in stopped}
+    for record in metrics(straight):
+        if record.step in by_step and "train/grad_norm" in record.values:
+            assert by_step[record.step] == pytest.approx(record.values["train/grad_norm"], rel=1e-3), f"step {record.step}"
+
+
+def test_golden_loss_curve(tmp_path: Path) -> None:
+    """Change the file on purpose only: `python -m tests.golden.make_loss_curve`. Other CPUs differ by about 1e-6."""
+    assert run_here(tmp_path, golden_spec(tmp_path)) == 0
+    golden, curve = json.loads(GOLDEN_FILE.read_text()), loss_curve(tmp_path)
+    assert len(golden) == len(curve) == 12
+    for step, (expected, actual) in enumerate(zip(golden, curve, strict=True), start=1):
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6), f"step {step}"
+
+
+def test_damaged_checkpoint_costs_only_the_steps_since_the_one_before(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / EXPORT_DIR)
+    (run / METRICS_FILE).unlink()
+    newest = complete_checkpoints(run)[-1] / "training.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert train.main([str(run / SPEC_FILE)]) == 0
+    assert sorted(losses(run)) == [7, 8]
+    assert_same_weights(run, straight)
+
+
+def test_a_run_that_only_lacks_its_export_trains_nothing(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / EXPORT_DIR)
+    (run / RESULT_FILE).unlink()
+    before = [(run / name).read_bytes() for name in (METRICS_FILE, EVALUATIONS_FILE)]
+    assert train.main([str(run / SPEC_FILE)]) == 0
+    assert [(run / name).read_bytes() for name in (METRICS_FILE, EVALUATIONS_FILE)] == before
+    assert_same_weights(run, straight)
+    assert (run / RESULT_FILE).exists()
+
+
+def test_resuming_under_another_spec_is_refused(straight: Path, inputs: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    error = failure(run, inputs.spec(objective={"fd": 1000.0}))
+    assert error.reason is ErrorReason.INVALID_SPEC
+    assert "`objective.fd` (2000.0 then, 1000.0 now)" in error.message
+
+
+def test_bf16_trains_close_to_fp32(straight: Path, inputs: Inputs, tmp_path: Path) -> None:
+    """bf16 has 8 bits of mantissa: losses within 2 %, but not equal. (fp16 needs a GPU.)"""
+    assert run_here(tmp_path / "run", inputs.spec(training={"precision": "bf16"})) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=0.02)
+    assert losses(tmp_path / "run") != losses(straight)
+    assert {value.dtype for value in load_file(tmp_path / "run" / WEIGHTS).values()} == {torch.float32}
+
+
+def test_plain_clip_without_a_teacher_and_gradient_clipping(inputs: Inputs, tmp_path: Path) -> None:
+    spec = tiny_spec(inputs.shards, training={"epochs": 1, "grad_clip_norm": 0.01, "warmup_steps": 0, "log_every_steps": 3})
+    assert run_here(tmp_path / "run", spec) == 0
+    records = metrics(tmp_path / "run")
+    assert [record.step for record in records] == [1, 3, 4], "the first, every third, and the last"
+    assert not [name for name in records[0].values if "fd" in name or "scale/" in name]
+    assert records[0].values["train/grad_norm"] > 0.01, "the norm is reported as it was before clipping"
+    assert records[0].values["train/learning_rate"] == 1e-3
+
+
+def test_diverging_names_step_and_term(inputs: Inputs, tmp_path: Path) -> None:
+    state = dict(load_student(StudentSpec(config=tiny_config()), seed=0).model.state_dict())
+    state["text_projection"] = torch.full_like(state["text_projection"], torch.nan)
+    save_file(state, tmp_path / "broken.safetensors")
+    student = {"config": tiny_config(), "pretrained": str(tmp_path / "broken.safetensors")}
+    error = failure(tmp_path / "run", tiny_spec(inputs.shards, student=student))
+    assert error.reason is ErrorReason.DIVERGED
+    assert "loss term `task`" in error.message
+    assert "at step 1" in error.message
+    assert complete_checkpoints(tmp_path / "run") == [], "such weights are never saved"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "message"),
+    [
+        ({"training": {"warmup_steps": 8}}, ErrorReason.INVALID_SPEC, "`training.warmup_steps` (8) must be less than the run's 8 steps"),
+        ({"training": {"global_batch_size": 64}}, ErrorReason.INVALID_SPEC, "`training.global_batch_size` is 64 but"),
+        ({"student": {"config": tiny_config() | {"embed_dim": 10**12}}}, ErrorReason.OUT_OF_MEMORY, "ran out of memory"),
+        ({"resources": {"device": "cuda"}}, ErrorReason.INVALID_SPEC, "torch sees no GPU"),
+        ({"resources": {"device": "auto"}, "training": {"precision": "fp16"}}, ErrorReason.INVALID_SPEC, "fp16 needs a GPU"),
+        ({"data": {"train": [{"type": "webdataset", "shards": "/no/such/{0..3}.tar"}]}}, ErrorReason.INVALID_DATA, "/no/such/0.tar"),
+        ({"evaluation": {"zero_shot": ["/no/such/set"]}}, ErrorReason.INVALID_DATA, "/no/such/set"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these mistakes need a machine without a GPU")
+def test_failures_are_typed_and_say_what_to_do(
+    inputs: Inputs, tmp_path: Path, changes: dict[str, Any], reason: ErrorReason, message: str
+) -> None:
+    error = failure(tmp_path / "run", tiny_spec(inputs.shards, **changes))
+    assert error.reason is reason
+    assert message in error.message
+    assert "Traceback" in error.detail
+
+
+def test_invalid_spec_file_names_the_field(tmp_path: Path) -> None:
+    (tmp_path / SPEC_FILE).write_text(json.dumps({"name": "x", "student": {"model": "ViT-T-16"}, "recipe": "clip", "data": {"train": []}}))
+    (tmp_path / RESULT_FILE).write_text("{}")  # of an earlier attempt
+    assert train.main([str(tmp_path / SPEC_FILE)]) == 1
+    error = read_record(tmp_path / ERROR_FILE, ErrorRecord)
+    assert error is not None
+    assert error.reason is ErrorReason.INVALID_SPEC
+    assert "`data.train`" in error.message
+    assert not (tmp_path / RESULT_FILE).exists()
+
+
+def test_a_fault_of_ours_is_internal_with_its_traceback(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("a file where a folder should be")
+    error = failure(tmp_path / "run", tiny_spec(inputs.shards))
+    assert error.reason is ErrorReason.INTERNAL
+    assert "save_checkpoint" in error.detail
