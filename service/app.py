@@ -1,0 +1,78 @@
+"""Builds the API: `uvicorn --factory service.app:create_app`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.utils import get_openapi
+
+from service.errors import Problem, install_handlers
+from service.middleware import BodyLimit, ProblemsOnly
+from service.queue import JobQueue
+from service.routes import artifacts, health, jobs
+from service.routes.dependencies import Services
+from service.settings import Settings
+from service.store.blobs import BlobStore
+from service.store.session import make_engine, make_sessions, migrate
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The API. Nothing is connected or written before it starts.
+
+    Args:
+        settings: Left out: read from the environment.
+    """
+    services = _make_services(settings or Settings())
+    app = FastAPI(title="cliprd", version=version("cliprd"), summary="Distils a large CLIP into a small one.", lifespan=_lifespan)
+    app.state.services = services
+    app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
+    app.add_middleware(ProblemsOnly)
+    install_handlers(app)
+    for part in (jobs, artifacts, health):
+        app.include_router(part.router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    return app
+
+
+def _make_services(settings: Settings) -> Services:
+    engine = make_engine(settings.database_url)
+    return Services(
+        settings=settings,
+        engine=engine,
+        sessions=make_sessions(engine),
+        blobs=BlobStore(settings.artifacts_root),
+        queue=JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds),
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    if services.settings.migrate_on_start:
+        await run_in_threadpool(migrate, services.settings.database_url)
+    try:
+        yield
+    finally:
+        services.queue.close()
+        services.engine.dispose()
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The routes' schema, with that of problems, which they refer to by name, in place of FastAPI's own error answers."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas = schema["components"]["schemas"]
+        schemas |= {**problem.pop("$defs"), "Problem": problem}
+        for operation in (one for methods in schema["paths"].values() for one in methods.values()):
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

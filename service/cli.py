@@ -1,0 +1,226 @@
+"""The `cliprd` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service.store.states import JobState
+
+if TYPE_CHECKING:
+    from service.client import Client
+
+# Imported where used: service.client and service.embedded, which take longer than `cliprd --help` should.
+
+app = typer.Typer(
+    help="Distil a large CLIP into a small one: submit jobs, watch them, download what they made.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Url = Annotated[str, typer.Option(envvar="CLIPRD_URL", help="Address of the service.")]
+JobId = Annotated[str, typer.Argument(help="Id of the job, in full.", show_default=False)]
+DEFAULT_URL = "http://127.0.0.1:8000"
+WATCH_SECONDS = 1.0
+
+
+@app.command()
+def up(
+    home: Annotated[Path, typer.Option(envvar="CLIPRD_HOME", help="Folder of everything that stays: database, artifacts, logs.")] = Path(
+        ".cliprd"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the API on this machine; 0 picks a free one.")] = 8000,
+) -> None:
+    """Run the whole service on this machine, with nothing else to install. Ctrl-C stops it."""
+    from service.embedded import EmbeddedError, EmbeddedStack
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with EmbeddedStack(home, port) as stack:
+            out.print(f"cliprd is up: {stack.url} (API reference: {stack.url}/docs)")
+            out.print(f"Everything is kept in {stack.home}; logs are in {stack.logs}. Stop with Ctrl-C.")
+            _watch_until_interrupted(stack.watch)
+            out.print("Stopping; a running job saves a checkpoint first and goes on at the next start.")
+    except EmbeddedError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:  # while starting
+        out.print("Stopped.")
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _watch_until_interrupted(watch: Callable[[Callable[[str], None]], None]) -> None:
+    try:
+        while True:
+            watch(lambda line: out.print(line, markup=False, soft_wrap=True))
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(help="Job spec, a JSON file.", exists=True, dir_okay=False, show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="Show its progress until it ends.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Submit a job and print its id."""
+    try:
+        spec = json.loads(file.read_text())
+    except ValueError as error:
+        _fail(f"{file} is not JSON: {error}")
+    if not isinstance(spec, dict):
+        _fail(f"{file} must hold a JSON object, the job spec")
+    with _client(url) as client:
+        job = client.submit(spec)
+        out.print(job.id, soft_wrap=True)
+        if watch:
+            _watch(client, job.id)
+
+
+@app.command("watch")
+def watch_job(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Show a job's progress until it ends. Exit code 0 if it succeeded, else 1."""
+    with _client(url) as client:
+        _watch(client, job_id)
+
+
+def _watch(client: Client, job_id: str) -> None:
+    from service.progress_view import ProgressView
+
+    with ProgressView(out) as view:
+        job = client.wait(job_id, poll_seconds=WATCH_SECONDS, on_poll=view.show)
+    if job.error is not None:
+        _fail(f"{job.error.reason}: {job.error.message}")
+    if job.state is not JobState.SUCCEEDED:
+        raise typer.Exit(1)
+
+
+@app.command()
+def jobs(
+    state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Only jobs with this label, as `key=value`; repeat it for several.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Jobs to list, at most.")] = 50,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List jobs, newest first."""
+    from service.progress_view import status_of
+
+    labels = dict(_key_and_value(one) for one in label or [])
+    table = Table("id", "name", "state", "attempt", "status", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    with _client(url) as client:
+        for job in islice(client.jobs(state=state, labels=labels), limit):
+            table.add_row(job.id, job.name, str(job.state), str(job.attempt), "" if job.state.is_finished else status_of(job))
+    out.print(table)
+
+
+def _key_and_value(label: str) -> tuple[str, str]:
+    key, equals, value = label.partition("=")
+    if not (key and equals):
+        _fail(f"--label {label}: write it as key=value")
+    return key, value
+
+
+@app.command()
+def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Show a job: its state, progress, latest evaluations and files."""
+    from service.progress_view import status_of
+
+    with _client(url) as client:
+        job = client.job(job_id)
+        evaluations, artifacts = client.evaluations(job_id), client.artifacts(job_id)
+    rows = Table(box=None, show_header=False, pad_edge=False)
+    rows.add_row("id", job.id)
+    rows.add_row("name", job.name)
+    rows.add_row("recipe", job.recipe)
+    rows.add_row("state", str(job.state))
+    rows.add_row("attempt", f"{job.attempt} of {job.max_attempts}" if job.attempt else "not started")
+    if not job.state.is_finished:
+        rows.add_row("status", status_of(job))
+    for name, value in job.labels.items():
+        rows.add_row(f"label {name}", value)
+    if job.error is not None:
+        rows.add_row("error", f"{job.error.reason}: {job.error.message}")
+    if job.result is not None:
+        rows.add_row("parameters", f"{job.result.num_student_parameters:,}")
+        rows.add_row("training time", f"{job.result.train_seconds:,.0f} s")
+    out.print(rows)
+    last_step = max((one.step for one in evaluations), default=0)
+    for one in evaluations:
+        if one.step == last_step:
+            values = ", ".join(f"{name} {value:.1%}" for name, value in one.metrics.items() if name in one.chance)
+            out.print(f"{one.dataset} at step {one.step}: {values}", soft_wrap=True)
+    for artifact in artifacts:
+        out.print(f"{artifact.kind} {artifact.group}/{artifact.name}  {artifact.num_bytes:,} bytes  {artifact.id}", soft_wrap=True)
+
+
+@app.command()
+def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Cancel a job. A running one is asked to stop, and does so soon."""
+    with _client(url) as client:
+        job = client.cancel(job_id)
+    out.print("cancelled" if job.state is JobState.CANCELLED else "its worker was asked to stop it")
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    to: Annotated[Path | None, typer.Option(help="Folder to download into.  [default: the job's id]", show_default=False)] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Download the trained student, ready for open_clip."""
+    folder = to or Path(job_id)
+    with _client(url) as client:
+        for path in client.download_model(job_id, folder):
+            out.print(f"{path}  {path.stat().st_size:,} bytes", soft_wrap=True)
+    out.print("\nLoad it with open_clip:\n", soft_wrap=True)
+    name = f'"local-dir:{folder.resolve()}"'
+    out.print(f"    model, _, preprocess = open_clip.create_model_and_transforms({name})", soft_wrap=True, markup=False)
+    out.print(f"    tokenizer = open_clip.get_tokenizer({name})", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _client(url: str) -> Iterator[Client]:
+    """A client whose errors end the command with one clear message."""
+    from service.client import Client, CliprdError
+
+    try:
+        with Client(url) as client:
+            yield client
+    except CliprdError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as the shell expects after Ctrl-C
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(f"cliprd: {message}", style="red" if errors.is_terminal else None, soft_wrap=True, markup=False)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `cliprd` command."""
+    try:
+        app()
+    except BrokenPipeError:  # `cliprd jobs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

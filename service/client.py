@@ -1,0 +1,203 @@
+"""A typed Python client of the API.
+
+with Client("http://127.0.0.1:8000") as client:
+    job = client.submit({"name": "…", …})
+    job = client.wait(job.id)
+    client.download_model(job.id, Path("student"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from cliprd_core.run_dir import EvaluationRecord
+from cliprd_core.spec import JobSpec
+from service.errors import Problem
+from service.schemas import ArtifactList, ArtifactView, EvaluationList, JobList, JobView, MetricsView, SeriesView
+from service.store.models import ArtifactKind
+from service.store.states import JobState
+
+TIMEOUT_SECONDS = 30.0
+CHUNK_BYTES = 1 << 20
+PAGE_SIZE = 100
+NUM_DOWNLOAD_ATTEMPTS = 5
+
+AnyView = TypeVar("AnyView", bound=BaseModel)
+
+
+class CliprdError(Exception):
+    """The service refused, failed or could not be reached; the message says what to do, as far as that is known.
+
+    Attributes:
+        problem: The service's own answer, where there was one.
+    """
+
+    def __init__(self, message: str, problem: Problem | None = None) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
+class Client:
+    """One connection pool to one service. Every method raises CliprdError if the service does not do as asked.
+
+    Args:
+        url: Where the API is, as `http://127.0.0.1:8000`.
+        transport: For tests: replaces the network.
+    """
+
+    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/")
+        # Proxies of the environment are for the internet; a service on this machine would not be found through one.
+        self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT_SECONDS, transport=transport, trust_env=not _is_local(self.url))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def submit(self, spec: JobSpec | Mapping[str, Any]) -> JobView:
+        """Submit a job; the service checks the spec, which may leave out whatever has a default."""
+        body = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
+        return self._call("POST", "/jobs", JobView, json=body)
+
+    def job(self, job_id: str) -> JobView:
+        return self._call("GET", f"/jobs/{job_id}", JobView)
+
+    def jobs(self, *, state: JobState | None = None, labels: Mapping[str, str] | None = None) -> Iterator[JobView]:
+        """All jobs that match, newest first, fetched page by page."""
+        params: dict[str, Any] = {"limit": PAGE_SIZE}
+        if state is not None:
+            params["state"] = state.value
+        if labels:
+            params["label"] = [f"{key}={value}" for key, value in labels.items()]
+        while True:
+            page = self._call("GET", "/jobs", JobList, params=params)
+            yield from page.jobs
+            if page.next_cursor is None:
+                return
+            params["cursor"] = page.next_cursor
+
+    def cancel(self, job_id: str) -> JobView:
+        """Ask for a job's end. A running one is stopped by its worker soon after."""
+        return self._call("POST", f"/jobs/{job_id}/cancel", JobView)
+
+    def metrics(self, job_id: str, names: list[str] | None = None, *, since_step: int = 0) -> dict[str, SeriesView]:
+        """Metric series by name; `names` may end in `*`. None: all."""
+        params: dict[str, Any] = {"since_step": since_step}
+        if names is not None:
+            params["names"] = names
+        return self._call("GET", f"/jobs/{job_id}/metrics", MetricsView, params=params).series
+
+    def evaluations(self, job_id: str) -> list[EvaluationRecord]:
+        """What was evaluated, by step; values are fractions 0-1."""
+        return self._call("GET", f"/jobs/{job_id}/evaluations", EvaluationList).evaluations
+
+    def artifacts(self, job_id: str, kind: ArtifactKind | None = None) -> list[ArtifactView]:
+        """The job's files, newest first."""
+        params: dict[str, Any] = {"limit": PAGE_SIZE}
+        if kind is not None:
+            params["kind"] = kind.value
+        found: list[ArtifactView] = []
+        while True:
+            page = self._call("GET", f"/jobs/{job_id}/artifacts", ArtifactList, params=params)
+            found += page.artifacts
+            if page.next_cursor is None:
+                return found
+            params["cursor"] = page.next_cursor
+
+    def wait(self, job_id: str, *, poll_seconds: float = 1.0, on_poll: Callable[[JobView], None] | None = None) -> JobView:
+        """Wait until the job has finished, whichever way; `on_poll` sees it each time it is looked at."""
+        while True:
+            job = self.job(job_id)
+            if on_poll is not None:
+                on_poll(job)
+            if job.state.is_finished:
+                return job
+            time.sleep(poll_seconds)
+
+    def download_model(self, job_id: str, folder: Path) -> list[Path]:
+        """Download all files of the trained student into `folder`, which open_clip can then load as `local-dir:FOLDER`."""
+        artifacts = self.artifacts(job_id, ArtifactKind.MODEL)
+        if not artifacts:
+            raise CliprdError(f"job {job_id} has no model; only a succeeded job has (it is {self.job(job_id).state})")
+        return [self.download(artifact, folder) for artifact in sorted(artifacts, key=lambda artifact: artifact.name)]
+
+    def download(self, artifact: ArtifactView, folder: Path) -> Path:
+        """Download one file into `folder` and check its SHA-256. A download that broke off is continued, now or the next time."""
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / Path(artifact.name).name  # never outside the folder, whatever the service says
+        partial = target.with_name(f".{target.name}.{artifact.sha256[:16]}.partial")
+        for attempt in range(1, NUM_DOWNLOAD_ATTEMPTS + 1):
+            try:
+                self._fetch(artifact, partial)
+            except httpx.TransportError as error:
+                if attempt == NUM_DOWNLOAD_ATTEMPTS:
+                    raise CliprdError(f"{artifact.name}: the download broke off ({error}); run it again to continue it") from error
+                time.sleep(0.2 * attempt)
+                continue
+            break
+        if _sha256(partial) != artifact.sha256:
+            partial.unlink()
+            raise CliprdError(f"{artifact.name}: what arrived is not what was stored (SHA-256 differs); download it again")
+        partial.replace(target)
+        return target
+
+    def _fetch(self, artifact: ArtifactView, partial: Path) -> None:
+        """Append to `partial` what it lacks."""
+        have = partial.stat().st_size if partial.exists() else 0
+        if have == artifact.num_bytes and partial.exists():
+            return
+        headers = {"Range": f"bytes={have}-", "If-Range": f'"{artifact.sha256}"'} if 0 < have < artifact.num_bytes else {}
+        with self._http.stream("GET", f"/artifacts/{artifact.id}", headers=headers) as response:
+            if response.is_error:
+                response.read()
+                raise _error_of(response)
+            mode = "ab" if response.status_code == HTTPStatus.PARTIAL_CONTENT else "wb"
+            with partial.open(mode) as file:
+                for chunk in response.iter_bytes(CHUNK_BYTES):
+                    file.write(chunk)
+
+    def _call(self, method: str, path: str, view: type[AnyView], **arguments: Any) -> AnyView:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx.TransportError as error:
+            message = f"no answer from {self.url} ({error}); is the service running there? `cliprd up` starts one on this machine"
+            raise CliprdError(message) from error
+        if response.is_error:
+            raise _error_of(response)
+        try:
+            return view.model_validate_json(response.content)
+        except ValidationError as error:
+            raise CliprdError(f"{self.url} answers, but not as cliprd does; check the address") from error
+
+
+def _error_of(response: httpx.Response) -> CliprdError:
+    """The service's problem in words: each field on a line of its own, with what to do."""
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        return CliprdError(f"{response.request.url} answered with status {response.status_code}")
+    lines = [f"  {one.field}: {one.problem}. {one.remedy}" for one in problem.errors]
+    return CliprdError("\n".join([f"{problem.title}: {problem.detail}", *lines]), problem)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_local(url: str) -> bool:
+    return httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")

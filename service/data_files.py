@@ -1,0 +1,168 @@
+"""A look at the files that a spec names: are they there, and of the layout they should be? Contents are not read beyond a header."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from cliprd_core.spec import CsvSource, EvaluationSet
+from service.problems import FieldProblem, closest
+
+Found = tuple[str, str] | None
+"""Problem and remedy, or nothing."""
+
+Look = Callable[[str], Found]
+
+MAX_SHARDS = 100_000
+MAX_HEADER_CHARACTERS = 1_000_000
+CHECK_PATH = "Check the path; relative ones start from the service's data folder."
+
+_INT_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+_ADDRESS = re.compile(r"(?:^|/)(?:[a-z][a-z0-9+.-]*:/|pipe:)")
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether there is such a file that we may know of; unlike pathlib's, it takes names that are too long for a file."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_dir(path: Path | str) -> bool:
+    """As `is_file`, for folders."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def shards_problem(pattern: str) -> Found:
+    """Every shard that brace ranges and globs name must be a non-empty file."""
+    if _ADDRESS.search(pattern):
+        return "is an address, but only local files are read", "Mount the data, or copy it to the worker's disk, and give its path."
+    num_in_ranges = math.prod(abs(int(end) - int(start)) // (int(step or 1) or 1) + 1 for start, end, step in _INT_RANGE.findall(pattern))
+    if num_in_ranges > MAX_SHARDS:
+        return f"names {num_in_ranges} shards; at most {MAX_SHARDS} are read", "Use narrower ranges, or fewer and larger shards."
+    try:
+        return _files_problem(list(islice(expand_shards(pattern), MAX_SHARDS + 1)))
+    except ValueError:
+        return f"`{pattern}` has unbalanced braces", "Write a range as {00000..00007}."
+    except FileNotFoundError as error:
+        return f"no file matches {error.filename}", CHECK_PATH
+
+
+def _files_problem(files: list[Path]) -> Found:
+    """All of these must be non-empty files."""
+    if len(files) > MAX_SHARDS:
+        return f"names more than {MAX_SHARDS} shards", "Use fewer and larger shards."
+    bad = [file for file in files if not (is_file(file) and os.access(file, os.R_OK) and file.stat().st_size)]
+    if not bad:
+        return None
+    what = "is no readable file with content" if is_file(bad[0]) or is_dir(bad[0]) else "is missing"
+    others = f" (and {len(bad) - 1} more of {len(files)})" if len(bad) > 1 else ""
+    return f"{bad[0]} {what}{others}", CHECK_PATH
+
+
+def expand_shards(pattern: str) -> Iterator[Path]:
+    """The files that a pattern names.
+
+    Raises:
+        ValueError: unbalanced braces.
+        FileNotFoundError: a glob matches nothing.
+    """
+    for name in braceexpand(pattern):
+        if not glob.has_magic(name) or is_file(name):
+            yield Path(name)
+            continue
+        matches = sorted(islice(glob.iglob(name, recursive=True), MAX_SHARDS + 1))  # noqa: PTH207  Path.glob takes no absolute pattern
+        if not matches:
+            raise FileNotFoundError(2, "no match", name)
+        yield from map(Path, matches)
+
+
+def checkpoint_problem(path: str) -> Found:
+    """A checkpoint is a non-empty file."""
+    file = Path(path)
+    if not is_file(file):
+        return f"there is no file {path}", "Give the path of a checkpoint file, or a tag of open_clip's."
+    if file.stat().st_size == 0:
+        return f"{path} is empty", "Copy the checkpoint again."
+    return None
+
+
+def local_dir_problem(path: str) -> Found:
+    """A `local-dir:` folder holds a config and weights."""
+    folder = Path(path)
+    if not is_dir(folder):
+        return f"there is no folder {path}", "Give a folder that holds open_clip_config.json and the weights."
+    if not is_file(folder / "open_clip_config.json"):
+        return f"{path} holds no open_clip_config.json", "Give a folder that holds open_clip_config.json and the weights."
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*")):
+        return f"{path} holds no weights", "Put open_clip_model.safetensors into it."
+    return None
+
+
+def table_problems(field: str, source: CsvSource) -> list[FieldProblem]:
+    """The table must have the named columns and at least one row, its image folder must exist."""
+    problems = []
+    if source.image_root is not None and not is_dir(source.image_root):
+        remedy = "Give the folder that the table's relative paths start from, or null for the table's own."
+        problems.append(FieldProblem(field=f"{field}.image_root", problem=f"there is no folder {source.image_root}", remedy=remedy))
+    try:
+        with Path(source.path).open(newline="", encoding="utf-8-sig") as file:
+            header = next(csv.reader([file.readline(MAX_HEADER_CHARACTERS)], delimiter=source.separator), [])
+            has_rows = bool(file.read(1))
+    except OSError as error:
+        return [*problems, FieldProblem(field=f"{field}.path", problem=f"can't read {source.path}: {error.strerror}", remedy=CHECK_PATH)]
+    except (UnicodeDecodeError, csv.Error, ValueError, TypeError) as error:
+        remedy = "Save it as UTF-8 text with one header line, and set `separator` to the character between its columns."
+        return [*problems, FieldProblem(field=f"{field}.path", problem=f"{source.path} is no such table: {error}", remedy=remedy)]
+    if not has_rows:
+        problems.append(FieldProblem(field=f"{field}.path", problem=f"{source.path} has no rows below its header", remedy="Add pairs."))
+    return problems + _column_problems(field, source, header)
+
+
+def _column_problems(field: str, source: CsvSource, header: list[str]) -> list[FieldProblem]:
+    problems = []
+    for name in ("image_column", "caption_column"):
+        column = getattr(source, name)
+        if column not in header:
+            columns = ", ".join(f"`{one[:64]}`" for one in header[:20]) or "none"
+            near = closest(column, header, count=1) if len(header) > 1 else []  # a single column was split at the wrong character
+            hint = f"Did you mean `{near[0]}`?" if near else "Set it to one of them, or set `separator` to what stands between them."
+            problem = f"{source.path} has no column `{column}`; split at {source.separator!r}, its columns are {columns}"
+            problems.append(FieldProblem(field=f"{field}.{name}", problem=problem, remedy=hint))
+    return problems
+
+
+def evaluation_problems(field: str, kind: str, one: EvaluationSet) -> list[FieldProblem]:
+    """The layout of clip_benchmark's webdatasets: SPLIT/nshards.txt and SPLIT/0.tar …, and class names where classes are told apart."""
+    folder, split = Path(one.path), Path(one.path) / one.split
+
+    def problem(name: str, what: str, remedy: str) -> FieldProblem:
+        return FieldProblem(field=f"{field}.{name}", problem=what, remedy=remedy)
+
+    if not is_dir(folder):
+        return [problem("path", f"there is no folder {folder}", CHECK_PATH)]
+    problems = []
+    if kind == "zero_shot" and not is_file(folder / "classnames.txt"):
+        remedy = "Put one class name a line there; a set with captions instead of classes belongs under `evaluation.retrieval`."
+        problems.append(problem("path", f"{folder} holds no classnames.txt", remedy))
+    if not is_dir(split):
+        splits = sorted(inner.parent.name for inner in folder.glob("*/nshards.txt")) or ["none"]
+        problems.append(problem("split", f"{folder} has no split `{one.split}`", f"Its splits are: {', '.join(splits)}."))
+        return problems
+    try:
+        num_shards = int((split / "nshards.txt").read_text())
+    except (OSError, ValueError):
+        remedy = "Put the number of its tars there, which are named 0.tar, 1.tar, …"
+        return [*problems, problem("path", f"{split / 'nshards.txt'} doesn't hold a number", remedy)]
+    if not 1 <= num_shards <= MAX_SHARDS:
+        return [*problems, problem("path", f"{split / 'nshards.txt'} says {num_shards}", f"Give 1 to {MAX_SHARDS} tars.")]
+    found = _files_problem([split / f"{number}.tar" for number in range(num_shards)])
+    if found is not None:
+        problems.append(problem("path", *found))
+    return problems

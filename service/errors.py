@@ -1,0 +1,192 @@
+"""Every error the API answers with: one shape (RFC 9457, `application/problem+json`), whatever went wrong and wherever."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from sqlalchemy.exc import InterfaceError, OperationalError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Match
+
+from cliprd_core.spec import JobSpec
+from service.problems import BODY, FieldProblem, SpecError, problems_of
+from service.store.errors import (
+    ArtifactNotFoundError,
+    InvalidCursorError,
+    JobFinishedError,
+    JobNotFoundError,
+    TeacherUnavailableError,
+)
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+_TITLES = {413: "Content Too Large", 416: "Range Not Satisfiable", 422: "Unprocessable Content"}
+"""RFC 9110's phrases, where they differ between Python versions."""
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457)."""
+
+    type: str = Field(description="Kind of the problem, for programs.", examples=["urn:cliprd:problem:invalid-request"])
+    title: str = Field(description="The same for people; always the same for one type.")
+    status: int = Field(description="HTTP status.")
+    detail: str = Field(description="What is wrong this time.")
+    instance: str = Field(description="Path of the request.")
+    errors: list[FieldProblem] = Field(default=[], description="Every field to correct.")
+
+
+class NoSuchLabelError(ValueError):
+    """A `label` of the query is not `key=value`."""
+
+
+class NotReadyError(Exception):
+    """The service can't work now; `parts` says why not, part by part."""
+
+    def __init__(self, parts: Sequence[FieldProblem]) -> None:
+        super().__init__(", ".join(part.field for part in parts))
+        self.parts = list(parts)
+
+
+def problem_response(
+    instance: str,
+    status: int,
+    detail: str,
+    *,
+    kind: str | None = None,
+    title: str | None = None,
+    errors: Sequence[FieldProblem] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The response of one problem; `kind` and `title` default to the status's own phrase."""
+    phrase = _phrase(status)
+    problem = Problem(
+        type=f"urn:cliprd:problem:{kind or phrase.lower().replace(' ', '-')}",
+        title=title or phrase,
+        status=status,
+        detail=detail,
+        instance=instance,
+        errors=list(errors),
+    )
+    # Escaped to ASCII, so that whatever a client sent can be quoted back.
+    return Response(json.dumps(problem.model_dump(mode="json")), status_code=status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make `app` answer every exception with a problem."""
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(SpecError, _on_refused_field)
+    app.add_exception_handler(TeacherUnavailableError, _on_refused_field)
+    app.add_exception_handler(InvalidCursorError, _on_refused_field)
+    app.add_exception_handler(NoSuchLabelError, _on_refused_field)
+    app.add_exception_handler(JobNotFoundError, _on_not_found)
+    app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
+    app.add_exception_handler(JobFinishedError, _on_job_finished)
+    app.add_exception_handler(NotReadyError, _on_not_ready)
+    app.add_exception_handler(OperationalError, _on_database_error)
+    app.add_exception_handler(InterfaceError, _on_database_error)
+    app.add_exception_handler(Exception, _on_fault)
+
+
+def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    detail = str(error.detail)
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = ", ".join(_allowed_methods(request))
+        headers["Allow"] = allowed
+        detail = f"{request.method} is not possible here; use {allowed}"
+    elif error.status_code == HTTPStatus.NOT_FOUND and detail == HTTPStatus.NOT_FOUND.phrase:
+        detail = f"there is nothing at {request.url.path}; /docs lists what there is"
+    return problem_response(request.url.path, error.status_code, detail, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Methods that some route of this path takes; the framework itself names those of one route only."""
+    methods = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+    scopes = {method: {**request.scope, "method": method} for method in methods}
+    return [method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)]
+
+
+def _on_invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems: list[FieldProblem] = []
+    for one in error.errors():
+        source, *loc = one["loc"]
+        if one["type"] == "json_invalid":
+            return _malformed_json(request, str(error.body), int(loc[0]), one["ctx"]["error"])
+        problems += problems_of([{**one, "loc": loc}], JobSpec if source == "body" else BaseModel)
+    return _invalid(request, problems)
+
+
+def _malformed_json(request: Request, document: str, position: int, message: str) -> Response:
+    line = document.count("\n", 0, position) + 1
+    column = position - (document.rfind("\n", 0, position) + 1) + 1
+    problem = FieldProblem(field=BODY, problem=f"is not JSON: {message} at line {line}, column {column}", remedy="Correct it there.")
+    return problem_response(
+        request.url.path, 400, f"the body {problem.problem}", kind="malformed-json", title="Malformed JSON", errors=[problem]
+    )
+
+
+def _on_refused_field(request: Request, error: Exception) -> Response:
+    match error:
+        case SpecError():
+            return _invalid(request, error.problems)
+        case TeacherUnavailableError():
+            remedy = "Give a job that is under way or succeeded, or a `model` artifact."
+            return _invalid(request, [FieldProblem(field=error.field, problem=error.problem, remedy=remedy)])
+        case NoSuchLabelError():
+            remedy = "Write it as `label=key=value`; repeat it for several."
+            return _invalid(request, [FieldProblem(field="label", problem=str(error), remedy=remedy)])
+        case _:
+            remedy = "Leave it out to start at the first page."
+            return _invalid(request, [FieldProblem(field="cursor", problem=str(error), remedy=remedy)])
+
+
+def _invalid(request: Request, problems: Sequence[FieldProblem]) -> Response:
+    detail = f"{len(problems)} field(s) to correct: {', '.join(dict.fromkeys(one.field for one in problems))}"
+    return problem_response(request.url.path, 422, detail, kind="invalid-request", title="Invalid request", errors=problems)
+
+
+def _on_not_found(request: Request, error: Exception) -> Response:
+    return problem_response(request.url.path, 404, str(error))
+
+
+def _on_job_finished(request: Request, error: Exception) -> Response:
+    return problem_response(request.url.path, 409, str(error), kind="job-finished", title="The job has finished")
+
+
+def _on_not_ready(request: Request, error: Exception) -> Response:
+    assert isinstance(error, NotReadyError)
+    detail = f"not ready: {error}"
+    return problem_response(request.url.path, 503, detail, kind="not-ready", title="Not ready", errors=error.parts)
+
+
+def _on_database_error(request: Request, error: Exception) -> Response:
+    logger.error("the database failed in %s %s", request.method, request.url.path, exc_info=error)
+    detail = "the database can't be used now; try again later (GET /readyz says more)"
+    return problem_response(request.url.path, 503, detail, kind="database-unavailable", headers={"Retry-After": "5"})
+
+
+def _on_fault(request: Request, error: Exception) -> Response:  # noqa: ARG001  (the server logs it)
+    return problem_response(request.url.path, 500, "a fault of cliprd itself; the service's log has the details")
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of these error statuses, for a route."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _phrase(status), "content": content} for status in statuses}
+
+
+def _phrase(status: int) -> str:
+    return _TITLES.get(status) or HTTPStatus(status).phrase

@@ -1,0 +1,72 @@
+"""What stands between the server and the routes: a limit on request bodies, and one shape for errors that no handler sees."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import problem_response
+
+
+class BodyLimit:
+    """Refuses (413) a request body of more than `max_bytes`, whether its length is announced or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        detail = f"the request body is longer than {self.max_bytes} bytes"
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.max_bytes:
+            response = problem_response(scope["path"], 413, detail, headers={"Connection": "close"})
+            await response(scope, receive, send)
+            return
+        num_received = 0
+
+        async def counted() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > self.max_bytes:
+                raise HTTPException(413, detail, headers={"Connection": "close"})
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class ProblemsOnly:
+    """Turns an error that the framework answers in plain text, such as a range outside the file, into a problem."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        replaced: Message | None = None
+        text = b""
+
+        async def converting(message: Message) -> None:
+            nonlocal replaced, text
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                if Headers(raw=message["headers"]).get("content-type", "").startswith("text/plain"):
+                    replaced = message
+                    return
+            elif replaced is not None and message["type"] == "http.response.body":
+                text += message.get("body", b"")
+                if not message.get("more_body", False):
+                    headers = {key: value for key, value in Headers(raw=replaced["headers"]).items() if not key.startswith("content-")}
+                    if "content-range" in Headers(raw=replaced["headers"]):
+                        headers["content-range"] = Headers(raw=replaced["headers"])["content-range"]
+                    detail = text.decode(errors="replace") or "the request can't be answered"
+                    await problem_response(scope["path"], replaced["status"], detail, headers=headers)(scope, receive, send)
+                return
+            await send(message)
+
+        await self.app(scope, receive, converting)

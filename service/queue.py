@@ -1,0 +1,57 @@
+"""Sending jobs to the workers: a message by the task's name that holds the job's id and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cached_property
+
+from celery import Celery
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
+
+logger = logging.getLogger(__name__)
+
+RUN_JOB_TASK = "cliprd.run_job"
+
+
+class JobQueue:
+    """The broker, as far as the service needs it. Connects when something is first sent."""
+
+    def __init__(self, broker_url: str, *, timeout_seconds: float) -> None:
+        self._broker_url = broker_url
+        self._timeout_seconds = timeout_seconds
+
+    @cached_property
+    def _app(self) -> Celery:
+        app = Celery("cliprd-service", broker=self._broker_url, set_as_current=False)
+        timeouts = {"socket_connect_timeout": self._timeout_seconds, "socket_timeout": self._timeout_seconds}
+        is_redis = self._broker_url.startswith(("redis", "unix"))
+        app.conf.update(
+            broker_connection_timeout=self._timeout_seconds,
+            broker_transport_options=timeouts if is_redis else {},
+            task_ignore_result=True,
+        )
+        return app
+
+    def send(self, job_id: str, queue: str) -> bool:
+        """Send a job's message. False: the broker is down, which is logged; the job's row is safe and the reaper sends it again."""
+        retry_once = {"max_retries": 1, "interval_start": 0, "interval_max": 0}
+        try:
+            self._app.send_task(RUN_JOB_TASK, args=[job_id], queue=queue, retry=True, retry_policy=retry_once)
+        except (KombuError, RedisError, OSError) as error:
+            logger.warning("job %s is stored but its message could not be sent (%s); the reaper will send it", job_id, error)
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raises:
+        KombuError, RedisError or OSError: the broker doesn't answer.
+        """
+        with self._app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=math.ceil(self._timeout_seconds))
+
+    def close(self) -> None:
+        """Drop the connections."""
+        if "_app" in self.__dict__:
+            self._app.close()

@@ -1,0 +1,164 @@
+"""What the API answers with. Field names are its contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cliprd_core.run_dir import ErrorReason, EvaluationRecord, Progress, ResultRecord
+from cliprd_core.spec import JobSpec
+from service.store.metrics import Series
+from service.store.models import Artifact, ArtifactKind, Job
+from service.store.states import JobState
+
+
+class View(BaseModel):
+    """Base of all answers."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class JobErrorView(View):
+    """Why a job failed."""
+
+    reason: ErrorReason
+    message: str
+
+
+class JobLinks(View):
+    """Where the rest of a job is."""
+
+    self: str
+    cancel: str
+    metrics: str
+    evaluations: str
+    artifacts: str
+
+
+class JobView(View):
+    """One job."""
+
+    id: str
+    name: str
+    labels: dict[str, str]
+    recipe: str
+    state: JobState
+    attempt: int = Field(description="Which attempt runs or ran; 0 before the first.")
+    max_attempts: int = Field(description="Attempts that may be lost with their worker before the job fails.")
+    worker: str | None = Field(description="Worker of the latest attempt.")
+    teacher_job_id: str | None = Field(description="The job whose result is the teacher.")
+    created_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None = Field(description="When training first started.")
+    finished_at: datetime | None
+    cancel_requested_at: datetime | None
+    progress: Progress | None
+    metrics: dict[str, float] = Field(description="Latest value of every metric.")
+    error: JobErrorView | None
+    result: ResultRecord | None
+    spec: JobSpec = Field(description="As it runs: recipe applied, paths absolute.")
+    links: JobLinks
+
+    @classmethod
+    def of(cls, job: Job, root_path: str = "") -> Self:
+        """A row as the API shows it; `root_path` is where a proxy has mounted the API."""
+        here = f"{root_path}/jobs/{job.id}"
+        return cls(
+            id=job.id,
+            name=job.name,
+            labels=job.labels,
+            recipe=job.recipe,
+            state=job.state,
+            attempt=job.attempt,
+            max_attempts=job.max_attempts,
+            worker=job.worker,
+            teacher_job_id=job.teacher_job_id,
+            created_at=job.created_at,
+            queued_at=job.queued_at,
+            started_at=job.started_at,
+            finished_at=job.finished_at,
+            cancel_requested_at=job.cancel_requested_at,
+            progress=None if job.progress is None else Progress.model_validate(job.progress),
+            metrics=job.metrics or {},
+            error=None if job.error is None else JobErrorView.model_validate(job.error),
+            result=None if job.result is None else ResultRecord.model_validate(job.result),
+            spec=JobSpec.model_validate(job.spec),
+            links=JobLinks(
+                self=here,
+                cancel=f"{here}/cancel",
+                metrics=f"{here}/metrics",
+                evaluations=f"{here}/evaluations",
+                artifacts=f"{here}/artifacts",
+            ),
+        )
+
+
+class JobList(View):
+    """A page of jobs, newest first."""
+
+    jobs: list[JobView]
+    next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
+
+
+class SeriesView(View):
+    """One metric; both lists are equally long."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class MetricsView(View):
+    """Metrics by name."""
+
+    series: dict[str, SeriesView]
+
+    @classmethod
+    def of(cls, series: dict[str, Series]) -> Self:
+        return cls(series={name: SeriesView(steps=one.steps, values=one.values) for name, one in series.items()})
+
+
+class EvaluationList(View):
+    """A job's evaluations, by step."""
+
+    evaluations: list[EvaluationRecord]
+
+
+class ArtifactView(View):
+    """One file that a job made. `href` gives its bytes."""
+
+    id: str
+    job_id: str
+    kind: ArtifactKind
+    group: str = Field(description="Files of one group belong together.", examples=["export", "step-0000000100"])
+    step: int | None = Field(description="Optimiser updates done when it was made.")
+    name: str = Field(description="File name.")
+    num_bytes: int
+    sha256: str = Field(description="Of the bytes, lower-case hexadecimal; also their ETag.")
+    media_type: str
+    created_at: datetime
+    href: str
+
+    @classmethod
+    def of(cls, artifact: Artifact, root_path: str = "") -> Self:
+        fields = (name for name in cls.model_fields if name != "href")
+        return cls(**{name: getattr(artifact, name) for name in fields}, href=f"{root_path}/artifacts/{artifact.id}")
+
+
+class ArtifactList(View):
+    """A page of artifacts, newest first."""
+
+    artifacts: list[ArtifactView]
+    next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
+
+    @classmethod
+    def of(cls, rows: Sequence[Artifact], next_cursor: str | None, root_path: str) -> Self:
+        return cls(artifacts=[ArtifactView.of(row, root_path) for row in rows], next_cursor=next_cursor)
+
+
+class Health(View):
+    """The process is up, or ready."""
+
+    status: str

@@ -1,0 +1,43 @@
+"""Settings of the service, read from environment variables that begin with `CLIPRD_`.
+
+`CLIPRD_DATABASE_URL=postgresql://cliprd@db/cliprd` sets `database_url`, and so on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What the API needs to know of its surroundings. The defaults keep everything under `.cliprd` of the current directory."""
+
+    model_config = SettingsConfigDict(env_prefix="CLIPRD_", frozen=True, extra="ignore")
+
+    database_url: str = Field(
+        default="sqlite:///.cliprd/cliprd.db",
+        description="`sqlite:///FILE` for one machine, `postgresql://USER:PASSWORD@HOST/DATABASE` for several.",
+    )
+    broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Celery broker that carries the jobs' messages to the workers.")
+    artifacts_root: Path = Field(
+        default=Path(".cliprd/artifacts"), description="Folder of the artifacts' bytes; the API and all workers see the same one."
+    )
+    data_root: Path = Field(default=Path(), description="Folder that relative paths in specs start from. Default: the current directory.")
+    runs_root: Path = Field(default=Path(".cliprd/runs"), description="Folder of the run directories; a worker's own.")
+
+    host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
+    port: int = Field(default=8000, ge=0, le=65_535, description="Port that the API listens on; 0: any free one.")
+
+    check_files: bool = Field(
+        default=True,
+        description="Look at the files a spec names when it is submitted. Turn off where the API doesn't see the workers' files.",
+    )
+    migrate_on_start: bool = Field(default=True, description="Bring the database to the newest schema when the API starts.")
+    max_body_bytes: int = Field(default=1_000_000, ge=1_000, description="A longer request body is refused (413).")
+    max_attempts: int = Field(default=3, ge=1, description="Attempts of a job that may be lost with their worker before it fails.")
+    lease_seconds: float = Field(default=60.0, gt=0, description="A worker that doesn't renew its lease for this long has lost its job.")
+    broker_timeout_seconds: float = Field(
+        default=2.0, gt=0, description="A broker that doesn't answer for this long counts as down; the reaper re-sends."
+    )

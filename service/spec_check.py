@@ -1,0 +1,203 @@
+"""What can be known of a spec when it is submitted, beyond its types: do the files exist, are the names known, do the numbers fit?
+
+It needs pydantic, braceexpand and the standard library. All problems are collected, so that a user corrects them in one go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cliprd_core.spec import CsvSource, DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
+from service import data_files, model_names
+from service.problems import FieldProblem, SpecError
+
+MAX_CONFIG_DEPTH = 16
+
+ModelSpec = TypeVar("ModelSpec", StudentSpec, TeacherSpec)
+
+
+def check_spec(spec: JobSpec, *, data_root: Path, check_files: bool = True) -> JobSpec:
+    """The resolved spec: relative paths made absolute from `data_root`, so that a worker can take them as they are.
+
+    Args:
+        spec: as it was submitted.
+        data_root: where its relative paths start.
+        check_files: False where this machine doesn't see the files; names and numbers are checked all the same.
+
+    Raises:
+        SpecError: with every problem that was found.
+    """
+    check = _Check(data_root.absolute(), check_files)
+    resolved = check.resolve(spec)
+    if check.problems:
+        raise SpecError(check.problems)
+    return resolved
+
+
+class _Check:
+    """Walks a spec once: makes its paths absolute and collects problems on the way."""
+
+    def __init__(self, data_root: Path, check_files: bool) -> None:
+        self.data_root = data_root
+        self.check_files = check_files
+        self.problems: list[FieldProblem] = []
+
+    def resolve(self, spec: JobSpec) -> JobSpec:
+        self._check_values("", spec.model_dump(exclude={"student": {"config"}, "teacher": {"config"}}))
+        for role, config in (("student", spec.student.config), ("teacher", spec.teacher and spec.teacher.config)):
+            self._check_values(f"{role}.config", config)
+        if self.problems:
+            return spec  # a NUL character would trip the look at the files
+        resolved = spec.model_copy(
+            update={
+                "student": self._model("student", spec.student),
+                "teacher": spec.teacher and self._model("teacher", spec.teacher),
+                "data": spec.data.model_copy(
+                    update={
+                        "train": self._sources("data.train", spec.data.train),
+                        "validation": self._sources("data.validation", spec.data.validation),
+                    }
+                ),
+                "evaluation": spec.evaluation.model_copy(
+                    update={
+                        "zero_shot": self._evaluation_sets("zero_shot", spec.evaluation.zero_shot),
+                        "retrieval": self._evaluation_sets("retrieval", spec.evaluation.retrieval),
+                    }
+                ),
+            }
+        )
+        self._check_num_steps(resolved)
+        return resolved
+
+    def _absolute(self, path: str) -> str:
+        return os.path.normpath(self.data_root / path)
+
+    def _check_values(self, path: str, value: Any) -> None:
+        """Refuse what neither JSON nor the database can hold, wherever it is in the spec."""
+        pending: list[tuple[str, Any, int]] = [(path, value, 0)]
+        while pending:
+            path, value, depth = pending.pop()
+            if depth > MAX_CONFIG_DEPTH:
+                self._add(path, f"is nested more than {MAX_CONFIG_DEPTH} levels deep", "Flatten it.")
+            elif isinstance(value, dict):
+                pending += [(f"{path}.{key}".lstrip("."), inner, depth + 1) for key, inner in value.items()]
+                pending += [(path, key, depth + 1) for key in value]
+            elif isinstance(value, list | tuple):
+                pending += [(f"{path}.{index}", inner, depth + 1) for index, inner in enumerate(value)]
+            elif isinstance(value, str) and "\0" in value:
+                self._add(path.replace("\0", "?"), "holds a NUL character", "Remove it.")
+            elif isinstance(value, str) and not _is_unicode(value):
+                self._add(path, "holds half of a surrogate pair, which is no character", "Remove it.")
+            elif isinstance(value, float) and not math.isfinite(value):
+                self._add(path, f"is {value}, which is no number of JSON", "Use a finite number.")
+
+    def _model(self, role: str, spec: ModelSpec) -> ModelSpec:
+        update: dict[str, str] = {}
+        if spec.model is not None and spec.model.startswith(model_names.LOCAL_DIR_PREFIX):
+            folder = self._absolute(spec.model.removeprefix(model_names.LOCAL_DIR_PREFIX))
+            update["model"] = f"{model_names.LOCAL_DIR_PREFIX}{folder}"
+            self._add_files(f"{role}.model", data_files.local_dir_problem, folder)
+        elif spec.model is not None:
+            self.problems += model_names.check_model_name(f"{role}.model", spec.model)
+        if spec.pretrained is not None:
+            is_file = spec.config is not None or model_names.is_checkpoint_file(spec.pretrained, self.data_root)
+            if is_file:
+                update["pretrained"] = self._absolute(spec.pretrained)
+                self._add_files(f"{role}.pretrained", data_files.checkpoint_problem, update["pretrained"])
+            elif spec.model is not None and model_names.is_known(spec.model):
+                self.problems += model_names.check_pretrained_tag(f"{role}.pretrained", spec.model, spec.pretrained)
+        return spec.model_copy(update=update)
+
+    def _sources(self, field: str, sources: Sequence[DataSource]) -> list[DataSource]:
+        return [self._source(f"{field}.{index}", source) for index, source in enumerate(sources)]
+
+    def _source(self, field: str, source: DataSource) -> DataSource:
+        if isinstance(source, WebDatasetSource):
+            shards = source.model_copy(update={"shards": self._absolute(source.shards)})
+            self._add_files(f"{field}.shards", data_files.shards_problem, shards.shards)
+            return shards
+        image_root = None if source.image_root is None else self._absolute(source.image_root)
+        table = source.model_copy(update={"path": self._absolute(source.path), "image_root": image_root})
+        if self.check_files:
+            self.problems += data_files.table_problems(field, table)
+        return table
+
+    def _evaluation_sets(self, kind: str, sets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
+        resolved = [one.model_copy(update={"path": self._absolute(one.path)}) for one in sets]
+        if self.check_files:
+            for index, one in enumerate(resolved):
+                self.problems += data_files.evaluation_problems(f"evaluation.{kind}.{index}", kind, one)
+        return resolved
+
+    def _check_num_steps(self, spec: JobSpec) -> None:
+        """Batch and warm-up against the number of pairs, as far as that is known without reading the data."""
+        if not self.check_files or self.problems:
+            return
+        counts = [_at_most_num_pairs(source) for source in spec.data.train]
+        if None in counts:
+            return
+        num_pairs = sum(count for count in counts if count is not None)
+        training = spec.training
+        num_steps = num_pairs // training.global_batch_size * training.epochs
+        if num_steps == 0:
+            self._add(
+                "training.global_batch_size",
+                f"is {training.global_batch_size}, but there are only {num_pairs} training pairs, which fill no batch",
+                f"Use {num_pairs} or less, or give more data.",
+            )
+        elif training.warmup_steps >= num_steps:
+            self._add(
+                "training.warmup_steps",
+                f"is {training.warmup_steps}, but the whole run has only {num_steps} steps"
+                f" ({num_pairs} pairs, {training.global_batch_size} a step, {training.epochs} epochs)",
+                f"Use less than {num_steps}; about {num_steps // 20} would do.",
+            )
+
+    def _add(self, field: str, problem: str, remedy: str) -> None:
+        self.problems.append(FieldProblem(field=field, problem=problem, remedy=remedy))
+
+    def _add_files(self, field: str, look: data_files.Look, path: str) -> None:
+        found = look(path) if self.check_files else None
+        if found is not None:
+            self._add(field, *found)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _at_most_num_pairs(source: DataSource) -> int | None:
+    """The pairs that a source has at most. None: unknown without reading it.
+
+    img2dataset-like `sizes.json` files beside the shards give the number of samples of each shard.
+    """
+    if isinstance(source, CsvSource):
+        return source.num_samples
+    sizes: dict[Path, dict[str, Any]] = {}
+    total = 0
+    for shard in data_files.expand_shards(source.shards):
+        if shard.parent not in sizes:
+            sizes[shard.parent] = _read_sizes(shard.parent / "sizes.json")
+        size = sizes[shard.parent].get(shard.name)
+        if not isinstance(size, int):
+            return source.num_samples
+        total += size
+    return total if source.num_samples is None else min(total, source.num_samples)
+
+
+def _read_sizes(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where there is none or it is of another make."""
+    try:
+        loaded = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}

@@ -1,0 +1,99 @@
+"""The files that jobs made: what is known of each. Their bytes are in `service.store.blobs`."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from service.store.blobs import StoredBlob
+from service.store.cursors import Page, newest_page
+from service.store.errors import ArtifactNotFoundError
+from service.store.leases import lock_held_job
+from service.store.models import Artifact, ArtifactKind
+from service.store.session import database_now
+
+__all__ = ["Artifact", "ArtifactKind", "get_artifact", "list_artifacts", "register_artifact", "remove_artifacts"]
+
+
+def register_artifact(
+    *,
+    session: Session,
+    job_id: str,
+    lease_token: str,
+    kind: ArtifactKind,
+    group: str,
+    name: str,
+    blob: StoredBlob,
+    step: int | None = None,
+    media_type: str = "application/octet-stream",
+) -> Artifact:
+    """Make a stored file known. A second one of the same job, kind, group and name takes the first one's place and id.
+
+    The bytes it replaces stay in the blob store until someone deletes them there.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    same = select(Artifact).where(Artifact.job_id == job_id, Artifact.kind == kind, Artifact.group == group, Artifact.name == name)
+    artifact = session.scalars(same).one_or_none()
+    if artifact is None:
+        artifact = Artifact(id=str(uuid.uuid4()), job_id=job_id, kind=kind, group=group, name=name, created_at=database_now(session))
+        session.add(artifact)
+    artifact.step = step
+    artifact.num_bytes = blob.num_bytes
+    artifact.sha256 = blob.sha256
+    artifact.media_type = media_type
+    artifact.storage_key = blob.key
+    session.flush()
+    return artifact
+
+
+def get_artifact(*, session: Session, artifact_id: str) -> Artifact:
+    """The artifact of this id.
+
+    Raises:
+        ArtifactNotFoundError: there is none.
+    """
+    artifact = session.get(Artifact, artifact_id)
+    if artifact is None:
+        raise ArtifactNotFoundError(artifact_id)
+    return artifact
+
+
+def list_artifacts(
+    *,
+    session: Session,
+    job_id: str | None = None,
+    kind: ArtifactKind | None = None,
+    group: str | None = None,
+    limit: int = 50,
+    cursor: str | None = None,
+) -> Page[Artifact]:
+    """Artifacts, newest first, of one job, kind and group, or of all.
+
+    Raises:
+        InvalidCursorError: the cursor is no earlier page's `next_cursor`.
+    """
+    query = select(Artifact)
+    for column, value in ((Artifact.job_id, job_id), (Artifact.kind, kind), (Artifact.group, group)):
+        if value is not None:
+            query = query.where(column == value)
+    return newest_page(session, query, Artifact.created_at, Artifact.id, limit=limit, cursor=cursor)
+
+
+def remove_artifacts(*, session: Session, job_id: str, lease_token: str, kind: ArtifactKind, keep_groups: Collection[str]) -> list[str]:
+    """Forget the job's artifacts of this kind outside `keep_groups`, as for checkpoints that newer ones replaced.
+
+    Returns:
+        The storage keys that nothing names any more; delete them in the blob store after the commit.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    outside = (Artifact.job_id == job_id, Artifact.kind == kind, Artifact.group.not_in(keep_groups))
+    return list(session.scalars(delete(Artifact).where(*outside).returning(Artifact.storage_key)))

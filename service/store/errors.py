@@ -1,0 +1,58 @@
+"""What the store refuses, each as a type of its own so that callers can tell them apart."""
+
+from __future__ import annotations
+
+from service.store.states import JobState
+
+
+class StoreError(Exception):
+    """Base of the store's refusals."""
+
+
+class JobNotFoundError(StoreError):
+    """There is no job of this id."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id!r}")
+        self.job_id = job_id
+
+
+class ArtifactNotFoundError(StoreError):
+    """There is no artifact of this id."""
+
+    def __init__(self, artifact_id: str) -> None:
+        super().__init__(f"there is no artifact {artifact_id!r}")
+        self.artifact_id = artifact_id
+
+
+class LeaseLostError(StoreError):
+    """The caller no longer holds the job: its lease ran out and was taken away, or the job has finished. Nothing was written."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"the lease on job {job_id} is lost; this worker must stop and write nothing more")
+        self.job_id = job_id
+
+
+class JobFinishedError(StoreError):
+    """The job has finished, so it can't be cancelled."""
+
+    def __init__(self, job_id: str, state: JobState) -> None:
+        super().__init__(f"job {job_id} has finished already ({state})")
+        self.job_id = job_id
+        self.state = state
+
+
+class TeacherUnavailableError(StoreError):
+    """The spec's teacher is a job or an artifact that can't be one."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field = field
+        self.problem = problem
+
+
+class InvalidCursorError(StoreError):
+    """The cursor was not made by this service."""
+
+    def __init__(self) -> None:
+        super().__init__("the cursor is not one that an earlier page returned as `next_cursor`")

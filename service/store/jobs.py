@@ -1,0 +1,189 @@
+"""Jobs: submitting, reading, listing, cancelling; and, gathered here from their modules, all that changes a job.
+
+Callers import from this module; `session` is passed by keyword, and the caller commits (see `service.store.session`).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cliprd_core.spec import JobSpec
+from service.store.cursors import Page, newest_page
+from service.store.errors import (
+    ArtifactNotFoundError,
+    InvalidCursorError,
+    JobFinishedError,
+    JobNotFoundError,
+    LeaseLostError,
+    StoreError,
+    TeacherUnavailableError,
+)
+from service.store.leases import (
+    Cancelled,
+    Claim,
+    LeaseStatus,
+    Outcome,
+    claim_job,
+    finish_job,
+    mark_started,
+    record_progress,
+    release_job,
+    renew_lease,
+)
+from service.store.metrics import record_evaluations, record_metrics
+from service.store.models import Artifact, ArtifactKind, Job, JobLabel
+from service.store.recovery import jobs_to_send, mark_sent, requeue_expired
+from service.store.session import database_now
+from service.store.states import ALLOWED_MOVES, JobState
+from service.store.transitions import QueuedJob, move, settle_dependents
+
+__all__ = [
+    "ALLOWED_MOVES",
+    "ArtifactNotFoundError",
+    "Cancelled",
+    "Claim",
+    "InvalidCursorError",
+    "JobFinishedError",
+    "JobNotFoundError",
+    "JobState",
+    "LeaseLostError",
+    "LeaseStatus",
+    "Outcome",
+    "Page",
+    "QueuedJob",
+    "StoreError",
+    "TeacherUnavailableError",
+    "claim_job",
+    "create_job",
+    "finish_job",
+    "get_job",
+    "jobs_to_send",
+    "list_jobs",
+    "mark_sent",
+    "mark_started",
+    "record_evaluations",
+    "record_metrics",
+    "record_progress",
+    "release_job",
+    "renew_lease",
+    "request_cancel",
+    "requeue_expired",
+]
+
+MAX_ATTEMPTS = 3
+"""Attempts that may be lost with their worker before a job fails."""
+
+
+def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEMPTS) -> Job:
+    """Store a job: `queued`, or `waiting` if its teacher is a job that hasn't finished.
+
+    `spec` is the resolved one: the worker takes its paths as they are.
+
+    Raises:
+        TeacherUnavailableError: the teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
+    """
+    teacher = _lock_teacher(session, spec)
+    now = database_now(session)
+    waits = teacher is not None and not teacher.state.is_finished
+    job = Job(
+        id=str(uuid.uuid4()),
+        name=spec.name,
+        recipe=spec.recipe.value,
+        state=JobState.WAITING if waits else JobState.QUEUED,
+        spec=spec.model_dump(mode="json"),
+        queue=spec.resources.queue,
+        teacher_job_id=None if teacher is None else teacher.id,
+        attempt=0,
+        num_releases=0,
+        max_attempts=max_attempts,
+        created_at=now,
+        queued_at=None if waits else now,
+    )
+    session.add(job)
+    session.flush()
+    session.add_all([JobLabel(job_id=job.id, key=key, value=value) for key, value in spec.labels.items()])
+    session.flush()
+    return job
+
+
+def _lock_teacher(session: Session, spec: JobSpec) -> Job | None:
+    """The job whose result is the teacher, locked so that it can't finish between our look and our insert."""
+    if spec.teacher is None:
+        return None
+    if spec.teacher.artifact is not None:
+        artifact = session.get(Artifact, spec.teacher.artifact)
+        if artifact is None:
+            raise TeacherUnavailableError("teacher.artifact", f"there is no artifact {spec.teacher.artifact!r}")
+        if artifact.kind is not ArtifactKind.MODEL:
+            raise TeacherUnavailableError("teacher.artifact", f"artifact {artifact.id!r} is a {artifact.kind}, not a model")
+        return None
+    if spec.teacher.job is None:
+        return None
+    teacher = session.scalars(select(Job).where(Job.id == spec.teacher.job).with_for_update()).one_or_none()
+    if teacher is None:
+        raise TeacherUnavailableError("teacher.job", f"there is no job {spec.teacher.job!r}")
+    if teacher.state in (JobState.FAILED, JobState.CANCELLED):
+        raise TeacherUnavailableError("teacher.job", f"job {teacher.id!r} ended as {teacher.state}, so it has no model to offer")
+    return teacher
+
+
+def get_job(*, session: Session, job_id: str) -> Job:
+    """The job of this id.
+
+    Raises:
+        JobNotFoundError: there is none.
+    """
+    job = session.get(Job, job_id)
+    if job is None:
+        raise JobNotFoundError(job_id)
+    return job
+
+
+def list_jobs(
+    *,
+    session: Session,
+    state: JobState | None = None,
+    labels: Mapping[str, str] | None = None,
+    limit: int = 50,
+    cursor: str | None = None,
+) -> Page[Job]:
+    """Jobs, newest first, that are in `state` and carry all of `labels`.
+
+    Raises:
+        InvalidCursorError: the cursor is no earlier page's `next_cursor`.
+    """
+    query = select(Job)
+    if state is not None:
+        query = query.where(Job.state == state)
+    for key, value in (labels or {}).items():
+        query = query.where(Job.id.in_(select(JobLabel.job_id).where(JobLabel.key == key, JobLabel.value == value)))
+    return newest_page(session, query, Job.created_at, Job.id, limit=limit, cursor=cursor)
+
+
+def request_cancel(*, session: Session, job_id: str, now: datetime | None = None) -> Job:
+    """End a job that hasn't started at once; ask the worker of a running one, which learns it when it next renews its lease.
+
+    Asking twice for a running job is the same as asking once. Jobs that wait for this one as their teacher fail with it.
+
+    Raises:
+        JobNotFoundError: there is no such job.
+        JobFinishedError: it has finished, whichever way.
+    """
+    query = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
+    job = session.scalars(query).one_or_none()
+    if job is None:
+        raise JobNotFoundError(job_id)
+    if job.state.is_finished:
+        raise JobFinishedError(job_id, job.state)
+    now = now or database_now(session)
+    job.cancel_requested_at = job.cancel_requested_at or now
+    if job.state is not JobState.RUNNING:
+        move(job, JobState.CANCELLED, now=now)
+        settle_dependents(session=session, job=job, now=now)
+    session.flush()
+    return job

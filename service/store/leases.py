@@ -1,0 +1,163 @@
+"""A running job's life: claimed under a lease, reported on by the lease's holder, finished or given back.
+
+Every write is guarded by job id and lease token together, so a worker that lost its lease can't write.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from cliprd_core.run_dir import ErrorRecord, Progress, ResultRecord
+from service.store.errors import LeaseLostError
+from service.store.models import Job
+from service.store.session import database_now
+from service.store.states import JobState
+from service.store.transitions import QueuedJob, fail, move, settle_dependents, sources_of
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a worker got when it claimed a job."""
+
+    job: Job
+    attempt: int
+    lease_token: str
+
+
+@dataclass(frozen=True)
+class LeaseStatus:
+    """What a worker learns each time it renews its lease."""
+
+    held: bool
+    """False: stop at once and write nothing more."""
+    cancel_requested: bool
+    """True: a user wants the job to end; stop it and finish it as `Cancelled`."""
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """Outcome of a run that was stopped because its cancellation was requested."""
+
+
+Outcome = ResultRecord | ErrorRecord | Cancelled
+"""How a run ended: succeeded with this result, failed with this error, or cancelled."""
+
+
+def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: float) -> Claim | None:
+    """Take a queued job. None: it isn't queued (any more), so someone else has it, or it was cancelled, or there is no such job."""
+    now = database_now(session)
+    token = uuid.uuid4().hex
+    claimed = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state.in_(sources_of(JobState.RUNNING)))
+        .values(
+            state=JobState.RUNNING,
+            attempt=Job.attempt + 1,
+            worker=worker,
+            lease_token=token,
+            lease_expires_at=now + timedelta(seconds=lease_seconds),
+        )
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    ).scalar_one_or_none()
+    if claimed is None:
+        return None
+    job = session.get_one(Job, job_id, populate_existing=True)
+    return Claim(job=job, attempt=job.attempt, lease_token=token)
+
+
+def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> LeaseStatus:
+    """Keep the job for another `lease_seconds` from now. A lease that ran out is renewed too, as long as nobody took it away."""
+    expires_at = database_now(session) + timedelta(seconds=lease_seconds)
+    row = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.lease_token == lease_token, Job.state == JobState.RUNNING)
+        .values(lease_expires_at=expires_at)
+        .returning(Job.cancel_requested_at)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()
+    return LeaseStatus(held=row is not None, cancel_requested=row is not None and row.cancel_requested_at is not None)
+
+
+def lock_held_job(*, session: Session, job_id: str, lease_token: str) -> Job:
+    """The job's row, locked until the transaction ends.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    query = select(Job).where(Job.id == job_id, Job.lease_token == lease_token, Job.state == JobState.RUNNING).with_for_update()
+    job = session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+    if job is None:
+        raise LeaseLostError(job_id)
+    return job
+
+
+def mark_started(*, session: Session, job_id: str, lease_token: str) -> None:
+    """Record that the training process runs; `started_at` stays that of the first attempt.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    if job.started_at is None:
+        job.started_at = database_now(session)
+
+
+def record_progress(*, session: Session, job_id: str, lease_token: str, progress: Progress) -> None:
+    """Replace the job's progress. `metrics.record_metrics` does so too; this is for progress without metrics.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    job.progress = progress.model_dump(mode="json")
+
+
+def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outcome) -> list[QueuedJob]:
+    """Record how the run ended, and settle the jobs that waited for it as their teacher.
+
+    Returns:
+        The jobs that became claimable by this; send their messages after the commit.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+        ValueError: `Cancelled` without a request for it; `release_job` gives a job back.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    now = database_now(session)
+    match outcome:
+        case ResultRecord():
+            move(job, JobState.SUCCEEDED, now=now)
+            job.result = outcome.model_dump(mode="json")
+        case ErrorRecord():
+            fail(job, outcome, now=now)
+        case Cancelled():
+            if job.cancel_requested_at is None:
+                raise ValueError(f"nobody asked to cancel job {job_id}; give it back with release_job")
+            move(job, JobState.CANCELLED, now=now)
+    return settle_dependents(session=session, job=job, now=now)
+
+
+def release_job(*, session: Session, job_id: str, lease_token: str) -> QueuedJob | None:
+    """Give a job back unfinished, as a worker does that shuts down; the attempt doesn't count as a failure.
+
+    Returns:
+        The job, to be sent again after the commit; or None when its cancellation was requested, so that it is `cancelled` now.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    now = database_now(session)
+    if job.cancel_requested_at is not None:
+        move(job, JobState.CANCELLED, now=now)
+        settle_dependents(session=session, job=job, now=now)
+        return None
+    move(job, JobState.QUEUED, now=now)
+    job.num_releases += 1
+    return QueuedJob(job.id, job.queue)

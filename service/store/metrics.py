@@ -1,0 +1,136 @@
+"""What runs measured: metric series and evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
+from service.store.leases import lock_held_job
+from service.store.models import Base, Evaluation, Job, Metric
+
+MIN_POINTS = 4
+"""The fewest points a series can be thinned to: its ends, and the lowest and highest between them."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the steps of a run; both lists are equally long, steps ascending."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+
+def record_metrics(*, session: Session, job_id: str, lease_token: str, records: Sequence[MetricsRecord]) -> None:
+    """Store records in the order they were made; the last one's progress, and every name's last value, show on the job.
+
+    Replaying records changes nothing. Where attempts overlap, the latest attempt's value stays.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+        ValueError: a value is not a finite number.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    if not records:
+        return
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    latest = dict(job.metrics or {})
+    for record in records:
+        for name, value in record.values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"metric {name!r} at step {record.step} is {value}; only finite numbers are recorded")
+            row = {"job_id": job_id, "name": name, "step": record.step, "attempt": record.attempt, "value": value}
+            earlier = rows.get((name, record.step))
+            if earlier is None or record.attempt >= earlier["attempt"]:
+                rows[name, record.step] = row
+        latest.update(record.values)
+    _upsert(session, Metric, list(rows.values()), replace=("attempt", "value"))
+    job.metrics = latest
+    job.progress = records[-1].progress.model_dump(mode="json")
+
+
+def record_evaluations(*, session: Session, job_id: str, lease_token: str, records: Sequence[EvaluationRecord]) -> None:
+    """Store evaluations; replays and overlapping attempts are treated as in `record_metrics`.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    rows: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for record in sorted(records, key=lambda record: record.attempt):
+        key = {"job_id": job_id, "step": record.step, "task": record.task, "dataset": record.dataset}
+        rows[record.step, record.task, record.dataset] = {**key, "attempt": record.attempt, "record": record.model_dump(mode="json")}
+    _upsert(session, Evaluation, list(rows.values()), replace=("attempt", "record"))
+
+
+def list_evaluations(*, session: Session, job_id: str) -> list[EvaluationRecord]:
+    """A job's evaluations by step, task and data set."""
+    query = select(Evaluation.record).where(Evaluation.job_id == job_id).order_by(Evaluation.step, Evaluation.task, Evaluation.dataset)
+    return [EvaluationRecord.model_validate(record) for record in session.scalars(query)]
+
+
+def series(*, session: Session, job: Job, names: Sequence[str] = ("*",), since_step: int = 0, max_points: int = 1000) -> dict[str, Series]:
+    """The job's metrics from `since_step` on whose names match, each thinned to at most `max_points`.
+
+    Args:
+        session: for reading.
+        job: as `get_job` returned it.
+        names: exact names, or prefixes that end in `*`.
+        since_step: the first step of interest.
+        max_points: at least 4; see `thin`.
+
+    Returns:
+        A series for every metric of that name, sorted by name; one without points in range is empty.
+    """
+    found = {name: Series() for name in sorted(job.metrics or {}) if any(_matches(name, pattern) for pattern in names)}
+    query = select(Metric.name, Metric.step, Metric.value).order_by(Metric.name, Metric.step)
+    query = query.where(Metric.job_id == job.id, Metric.name.in_(list(found)), Metric.step >= since_step)
+    for name, step, value in session.execute(query.execution_options(yield_per=10_000)):
+        found[name].steps.append(step)
+        found[name].values.append(value)
+    return {name: thin(whole, max_points) for name, whole in found.items()}
+
+
+def thin(whole: Series, max_points: int) -> Series:
+    """At most `max_points` (at least 4) points of a series, the same ones every time.
+
+    The first and the last point stay. Those between are cut into buckets of equal count, and the lowest and the highest of each
+    bucket stay (among equals the earliest), so that no spike is lost.
+    """
+    if max_points < MIN_POINTS:
+        raise ValueError(f"max_points is {max_points}; a series can't be thinned to fewer than {MIN_POINTS} points")
+    length = len(whole.steps)
+    if length <= max_points:
+        return whole
+    num_buckets = (max_points - 2) // 2
+    kept = {0, length - 1}
+    for bucket in range(num_buckets):
+        start, end = (1 + (length - 2) * edge // num_buckets for edge in (bucket, bucket + 1))
+        inside = whole.values[start:end]
+        kept |= {start + inside.index(min(inside)), start + inside.index(max(inside))}
+    order = sorted(kept)
+    return Series([whole.steps[index] for index in order], [whole.values[index] for index in order])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+
+
+def _upsert(session: Session, table: type[Base], rows: list[dict[str, Any]], *, replace: tuple[str, ...]) -> None:
+    """Insert rows, or replace those of the same or an earlier attempt."""
+    if not rows:
+        return
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    insert = dialect.insert(table)
+    statement = insert.on_conflict_do_update(
+        index_elements=list(table.__table__.primary_key),
+        set_={column: insert.excluded[column] for column in replace},
+        where=table.__table__.c.attempt <= insert.excluded.attempt,
+    )
+    session.connection().execute(statement, rows)

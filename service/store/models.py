@@ -1,0 +1,175 @@
+"""The tables. Whatever changes here needs a migration; a test compares the two."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, Enum, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from service.store.states import JobState
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware datetimes in UTC on every database; SQLite, which knows no time zones, keeps them naive."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        assert value.tzinfo is not None, "naive datetime"
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class ArtifactKind(StrEnum):
+    """What an artifact is for."""
+
+    MODEL = "model"
+    """One file of the exported student."""
+    CHECKPOINT = "checkpoint"
+    """One file of a checkpoint, mirrored so that the job can resume on another machine."""
+
+
+def _enum_column(kind: type[StrEnum]) -> Enum:
+    """Stored as the member's value in a plain string, so that a new member needs no migration."""
+    return Enum(kind, native_enum=False, length=16, values_callable=lambda members: [member.value for member in members])
+
+
+class Base(DeclarativeBase):
+    """Base of all tables."""
+
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's own protocol)
+        datetime: UtcDateTime(),
+        dict[str, Any]: JSON(none_as_null=True),
+        JobState: _enum_column(JobState),
+        ArtifactKind: _enum_column(ArtifactKind),
+    }
+
+
+class Job(Base):
+    """One distillation job. Times are UTC. Only `service.store` changes `state`."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("jobs_newest", "created_at", "id"),
+        Index("jobs_newest_by_state", "state", "created_at", "id"),
+        Index("jobs_by_lease", "state", "lease_expires_at"),
+        Index("jobs_by_teacher", "teacher_job_id"),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    recipe: Mapped[str] = mapped_column(String(64))
+    state: Mapped[JobState]
+    spec: Mapped[dict[str, Any]]
+    """The resolved JobSpec: recipe applied, paths absolute."""
+    queue: Mapped[str] = mapped_column(String(64))
+    teacher_job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    """How often the job was claimed; the running attempt's number."""
+    num_releases: Mapped[int] = mapped_column(Integer, default=0)
+    """Attempts that a worker gave back in good order; they don't count against `max_attempts`."""
+    max_attempts: Mapped[int] = mapped_column(Integer, default=3)
+    worker: Mapped[str | None] = mapped_column(String(255))
+    """Name of the worker of the latest attempt."""
+    lease_token: Mapped[str | None] = mapped_column(String(64))
+    """Known to the holder alone; set while running."""
+    lease_expires_at: Mapped[datetime | None]
+    cancel_requested_at: Mapped[datetime | None]
+
+    created_at: Mapped[datetime]
+    queued_at: Mapped[datetime | None]
+    """When it last became claimable. Null: it has been waiting ever since."""
+    sent_at: Mapped[datetime | None]
+    """When its message last went to the broker. Null: not since it was queued."""
+    started_at: Mapped[datetime | None]
+    """When the first attempt's training process started."""
+    finished_at: Mapped[datetime | None]
+
+    progress: Mapped[dict[str, Any] | None]
+    """Latest run_dir.Progress."""
+    metrics: Mapped[dict[str, Any] | None]
+    """Latest value of every metric, by name."""
+    error: Mapped[dict[str, Any] | None]
+    """run_dir.ErrorRecord of a failed job."""
+    result: Mapped[dict[str, Any] | None]
+    """run_dir.ResultRecord of a succeeded job."""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        labels: dict[str, str] = self.spec["labels"]
+        return labels
+
+
+class JobLabel(Base):
+    """The labels of `jobs.spec` once more, to find jobs by them on any database."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("job_labels_by_value", "key", "value", "job_id"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(128))
+
+
+class Metric(Base):
+    """One value at one step. The latest attempt's value replaces an earlier one's, so a replayed record changes nothing."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    attempt: Mapped[int]
+    value: Mapped[float] = mapped_column(Double)
+
+
+class Evaluation(Base):
+    """One run_dir.EvaluationRecord; replaced like a metric."""
+
+    __tablename__ = "evaluations"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    task: Mapped[str] = mapped_column(String(32), primary_key=True)
+    dataset: Mapped[str] = mapped_column(String(255), primary_key=True)
+    attempt: Mapped[int]
+    record: Mapped[dict[str, Any]]
+
+
+class Artifact(Base):
+    """One file that a job made. Its bytes lie in the blob store under `storage_key`."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (
+        UniqueConstraint("job_id", "kind", "group_name", "name", name="artifacts_one_per_name"),
+        Index("artifacts_newest", "created_at", "id"),
+        Index("artifacts_newest_by_job", "job_id", "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    kind: Mapped[ArtifactKind]
+    group: Mapped[str] = mapped_column("group_name", String(128))
+    """Files of one group belong together: `export`, `step-0000000100`."""
+    step: Mapped[int | None] = mapped_column(BigInteger)
+    """Optimiser updates done when it was made."""
+    name: Mapped[str] = mapped_column(String(255))
+    """File name, without folders."""
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    """Lower-case hexadecimal."""
+    media_type: Mapped[str] = mapped_column(Text)
+    storage_key: Mapped[str] = mapped_column(String(255))
+    created_at: Mapped[datetime]

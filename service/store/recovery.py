@@ -1,0 +1,66 @@
+"""What the reaper calls from time to time: jobs whose worker vanished, and jobs whose message may be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy import or_, select, update
+from sqlalchemy.orm import Session
+
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.store.models import Job
+from service.store.session import database_now
+from service.store.states import JobState
+from service.store.transitions import QueuedJob, fail, move, settle_dependents
+
+
+def requeue_expired(*, session: Session, now: datetime | None = None) -> list[QueuedJob]:
+    """Take every job away whose lease ran out before `now` (default: the database's clock).
+
+    Such a job becomes `queued` again; or `cancelled`, if that was requested; or `failed` (`worker_lost`) at its `max_attempts`-th
+    lost attempt. Several reapers may run at once: each job is handled by one.
+
+    Returns:
+        The jobs that are queued again; send their messages after the commit.
+    """
+    now = now or database_now(session)
+    query = select(Job).where(Job.state == JobState.RUNNING, Job.lease_expires_at < now).order_by(Job.id).with_for_update(skip_locked=True)
+    queued = []
+    for job in session.scalars(query.execution_options(populate_existing=True)).all():
+        num_lost = job.attempt - job.num_releases
+        if job.cancel_requested_at is not None:
+            move(job, JobState.CANCELLED, now=now)
+        elif num_lost >= job.max_attempts:
+            message = (
+                f"The worker ({job.worker}) stopped reporting, {num_lost} times in all, and the job was not tried again."
+                " Look at the worker's log for why it ended; memory that ran out is the usual cause."
+            )
+            fail(job, ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message), now=now)
+        else:
+            move(job, JobState.QUEUED, now=now)
+            queued.append(QueuedJob(job.id, job.queue))
+            continue
+        settle_dependents(session=session, job=job, now=now)
+    return queued
+
+
+def jobs_to_send(*, session: Session, older_than_seconds: float, now: datetime | None = None, limit: int = 1000) -> list[QueuedJob]:
+    """Queued jobs, oldest first, that have waited this long since they were queued or last sent: their message may be lost.
+
+    A message too many is harmless, since only one claim succeeds.
+    """
+    cutoff = (now or database_now(session)) - timedelta(seconds=older_than_seconds)
+    query = (
+        select(Job.id, Job.queue)
+        .where(Job.state == JobState.QUEUED, Job.queued_at <= cutoff, or_(Job.sent_at.is_(None), Job.sent_at <= cutoff))
+        .order_by(Job.created_at, Job.id)
+        .limit(limit)
+    )
+    return [QueuedJob(job_id, queue) for job_id, queue in session.execute(query)]
+
+
+def mark_sent(*, session: Session, job_ids: Sequence[str]) -> None:
+    """Record that these jobs' messages went to the broker just now. Jobs that were claimed meanwhile are left alone."""
+    statement = update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(sent_at=database_now(session))
+    session.execute(statement.execution_options(synchronize_session=False))

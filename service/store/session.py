@@ -1,0 +1,151 @@
+"""Engines, sessions, migrations and the database's clock.
+
+How transactions are used throughout: every store function takes `session` by keyword and never commits; its caller decides what
+belongs together::
+
+    with sessions.begin() as session:      # a write: all or nothing
+        claim = claim_job(session=session, ...)
+    with reading(sessions) as session:     # a read: never waits for a writer
+        job = get_job(session=session, ...)
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.orm import Session, sessionmaker
+
+SQLITE_BUSY_TIMEOUT_SECONDS = 30
+"""How long a SQLite writer waits for another one."""
+
+READ_ONLY = "cliprd_read_only"
+"""Execution option of a connection that will only read."""
+
+_MIGRATION_LOCK_KEY = 0x636C69707264  # "cliprd": PostgreSQL's advisory locks are told apart by number
+_alembic_lock = threading.Lock()  # alembic's environment is a global of the process
+
+
+def make_engine(database_url: str) -> Engine:
+    """An engine for `sqlite:///FILE` or `postgresql://…`.
+
+    Raises:
+        ValueError: for any other database, and for SQLite in memory, which several threads can't share.
+    """
+    url = _with_driver(make_url(database_url))
+    if url.get_backend_name() == "postgresql":
+        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args={"connect_timeout": 5})
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS}, pool_size=10, max_overflow=20)
+    event.listen(engine, "connect", _on_sqlite_connect)
+    event.listen(engine, "begin", _on_sqlite_begin)
+    return engine
+
+
+def make_sessions(engine: Engine) -> sessionmaker[Session]:
+    """A factory of sessions whose objects stay readable after the commit."""
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+@contextmanager
+def reading(sessions: sessionmaker[Session]) -> Iterator[Session]:
+    """A session for reading only: on SQLite it takes no write lock."""
+    with sessions() as session:
+        session.connection(execution_options={READ_ONLY: True})
+        yield session
+
+
+def database_now(session: Session) -> datetime:
+    """The database's clock, so that leases don't depend on how well the machines' clocks agree."""
+    if session.get_bind().dialect.name == "postgresql":
+        now: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
+        return now.astimezone(UTC)
+    return datetime.now(UTC)
+
+
+def migrate(database_url: str) -> None:
+    """Bring the database to the newest schema. Several processes may do this at once: one migrates, the others wait and find it done."""
+    url = _with_driver(make_url(database_url))
+    is_sqlite = url.get_backend_name() == "sqlite"
+    if is_sqlite:
+        assert url.database
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = make_engine(database_url)
+    try:
+        if is_sqlite:
+            _switch_to_wal(engine)
+        with engine.begin() as connection:  # on SQLite this takes the write lock at once
+            if not is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK_KEY})
+            config = _alembic_config()
+            config.attributes["connection"] = connection
+            with _alembic_lock:
+                command.upgrade(config, "head")
+    finally:
+        engine.dispose()
+
+
+def is_migrated(connection: Connection) -> bool:
+    """Whether the database has exactly this version's schema."""
+    current = MigrationContext.configure(connection).get_current_heads()
+    return set(current) == set(ScriptDirectory.from_config(_alembic_config()).get_heads())
+
+
+def _with_driver(url: URL) -> URL:
+    backend = url.get_backend_name()
+    if backend in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    if backend != "sqlite":
+        raise ValueError(f"database_url: {backend!r} is not supported; use sqlite:///FILE or postgresql://USER@HOST/DATABASE")
+    if not url.database or url.database == ":memory:":
+        raise ValueError(
+            "database_url: SQLite in memory can't be shared between processes; name a file, as in sqlite:////var/lib/cliprd.db"
+        )
+    return url
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    folder = Path(__file__).parent / "migrations"
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _on_sqlite_connect(connection: sqlite3.Connection, _record: Any) -> None:
+    connection.isolation_level = None  # else the driver begins transactions of its own, too late for the lock we want
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _on_sqlite_begin(connection: Connection) -> None:
+    # A transaction that reads first and writes later may fail half-way, however long it waits; so a writer locks at its start.
+    read_only = connection.get_execution_options().get(READ_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+def _switch_to_wal(engine: Engine) -> None:
+    """Let readers and one writer work at the same time. The mode stays with the file; SQLite doesn't wait for the lock it needs here."""
+    deadline = time.monotonic() + SQLITE_BUSY_TIMEOUT_SECONDS
+    while True:
+        raw = engine.raw_connection()
+        try:
+            raw.cursor().execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+        finally:
+            raw.close()

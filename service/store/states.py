@@ -1,0 +1,38 @@
+"""A job's states and the one table of moves between them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class JobState(StrEnum):
+    """Where a job is in its life."""
+
+    WAITING = "waiting"
+    """Its teacher is another job's result, and that job has not finished."""
+    QUEUED = "queued"
+    """Any worker of its queue may claim it."""
+    RUNNING = "running"
+    """One worker holds it under a lease."""
+    SUCCEEDED = "succeeded"
+    """Trained, evaluated and exported."""
+    FAILED = "failed"
+    """Ended badly; `error` says why."""
+    CANCELLED = "cancelled"
+    """Ended because a user asked for it."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing can follow."""
+        return not ALLOWED_MOVES[self]
+
+
+ALLOWED_MOVES: dict[JobState, frozenset[JobState]] = {
+    JobState.WAITING: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+"""Every move there is: from each state, the states that may follow."""

@@ -1,0 +1,74 @@
+"""The only place that sets `Job.state`, together with what follows from each move."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.store.models import Job
+from service.store.states import ALLOWED_MOVES, JobState
+
+
+class QueuedJob(NamedTuple):
+    """A job that became claimable; once the transaction is committed the caller sends its message."""
+
+    job_id: str
+    queue: str
+
+
+def sources_of(target: JobState) -> list[JobState]:
+    """The states that may move to `target`."""
+    return [state for state, targets in ALLOWED_MOVES.items() if target in targets]
+
+
+def move(job: Job, target: JobState, *, now: datetime) -> None:
+    """Move a job whose row the caller has locked, and set what belongs to the move.
+
+    Claiming is not done here but in one UPDATE (`leases.claim_job`), since two claimers race for an unlocked row.
+    """
+    assert target in ALLOWED_MOVES[job.state], f"job {job.id} can't go from {job.state} to {target}"
+    job.state = target
+    job.lease_token = None
+    job.lease_expires_at = None
+    if target is JobState.QUEUED:
+        job.queued_at = now
+        job.sent_at = None
+    if target.is_finished:
+        job.finished_at = now
+
+
+def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
+    """Move a locked job to `failed` and record why."""
+    move(job, JobState.FAILED, now=now)
+    job.error = error.model_dump(mode="json")
+
+
+def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
+    """After `job` has finished: queue the jobs that waited for it as their teacher, or fail them and whoever waits for them."""
+    queued: list[QueuedJob] = []
+    finished = [job]
+    while finished:
+        teacher = finished.pop()
+        session.flush()
+        for dependent in _lock_dependents(session, teacher):
+            if teacher.state is JobState.SUCCEEDED:
+                move(dependent, JobState.QUEUED, now=now)
+                queued.append(QueuedJob(dependent.id, dependent.queue))
+            else:
+                message = (
+                    f"The teacher of this job is the result of job {teacher.id}, which ended as {teacher.state}."
+                    " Submit this job again with a teacher that exists."
+                )
+                fail(dependent, ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=message), now=now)
+                finished.append(dependent)
+    session.flush()
+    return queued
+
+
+def _lock_dependents(session: Session, teacher: Job) -> list[Job]:
+    query = select(Job).where(Job.teacher_job_id == teacher.id, Job.state == JobState.WAITING).order_by(Job.id).with_for_update()
+    return list(session.scalars(query.execution_options(populate_existing=True)))

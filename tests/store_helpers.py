@@ -1,0 +1,103 @@
+"""Small specs and records, and short ways through a job's life, for tests of the store and of the API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, MetricsRecord, Progress, ResultRecord
+from cliprd_core.spec import JobSpec
+from service.store import jobs
+from service.store.models import Job
+from service.store.session import reading
+
+Sessions = sessionmaker[Session]
+
+TINY_CONFIG = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32}, "text_cfg": {"width": 16, "layers": 1}}
+
+SUCCESS = ResultRecord(
+    step=20,
+    samples_seen=80,
+    num_student_parameters=1000,
+    num_teacher_parameters=None,
+    num_corrupt_samples=0,
+    train_seconds=1.5,
+    export_files=["open_clip_config.json"],
+)
+FAILURE = ErrorRecord(reason=ErrorReason.DIVERGED, message="The loss became NaN at step 7. Lower the learning rate.")
+
+
+def spec_dict(**changes: Any) -> dict[str, Any]:
+    """A spec whose data is the table `pairs.tsv`; `changes` replace whole fields."""
+    return {
+        "name": "test",
+        "recipe": "clip",
+        "student": {"config": TINY_CONFIG},
+        "data": {"train": [{"type": "csv", "path": "pairs.tsv"}]},
+        **changes,
+    }
+
+
+def write_table(folder: Path, num_pairs: int = 4) -> None:
+    """The table that `spec_dict` names."""
+    rows = "".join(f"{index}.png\ta picture\n" for index in range(num_pairs))
+    (folder / "pairs.tsv").write_text(f"filepath\ttitle\n{rows}")
+
+
+def distilled_spec(teacher_job_id: str) -> JobSpec:
+    """A spec whose teacher is another job's result."""
+    return JobSpec.model_validate(spec_dict(recipe="clip_kd", teacher={"job": teacher_job_id}))
+
+
+def create(sessions: Sessions, spec: JobSpec | None = None, **options: Any) -> Job:
+    """A stored job."""
+    with sessions.begin() as session:
+        return jobs.create_job(session=session, spec=spec or JobSpec.model_validate(spec_dict()), **options)
+
+
+def claim(sessions: Sessions, job_id: str, worker: str = "worker-1", lease_seconds: float = 60) -> jobs.Claim:
+    """The claim of a queued job."""
+    with sessions.begin() as session:
+        claimed = jobs.claim_job(session=session, job_id=job_id, worker=worker, lease_seconds=lease_seconds)
+    assert claimed is not None
+    return claimed
+
+
+def finish(sessions: Sessions, claimed: jobs.Claim, outcome: jobs.Outcome = SUCCESS) -> list[jobs.QueuedJob]:
+    """Finish a claimed job."""
+    with sessions.begin() as session:
+        return jobs.finish_job(session=session, job_id=claimed.job.id, lease_token=claimed.lease_token, outcome=outcome)
+
+
+def read(sessions: Sessions, job_id: str) -> Job:
+    """The job as it is now."""
+    with reading(sessions) as session:
+        return jobs.get_job(session=session, job_id=job_id)
+
+
+def progress_at(step: int) -> Progress:
+    """Progress of a run of 20 steps of 4 pairs."""
+    return Progress(step=step, num_steps=20, epoch=step / 10, samples_seen=4 * step, samples_per_second=8.0, eta_seconds=(20 - step) / 2)
+
+
+def measured(step: int, attempt: int = 1, **values: float) -> MetricsRecord:
+    """A metrics record; `train_loss` stands for `train/loss`."""
+    named = {name.replace("_", "/", 1): value for name, value in values.items()}
+    return MetricsRecord(attempt=attempt, step=step, time=1.0, progress=progress_at(step), values=named)
+
+
+def evaluated(step: int, attempt: int = 1, top1: float = 0.5) -> EvaluationRecord:
+    """A zero-shot evaluation."""
+    return EvaluationRecord(
+        attempt=attempt,
+        step=step,
+        epoch=step / 10,
+        time=1.0,
+        task="zero_shot",
+        dataset="emoji",
+        num_samples=10,
+        metrics={"zero_shot_top1": top1},
+        chance={"zero_shot_top1": 0.1},
+    )

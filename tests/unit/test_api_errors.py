@@ -1,0 +1,146 @@
+"""Every error is a problem (RFC 9457), and names the field, what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+
+from service.app import create_app
+from service.settings import Settings
+from tests.store_helpers import TINY_CONFIG, spec_dict, write_table
+
+JSON = {"content-type": "application/json"}
+
+
+def problem(response: httpx2.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert {"type", "title", "status", "detail", "instance", "errors"} == set(body)
+    return body
+
+
+def test_every_field_of_a_bad_spec_is_named(client: TestClient) -> None:
+    spec = spec_dict(training={"epoch": 1, "global_batch_size": "many"}, data={"train": [{"type": "webdataset"}]})
+    body = problem(client.post("/jobs", json=spec), 422)
+    assert body["type"] == "urn:cliprd:problem:invalid-request"
+    by_field = {error["field"]: error for error in body["errors"]}
+    assert set(by_field) == {"training.epoch", "training.global_batch_size", "data.train.0.shards"}
+    assert "`training.epochs`" in by_field["training.epoch"]["remedy"]
+    assert all(error["problem"] and error["remedy"] for error in body["errors"])
+
+
+def test_what_only_the_files_tell_is_named_too(client: TestClient, tmp_path: Path) -> None:
+    body = problem(client.post("/jobs", json=spec_dict()), 422)
+    assert [error["field"] for error in body["errors"]] == ["data.train.0.path"]
+    write_table(tmp_path)
+    assert client.post("/jobs", json=spec_dict()).status_code == 201
+
+
+def test_malformed_json_is_answered_with_its_position(client: TestClient) -> None:
+    body = problem(client.post("/jobs", content=b'{\n  "name": oops}', headers=JSON), 400)
+    assert "line 2, column 11" in body["detail"]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"", JSON, 422),
+        (b"null", JSON, 422),
+        (b"[]", JSON, 422),
+        (b'"text"', JSON, 422),
+        (b'{"name": "x"}', {"content-type": "text/plain"}, 422),
+        (b"[" * 100_000, JSON, 400),
+        (b'{"a":' * 100_000, JSON, 400),
+        (b"\xff\xfe{", JSON, 400),
+        (b'{"\\ud800": 1}', JSON, 422),
+        (b'{"labels": {"\\ud800": "\\ud800"}, "name": "\\ud800"}', JSON, 422),
+        (b"9" * 5000, JSON, 400),
+    ],
+)
+def test_bodies_that_are_no_spec(client: TestClient, content: bytes, headers: dict[str, str], status: int) -> None:
+    problem(client.post("/jobs", content=content, headers=headers), status)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"\\u0000"', '"\\ud800"', "1e999", "[" * 400 + "]" * 400])
+def test_values_that_can_not_be_stored_are_refused(client: TestClient, tmp_path: Path, value: str) -> None:
+    write_table(tmp_path)
+    spec = json.dumps(spec_dict(student={"config": {**TINY_CONFIG, "extra": "HERE"}})).replace('"HERE"', value)
+    body = problem(client.post("/jobs", content=spec, headers=JSON), 422)
+    assert body["errors"][0]["field"].startswith("student.config.extra")
+
+
+def test_unknown_paths_and_methods(client: TestClient) -> None:
+    assert "/nothing" in problem(client.get("/nothing"), 404)["detail"]
+    response = client.put("/jobs")
+    assert "GET, POST" in problem(response, 405)["detail"]
+    assert response.headers["allow"] == "GET, POST"
+
+
+def test_a_long_body_is_refused_whether_its_length_is_announced_or_not(client: TestClient, settings: Settings) -> None:
+    body = b" " * (settings.max_body_bytes + 1)
+    assert str(settings.max_body_bytes) in problem(client.post("/jobs", content=body, headers=JSON), 413)["detail"]
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(11):
+            yield b" " * (settings.max_body_bytes // 10)
+
+    response = client.post("/jobs", content=chunks(), headers=JSON)
+    assert "content-length" not in response.request.headers
+    assert str(settings.max_body_bytes) in problem(response, 413)["detail"]
+
+
+def test_a_fault_of_ours_is_a_problem_without_its_inner_workings(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("service.store.jobs.list_jobs", broken)
+    response = client.get("/jobs")
+    problem(response, 500)
+    assert "secret" not in response.text
+
+
+def test_a_database_that_fails_is_a_503(client: TestClient, settings: Settings) -> None:
+    with client.app.state.services.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.execute(text("DROP TABLE job_labels"))
+        connection.execute(text("DROP TABLE metrics"))
+        connection.execute(text("DROP TABLE evaluations"))
+        connection.execute(text("DROP TABLE artifacts"))
+        connection.execute(text("DROP TABLE jobs"))
+    response = client.get("/jobs")
+    problem(response, 503)
+    assert response.headers["retry-after"]
+
+
+def test_openapi_documents_every_error_and_examples(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    operations = [(path, method, one) for path, methods in schema["paths"].items() for method, one in methods.items()]
+    for path, method, operation in operations:
+        if path == "/healthz":
+            continue
+        errors = {status: answer for status, answer in operation["responses"].items() if status >= "400"}
+        assert errors, (path, method)
+        for answer in errors.values():
+            assert answer["content"] == {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}, (path, method)
+        if "{" in path:
+            assert "404" in errors
+    assert {"201", "400", "413", "422", "500"} <= set(schema["paths"]["/jobs"]["post"]["responses"])
+    assert "409" in schema["paths"]["/jobs/{job_id}/cancel"]["post"]["responses"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    assert schema["components"]["schemas"]["Problem"]["properties"]["errors"]["items"] == {"$ref": "#/components/schemas/FieldProblem"}
+    examples = schema["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+    assert {"quick", "clip", "clip_kd", "clip_rd"} <= set(examples)
+
+
+def test_the_quick_example_is_accepted_in_a_checkout(settings: Settings) -> None:
+    checkout = settings.model_copy(update={"data_root": Path(__file__).parents[2]})
+    with TestClient(create_app(checkout)) as client:
+        examples = client.get("/openapi.json").json()["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        assert client.post("/jobs", json=examples["quick"]["value"]).status_code == 201

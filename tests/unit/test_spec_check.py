@@ -1,0 +1,201 @@
+"""What is checked of a spec at its submission, and how its paths are resolved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cliprd_core.spec import JobSpec
+from service.examples import EXAMPLES, QUICK_SPEC
+from service.problems import FieldProblem, SpecError
+from service.spec_check import check_spec
+from tests.store_helpers import TINY_CONFIG, spec_dict, write_table
+
+SMALL = {"global_batch_size": 2, "warmup_steps": 1}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two shards of 10 pairs, a table, a zero-shot and a retrieval set, a checkpoint and a model folder."""
+    (tmp_path / "train").mkdir()
+    for name in ("00000.tar", "00001.tar"):
+        (tmp_path / "train" / name).write_bytes(b"tar")
+    write_table(tmp_path)
+    for name in ("classes", "captions"):
+        split = tmp_path / "wds" / name / "test"
+        split.mkdir(parents=True)
+        (split / "nshards.txt").write_text("2\n")
+        for shard in ("0.tar", "1.tar"):
+            (split / shard).write_bytes(b"tar")
+    (tmp_path / "wds/classes/classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported/open_clip_config.json").write_text("{}")
+    (tmp_path / "exported/open_clip_model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def check(root: Path, check_files: bool = True, **changes: Any) -> JobSpec:
+    return check_spec(JobSpec.model_validate(spec_dict(**changes)), data_root=root, check_files=check_files)
+
+
+def problems(root: Path, **changes: Any) -> dict[str, FieldProblem]:
+    with pytest.raises(SpecError) as caught:
+        check(root, **changes)
+    return {one.field: one for one in caught.value.problems}
+
+
+def shards(pattern: str, **more: Any) -> dict[str, Any]:
+    return {"train": [{"type": "webdataset", "shards": pattern, **more}]}
+
+
+def table(**more: Any) -> dict[str, Any]:
+    return {"train": [{"type": "csv", "path": "pairs.tsv", **more}]}
+
+
+def test_relative_paths_become_absolute_and_the_rest_stays(root: Path) -> None:
+    spec = check(
+        root,
+        recipe="clip_kd",
+        teacher={"model": "local-dir:exported"},
+        student={"config": TINY_CONFIG, "pretrained": "model.pt"},
+        data={**shards("train/{00000..00001}.tar"), "validation": table(image_root=".")["train"]},
+        evaluation={"zero_shot": ["wds/classes"], "retrieval": [{"path": "wds/captions/", "name": "mine"}]},
+    )
+    assert spec.teacher is not None
+    assert spec.teacher.model == f"local-dir:{root}/exported"
+    assert spec.student.pretrained == f"{root}/model.pt"
+    dumped = spec.model_dump()
+    assert dumped["data"]["train"][0]["shards"] == f"{root}/train/{{00000..00001}}.tar"
+    assert dumped["data"]["validation"][0]["path"] == f"{root}/pairs.tsv"
+    assert dumped["data"]["validation"][0]["image_root"] == str(root)
+    assert [(one.name, one.path) for one in spec.evaluation.zero_shot] == [("classes", f"{root}/wds/classes")]
+    assert [(one.name, one.path) for one in spec.evaluation.retrieval] == [("mine", f"{root}/wds/captions")]
+    assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec
+    assert check_spec(spec, data_root=Path("/elsewhere")) == spec
+
+
+def test_a_pretrained_tag_is_left_alone_and_a_file_found(root: Path) -> None:
+    assert check(root, student={"model": "ViT-B-16", "pretrained": "openai"}).student.pretrained == "openai"
+    (root / "weights").write_bytes(b"x")
+    assert check(root, student={"model": "ViT-B-16", "pretrained": "weights"}).student.pretrained == f"{root}/weights"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "problem", "remedy"),
+    [
+        ({"student": {"model": "ViT-B-61"}}, "student.model", "`ViT-B-61`", "`ViT-B-16`"),
+        ({"student": {"model": "ViT-B-16", "pretrained": "openia"}}, "student.pretrained", "`openia`", "`openai`"),
+        ({"student": {"model": "ViT-B-16", "pretrained": "x/y"}}, "student.pretrained", "no file", "path"),
+        ({"student": {"config": TINY_CONFIG, "pretrained": "openai"}}, "student.pretrained", "no file", "path"),
+        ({"student": {"model": "local-dir:train"}}, "student.model", "no open_clip_config.json", "folder"),
+        ({"student": {"model": "local-dir:nowhere"}}, "student.model", "no folder", "folder"),
+        ({"data": shards("train/{00000..00003}.tar")}, "data.train.0.shards", "00002.tar is missing (and 1 more of 4)", "Check"),
+        ({"data": shards("train/*.zip")}, "data.train.0.shards", "no file matches", "Check"),
+        ({"data": shards("train/{0..1.tar")}, "data.train.0.shards", "unbalanced", "{00000..00007}"),
+        ({"data": shards("s3://bucket/{0..9}.tar")}, "data.train.0.shards", "address", "Mount"),
+        ({"data": shards("{0..99999999999999999999}.tar")}, "data.train.0.shards", "at most 100000", "narrower"),
+        ({"data": shards("train")}, "data.train.0.shards", "no readable file", "Check"),
+        ({"data": shards("x" * 300)}, "data.train.0.shards", "missing", "Check"),
+        ({"data": table(caption_column="titel")}, "data.train.0.caption_column", "no column `titel`", "`title`"),
+        ({"data": table(separator=",", caption_column="filepath\ttitle")}, "data.train.0.image_column", "split at ','", "separator"),
+        ({"data": table(path="none.tsv")}, "data.train.0.path", "No such file", "Check"),
+        ({"data": table(path="model.pt/x")}, "data.train.0.path", "Not a directory", "Check"),
+        ({"data": table(image_root="none")}, "data.train.0.image_root", "no folder", "null"),
+        ({"evaluation": {"zero_shot": ["wds/captions"]}}, "evaluation.zero_shot.0.path", "classnames.txt", "retrieval"),
+        ({"evaluation": {"zero_shot": ["none"]}}, "evaluation.zero_shot.0.path", "no folder", "Check"),
+        ({"evaluation": {"retrieval": [{"path": "wds/classes", "split": "tst"}]}}, "evaluation.retrieval.0.split", "`tst`", "are: test."),
+        ({"name": "a\0b"}, "name", "NUL", "Remove"),
+        ({"student": {"config": {**TINY_CONFIG, "x": float("nan")}}}, "student.config.x", "nan", "finite"),
+        ({"student": {"config": {**TINY_CONFIG, "x": ["\ud800"]}}}, "student.config.x.0", "surrogate", "Remove"),
+    ],
+)
+def test_one_problem(root: Path, changes: dict[str, Any], field: str, problem: str, remedy: str) -> None:
+    found = problems(root, **changes)
+    assert list(found) == [field]
+    assert problem in found[field].problem
+    assert remedy in found[field].remedy
+
+
+def test_everything_is_found_at_once(root: Path) -> None:
+    found = problems(
+        root,
+        student={"model": "ViT-B-61", "pretrained": "x.pt"},
+        data={**shards("train/9.tar"), "validation": table(path="none.tsv")["train"]},
+        evaluation={"retrieval": ["none"]},
+    )
+    assert set(found) == {
+        "student.model",
+        "student.pretrained",
+        "data.train.0.shards",
+        "data.validation.0.path",
+        "evaluation.retrieval.0.path",
+    }
+
+
+def test_nesting_has_a_limit_and_is_not_followed_by_recursion(root: Path) -> None:
+    deep: Any = {}
+    for _ in range(50_000):
+        deep = [deep]
+    found = problems(root, student={"config": {**TINY_CONFIG, "deep": deep}})
+    assert "nested" in next(iter(found.values())).problem
+    while deep:  # taken apart by hand, since freeing it at once would recurse
+        deep = deep.pop()
+
+
+def test_empty_files_are_missing_data(root: Path) -> None:
+    (root / "train/00001.tar").write_bytes(b"")
+    assert "00001.tar is no readable file" in problems(root, data=shards("train/*.tar"))["data.train.0.shards"].problem
+    (root / "pairs.tsv").write_text("filepath\ttitle\n")
+    assert "no rows" in problems(root)["data.train.0.path"].problem
+    (root / "pairs.tsv").write_bytes(b"\xff\xfe\x00")
+    assert "no such table" in problems(root)["data.train.0.path"].problem
+
+
+def test_broken_evaluation_layouts(root: Path) -> None:
+    split = root / "wds/classes/test"
+    (split / "1.tar").unlink()
+    evaluation = {"zero_shot": ["wds/classes"]}
+    assert "1.tar is missing" in problems(root, evaluation=evaluation)["evaluation.zero_shot.0.path"].problem
+    for content in ("two", "0", "99999999999"):
+        (split / "nshards.txt").write_text(content)
+        assert "nshards.txt" in problems(root, evaluation=evaluation)["evaluation.zero_shot.0.path"].problem
+
+
+def test_warm_up_and_batch_against_the_known_number_of_pairs(root: Path) -> None:
+    (root / "train/sizes.json").write_text(json.dumps({"00000.tar": 10, "00001.tar": 10}))
+    data = shards("train/*.tar")
+    check(root, data=data, training={**SMALL, "epochs": 1, "warmup_steps": 9})
+    found = problems(root, data=data, training={**SMALL, "epochs": 1, "warmup_steps": 10})
+    assert "only 10 steps" in found["training.warmup_steps"].problem
+    found = problems(root, data=shards("train/*.tar", num_samples=5), training={**SMALL, "epochs": 2, "warmup_steps": 4})
+    assert "only 4 steps" in found["training.warmup_steps"].problem
+    found = problems(root, data=data, training={"global_batch_size": 21, "warmup_steps": 0})
+    assert "only 20 training pairs" in found["training.global_batch_size"].problem
+
+
+def test_what_is_not_known_is_left_to_the_run(root: Path) -> None:
+    check(root, data=shards("train/*.tar"), training={"warmup_steps": 10**6})
+    (root / "train/sizes.json").write_text(json.dumps({"00000.tar": 10}))
+    check(root, data=shards("train/*.tar"), training={"warmup_steps": 10**6})
+    (root / "train/sizes.json").write_text("[]")
+    check(root, data={"train": [*shards("train/*.tar")["train"], *table(num_samples=2)["train"]]})
+
+
+def test_without_a_look_at_files_only_names_and_values_are_checked(root: Path) -> None:
+    spec = check(root, check_files=False, data=shards("cluster/{0..9}.tar"), evaluation={"zero_shot": ["cluster/wds"]})
+    assert spec.model_dump()["data"]["train"][0]["shards"] == f"{root}/cluster/{{0..9}}.tar"
+    with pytest.raises(SpecError, match="ViT-B-61"):
+        check(root, check_files=False, student={"model": "ViT-B-61"})
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_documented_examples_are_valid_specs(name: str) -> None:
+    check_spec(JobSpec.model_validate(EXAMPLES[name]["value"]), data_root=Path(), check_files=False)
+
+
+def test_the_quick_example_runs_in_a_checkout() -> None:
+    check_spec(JobSpec.model_validate(QUICK_SPEC), data_root=Path(__file__).parents[2])

@@ -1,0 +1,56 @@
+"""The blob store."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from service.store import blobs
+from service.store.blobs import BlobStore
+
+
+def files_under(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_bytes_come_back_as_they_went_in(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 10_000  # more than one chunk
+    (tmp_path / "source").write_bytes(content)
+    store = BlobStore(tmp_path / "store")
+    stored = store.put_file(tmp_path / "source")
+    assert (stored.num_bytes, stored.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    with store.open(stored.key) as file:
+        assert file.read() == content
+    assert store.put_file(tmp_path / "source").key != stored.key
+    store.delete(stored.key)
+    store.delete(stored.key)
+    assert not store.path(stored.key).exists()
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"x")
+    store = BlobStore(tmp_path / "store")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(blobs.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.put_file(tmp_path / "source")
+    assert files_under(tmp_path / "store") == []
+
+
+@pytest.mark.parametrize("key", ["../../etc/passwd", "/etc/passwd", "ab/../cd", "", "ab/" + "g" * 32, "ab/" + "0" * 32 + "\n"])
+def test_only_keys_of_its_own_making_are_paths(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="no key"):
+        BlobStore(tmp_path).path(key)
+
+
+def test_writability_is_checked_for_real(tmp_path: Path) -> None:
+    BlobStore(tmp_path / "new").check_writable()
+    assert files_under(tmp_path / "new") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        BlobStore(tmp_path / "file").check_writable()
