@@ -1,0 +1,128 @@
+"""The training run as processes: what torchrun is told, and that nothing of a run survives `kill`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service.die_with_parent import wrap
+from worker.process import COOKIE_VARIABLE, TrainingProcess, processes_with_cookie, torchrun_command, trainer_environment
+
+START_TREE = """
+import subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+for own_session in (False, True):
+    process = subprocess.Popen([sys.executable, "-c", child], start_new_session=own_session, stdout=subprocess.PIPE)
+    process.stdout.readline()
+print("tree is up", flush=True)
+time.sleep(60)
+"""
+
+
+def start(run: Path, code: str) -> TrainingProcess:
+    return TrainingProcess(run, [sys.executable, "-c", code], dict(os.environ))
+
+
+def wait_for_log(run: Path, text: str) -> None:
+    deadline = time.monotonic() + 10
+    while text not in (run / "log.txt").read_text():
+        assert time.monotonic() < deadline, (run / "log.txt").read_text()
+        time.sleep(0.01)
+
+
+def test_kill_leaves_nothing_even_in_other_sessions_and_after_the_parent(tmp_path: Path) -> None:
+    process = start(tmp_path, START_TREE)
+    wait_for_log(tmp_path, "tree is up")
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) == 2
+    assert len({os.getsid(child.pid) for child in below}) == 2, "the test should cover a session of its own"
+    os.kill(process.pid, signal.SIGKILL)  # orphans the two
+    process.wait(5)
+    process.kill()
+    assert not [child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_cookie_tells_runs_apart() -> None:
+    marked = subprocess.Popen(["sleep", "60"], env={**os.environ, COOKIE_VARIABLE: "mine"})
+    other = subprocess.Popen(["sleep", "60"], env={**os.environ, COOKIE_VARIABLE: "mine-not"})
+    try:
+        assert list(processes_with_cookie("mine")) == [marked.pid]
+    finally:
+        for process in (marked, other):
+            process.kill()
+            process.wait()
+
+
+def test_terminate_is_polite(tmp_path: Path) -> None:
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
+    process = start(tmp_path, code)
+    wait_for_log(tmp_path, "ready")
+    process.terminate()
+    assert process.wait(5)
+    assert process.report().exit_code == 75
+
+
+def test_a_run_dies_with_its_parent(tmp_path: Path) -> None:
+    script = """
+import os, subprocess, sys, time
+from service.die_with_parent import wrap
+print(subprocess.Popen(wrap(["sleep", "60"]), start_new_session=True).pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(0.3)  # past prctl
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs([child], timeout=5)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_nothing_starts_when_the_parent_is_gone_already() -> None:
+    command = wrap(["touch", "never"])
+    command[4] = "1"  # a parent that is not ours
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "parent died" in ended.stderr
+
+
+@pytest.mark.parametrize(("code", "signal_number"), [("import os; os.kill(os.getpid(), 9)", 9), ("raise SystemExit(3)", None)])
+def test_the_report_says_how_it_ended(tmp_path: Path, code: str, signal_number: int | None) -> None:
+    process = start(tmp_path, f"print('last words', flush=True); {code}")
+    assert process.wait(5)
+    report = process.report()
+    assert report.signal_number == signal_number
+    assert report.exit_code == (3 if signal_number is None else -9)
+    assert report.last_lines == "last words"
+
+
+def test_the_report_reads_torchruns_summary_of_this_attempt_only(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("  exitcode  : -9 (pid: 1)\n")  # an earlier attempt's
+    process = start(tmp_path, "print('  exitcode  : -11 (pid: 123)'); raise SystemExit(1)")
+    assert process.wait(5)
+    assert process.report().signal_number == signal.SIGSEGV
+
+
+def test_torchrun_is_told_not_to_restart_and_to_be_more_patient_than_we_are() -> None:
+    command = torchrun_command(2, 25.0, ["-m", "cliprd_core.train", "spec.json"])
+    assert "--nproc-per-node=2" in command
+    assert "--max-restarts=0" in command
+    (timeout,) = [int(part.split("=")[1]) for part in command if part.startswith("--shutdown-timeout=")]
+    assert timeout > 25
+
+
+def test_threads_are_shared_out_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert trainer_environment(3, 10 * cores)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == "7"
+    assert trainer_environment(3, 1)["CLIPRD_ATTEMPT"] == "3"

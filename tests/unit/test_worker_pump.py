@@ -1,0 +1,76 @@
+"""The pump: whole records only, in batches, from where it left off, and nothing lost while the store is away."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cliprd_core.run_dir import CheckpointFile, append_record
+from worker.pump import MAX_BATCH, RecordPump
+
+
+def record(number: int) -> CheckpointFile:
+    return CheckpointFile(name=f"{number}", num_bytes=number, sha256="")
+
+
+def test_it_continues_where_it_left_off_and_leaves_a_growing_line(tmp_path: Path) -> None:
+    path, written = tmp_path / "records.jsonl", list[int]()
+    pump = RecordPump(path, CheckpointFile, lambda batch: written.extend(one.num_bytes for one in batch), (OSError,))
+    assert not pump.pump()  # no file yet
+    append_record(path, record(1))
+    with path.open("a") as file:
+        file.write('{"name": "2", "num_by')
+    assert not pump.pump()
+    assert written == [1]
+    with path.open("a") as file:
+        file.write('tes": 2, "sha256": ""}\n')
+    pump.pump()
+    pump.pump()
+    assert written == [1, 2]
+    assert pump.is_drained()
+
+
+def test_large_files_come_in_batches(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "records.jsonl", list[int]()
+    path.write_text("".join(record(number).model_dump_json() + "\n" for number in range(2 * MAX_BATCH + 3)))
+    pump = RecordPump(path, CheckpointFile, lambda batch: sizes.append(len(batch)), (OSError,))
+    assert pump.pump()
+    assert not pump.is_drained()
+    assert pump.pump()
+    assert not pump.pump()
+    assert sizes == [MAX_BATCH, MAX_BATCH, 3]
+
+
+def test_an_outage_delays_and_loses_nothing(tmp_path: Path) -> None:
+    path, written = tmp_path / "records.jsonl", list[int]()
+    is_away = True
+
+    def write(batch: Sequence[CheckpointFile]) -> None:
+        if is_away:
+            raise ConnectionError("store away")
+        written.extend(one.num_bytes for one in batch)
+
+    pump = RecordPump(path, CheckpointFile, write, (ConnectionError,))
+    append_record(path, record(1))
+    assert not pump.pump()
+    append_record(path, record(2))
+    is_away = False
+    assert not pump.pump()
+    assert written == [], "it must pause before it tries again"
+    deadline = time.monotonic() + 3
+    while not pump.is_drained() and time.monotonic() < deadline:
+        pump.pump()
+        time.sleep(0.02)
+    assert written == [1, 2]
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    append_record(path, record(1))
+
+    def refuse(_batch: Sequence[CheckpointFile]) -> None:
+        raise LookupError("lease lost")
+
+    with pytest.raises(LookupError):
+        RecordPump(path, CheckpointFile, refuse, (ConnectionError,)).pump()

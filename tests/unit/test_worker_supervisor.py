@@ -1,0 +1,339 @@
+"""The supervisor against a fake trainer and a real store: every way a run can end, and what the store then says."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, complete_checkpoints
+from cliprd_core.spec import JobSpec, merge_over
+from service.store.blobs import BlobStore
+from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_job, request_cancel, requeue_expired
+from service.store.metrics import list_evaluations, series
+from service.store.models import Artifact, ArtifactKind, Job
+from service.store.session import make_engine, make_sessions, migrate, reading
+from worker.held_job import HeldJob
+from worker.process import TrainingProcess, trainer_environment
+from worker.settings import WorkerSettings
+from worker.supervisor import Supervisor
+
+FAKE_TRAINER = Path(__file__).parents[1] / "fake_trainer.py"
+SLOW = {"steps": "1000", "step_seconds": "0.02"}
+
+
+class Bench:
+    """A store, a blob store and a worker's settings."""
+
+    def __init__(self, folder: Path) -> None:
+        url = f"sqlite:///{folder / 'cliprd.db'}"
+        migrate(url)
+        self.engine = make_engine(url)
+        self.sessions: sessionmaker[Session] = make_sessions(self.engine)
+        self.blobs = BlobStore(folder / "artifacts")
+        self.settings = WorkerSettings(
+            database_url=url,
+            artifacts_root=folder / "artifacts",
+            runs_root=folder / "runs",
+            lease_seconds=2,
+            heartbeat_seconds=0.2,
+            grace_seconds=5,
+            poll_seconds=0.05,
+        )
+        self.stop = threading.Event()
+        self.process: TrainingProcess | None = None
+
+    def submit(self, labels: dict[str, str], **changes: Any) -> str:
+        spec: dict[str, Any] = {
+            "name": "fake",
+            "recipe": "clip",
+            "labels": labels,
+            "student": {"model": "ViT-T-16"},
+            "data": {"train": [{"type": "webdataset", "shards": "none.tar"}]},
+        }
+        with self.sessions.begin() as session:
+            return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes))).id
+
+    def held(self, job_id: str, lease_seconds: float = 2) -> HeldJob:
+        with self.sessions.begin() as session:
+            claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=lease_seconds)
+        assert claim is not None
+        return HeldJob(claim, self.sessions, self.blobs, lease_seconds=lease_seconds)
+
+    def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
+        def launch(run: Path, job: HeldJob) -> TrainingProcess:
+            command = [sys.executable, str(FAKE_TRAINER), str(run / "spec.json")]
+            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1))
+            return self.process
+
+        return Supervisor(job, settings or self.settings, self.stop.is_set, launch)
+
+    def run(self, job_id: str) -> list[QueuedJob]:
+        return self.supervisor(self.held(job_id)).run()
+
+    def run_dir(self, job_id: str) -> Path:
+        return self.settings.runs_root / job_id
+
+    def job(self, job_id: str) -> Job:
+        with reading(self.sessions) as session:
+            return get_job(session=session, job_id=job_id)
+
+    def artifacts(self, job_id: str, kind: ArtifactKind) -> list[Artifact]:
+        with reading(self.sessions) as session:
+            return list(session.query(Artifact).where(Artifact.job_id == job_id, Artifact.kind == kind).all())
+
+    def error(self, job_id: str) -> ErrorRecord:
+        job = self.job(job_id)
+        assert job.state is JobState.FAILED, job.state
+        return ErrorRecord.model_validate(job.error)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.engine.dispose()
+
+
+def soon(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Do something, from another thread, once a condition holds: the supervisor has the main thread."""
+
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait_and_act, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_that_ends_well(bench: Bench) -> None:
+    job_id = bench.submit({"steps": "12"})
+    assert bench.run(job_id) == []
+    job = bench.job(job_id)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+    assert job.started_at is not None
+    assert job.result is not None
+    assert job.result["num_student_parameters"] == 42
+    with reading(bench.sessions) as session:
+        losses = series(session=session, job=job)["train/loss"]
+        (evaluation,) = list_evaluations(session=session, job_id=job_id)
+    assert losses.steps == list(range(1, 13))
+    assert evaluation.metrics == {"zero_shot_top1": 0.5}
+    models = {artifact.name: artifact for artifact in bench.artifacts(job_id, ArtifactKind.MODEL)}
+    assert set(models) == {"open_clip_config.json", "open_clip_model.safetensors"}
+    assert bench.blobs.path(models["open_clip_model.safetensors"].storage_key).read_bytes() == b"weights of a fake student"
+    assert "attempt 1 starts at step 0" in (bench.run_dir(job_id) / "log.txt").read_text()
+
+
+def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
+    job_id = bench.submit({"error": "diverged"})
+    bench.run(job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.DIVERGED
+    assert error.detail == "Traceback …"
+
+
+def test_a_killed_run_points_at_memory(bench: Bench) -> None:
+    job_id = bench.submit({"crash": "kill"})
+    bench.run(job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.WORKER_LOST
+    assert "memory" in error.message
+
+
+def test_a_run_that_dies_without_a_word_shows_its_last_lines(bench: Bench) -> None:
+    job_id = bench.submit({"crash": "exit"})
+    bench.run(job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.INTERNAL
+    assert "exit code 3" in error.message
+    assert "the last words of the fake trainer" in error.detail
+
+
+def test_an_earlier_attempts_verdict_does_not_count(bench: Bench) -> None:
+    job_id = bench.submit({"crash": "exit"})
+    bench.run_dir(job_id).mkdir(parents=True)
+    (bench.run_dir(job_id) / "result.json").write_text("{}")
+    (bench.run_dir(job_id) / "error.json").write_text('{"reason": "diverged", "message": "old"}')
+    bench.run(job_id)
+    assert bench.error(job_id).reason is ErrorReason.INTERNAL
+
+
+@pytest.mark.parametrize("labels", [SLOW, {**SLOW, "children": "2"}])
+def test_cancelling_checkpoints_and_leaves_nothing(bench: Bench, labels: dict[str, str]) -> None:
+    job_id = bench.submit(labels)
+    family: list[psutil.Process] = []
+
+    def cancel() -> None:
+        assert bench.process is not None
+        family.extend([psutil.Process(bench.process.pid), *psutil.Process(bench.process.pid).children(recursive=True)])
+        with bench.sessions.begin() as session:
+            request_cancel(session=session, job_id=job_id)
+
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), cancel)
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.CANCELLED
+    assert len(family) == 1 + int(labels.get("children", "0"))
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_deaf_run_is_killed_after_the_grace_period(bench: Bench) -> None:
+    job_id = bench.submit({**SLOW, "deaf": "yes"})
+    settings = bench.settings.model_copy(update={"grace_seconds": 0.5})
+
+    def cancel() -> None:
+        with bench.sessions.begin() as session:
+            request_cancel(session=session, job_id=job_id)
+
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), cancel)
+    bench.supervisor(bench.held(job_id), settings).run()
+    assert bench.job(job_id).state is JobState.CANCELLED
+
+
+def test_shutdown_gives_the_job_back_and_the_next_attempt_goes_on(bench: Bench) -> None:
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), bench.stop.set)
+    assert bench.run(job_id) == [QueuedJob(job_id, "default")]
+    job = bench.job(job_id)
+    assert (job.state, job.num_releases) == (JobState.QUEUED, 1)
+    bench.stop.clear()
+    bench.run(job_id)
+    job = bench.job(job_id)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+    log = (bench.run_dir(job_id) / "log.txt").read_text()
+    assert "attempt 2 starts at step 0" not in log
+    with reading(bench.sessions) as session:
+        assert series(session=session, job=job)["train/loss"].steps == list(range(1, 61))
+
+
+def test_a_job_resumes_on_another_machine(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+    soon(lambda: len(complete_checkpoints(bench.run_dir(job_id))) >= 3, bench.stop.set)
+    bench.run(job_id)
+    groups = {artifact.group for artifact in bench.artifacts(job_id, ArtifactKind.CHECKPOINT)}
+    newest = complete_checkpoints(bench.run_dir(job_id))[-1].name
+    assert newest in groups
+    assert 1 <= len(groups) <= 2
+    bench.stop.clear()
+    bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert f"attempt 2 starts at step {int(newest.removeprefix('step-'))}" in (bench.run_dir(job_id) / "log.txt").read_text()
+    kept = {artifact.storage_key for kind in ArtifactKind for artifact in bench.artifacts(job_id, kind)}
+    stored = {str(path.relative_to(bench.blobs.root)) for path in bench.blobs.root.rglob("*") if path.is_file()}
+    assert stored == kept, "blobs that nothing names"
+
+
+def test_a_damaged_mirror_falls_back_to_the_older_one(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "80", "step_seconds": "0.03"})
+    soon(lambda: len({one.group for one in bench.artifacts(job_id, ArtifactKind.CHECKPOINT)}) == 2, bench.stop.set)
+    bench.run(job_id)
+    mirrored = sorted(bench.artifacts(job_id, ArtifactKind.CHECKPOINT), key=lambda artifact: (artifact.step, artifact.name))
+    older, newest = mirrored[0].step, mirrored[-1].step
+    assert older != newest
+    (state,) = [artifact for artifact in mirrored if artifact.step == newest and artifact.name == "state.json"]
+    bench.blobs.path(state.storage_key).write_text('{"step": 9999999}')
+    bench.stop.clear()
+    bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert f"attempt 2 starts at step {older}\n" in (bench.run_dir(job_id) / "log.txt").read_text()
+
+
+def test_a_lost_lease_kills_at_once_and_writes_nothing_more(bench: Bench) -> None:
+    job_id = bench.submit(SLOW)
+    held = bench.held(job_id)
+
+    def take_away() -> None:
+        with bench.sessions.begin() as session:
+            job = session.get_one(Job, job_id)
+            job.lease_expires_at = job.created_at
+            session.flush()
+            assert requeue_expired(session=session) == [QueuedJob(job_id, "default")]
+
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), take_away)
+    assert bench.supervisor(held).run() == []
+    job = bench.job(job_id)
+    assert (job.state, job.num_releases, job.error) == (JobState.QUEUED, 0, None)
+    assert bench.process is not None
+    assert not bench.process.is_running()
+
+
+def test_an_outage_of_the_store_costs_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "80", "step_seconds": "0.02"})
+    held = bench.held(job_id)
+    is_away = threading.Event()
+    begin = bench.sessions.begin
+
+    def begin_unless_away() -> Any:
+        if is_away.is_set():
+            raise OperationalError("SELECT", {}, ConnectionError("store away"))
+        return begin()
+
+    monkeypatch.setattr(held._sessions, "begin", begin_unless_away)
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), is_away.set)
+    soon(lambda: len(complete_checkpoints(bench.run_dir(job_id))) >= 10, is_away.clear)  # a second later
+    bench.supervisor(held).run()
+    job = bench.job(job_id)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+    with reading(bench.sessions) as session:
+        assert series(session=session, job=job)["train/loss"].steps == list(range(1, 81))
+
+
+def test_a_stop_from_elsewhere_gives_the_job_back(bench: Bench) -> None:
+    job_id = bench.submit(SLOW)
+
+    def terminate() -> None:
+        assert bench.process is not None
+        os.kill(bench.process.pid, signal.SIGTERM)
+
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), terminate)
+    assert bench.run(job_id) == [QueuedJob(job_id, "default")]
+
+
+@pytest.mark.parametrize("by", ["job", "artifact"])
+def test_an_earlier_job_is_the_teacher(bench: Bench, by: str) -> None:
+    teacher_id = bench.submit({"steps": "2"})
+    if by == "job":
+        student_id = bench.submit({"steps": "2"}, recipe="clip_rd", teacher={"job": teacher_id})
+        assert bench.job(student_id).state is JobState.WAITING
+        assert bench.run(teacher_id) == [QueuedJob(student_id, "default")]
+    else:
+        bench.run(teacher_id)
+        artifact = bench.artifacts(teacher_id, ArtifactKind.MODEL)[0]
+        student_id = bench.submit({"steps": "2"}, recipe="clip_rd", teacher={"artifact": artifact.id})
+    seen: dict[str, Any] = {}
+
+    def look() -> None:
+        seen["spec"] = json.loads((bench.run_dir(student_id) / "spec.json").read_text())
+        seen["files"] = sorted(path.name for path in (bench.run_dir(student_id) / "teacher").iterdir())
+
+    watcher = soon(lambda: (bench.run_dir(student_id) / "log.txt").exists(), look)
+    bench.run(student_id)
+    watcher.join()
+    assert bench.job(student_id).state is JobState.SUCCEEDED
+    assert seen["spec"]["teacher"]["model"] == f"local-dir:{bench.run_dir(student_id) / 'teacher'}"
+    assert seen["files"] == ["open_clip_config.json", "open_clip_model.safetensors"]
+
+
+def test_a_damaged_teacher_is_refused(bench: Bench) -> None:
+    teacher_id = bench.submit({"steps": "2"})
+    bench.run(teacher_id)
+    bench.blobs.path(bench.artifacts(teacher_id, ArtifactKind.MODEL)[0].storage_key).write_bytes(b"rot")
+    student_id = bench.submit({"steps": "2"}, recipe="clip_rd", teacher={"job": teacher_id})
+    bench.run(student_id)
+    error = bench.error(student_id)
+    assert error.reason is ErrorReason.TEACHER_UNAVAILABLE
+    assert "SHA-256" in error.message

@@ -1,0 +1,85 @@
+"""The Celery app over Redis: `celery -A worker.celery_app worker`. It is built when first asked for, not at import."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from celery import Celery, signals
+from kombu import Queue
+
+from worker.reaper import Reaper
+from worker.settings import WorkerSettings
+from worker.shutdown import ShutdownFlag
+from worker.tasks import RUN_JOB, run_job
+
+_connected: list[Any] = []
+"""Celery keeps weak references to signal receivers only."""
+
+
+def create_app(settings: WorkerSettings, flag: ShutdownFlag) -> Celery:
+    """An app with the task `cliprd.run_job` that runs one job at a time.
+
+    A message is acknowledged on receipt, since Redis would deliver it again after an hour and training takes days; what makes a
+    job survive its worker is the lease in the store. A busy worker leaves further messages in the queue, for others.
+    """
+    app = Celery("cliprd", broker=settings.broker_url, set_as_current=False)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_ignore_result=True,
+        task_acks_late=False,
+        task_queues=[Queue(name) for name in settings.queues],
+        task_default_queue=settings.queues[0],
+        task_create_missing_queues=True,
+        worker_concurrency=1,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_send_task_events=False,
+        worker_enable_remote_control=False,
+        broker_connection_retry_on_startup=True,
+        task_publish_retry_policy={"max_retries": 1, "interval_start": 0.2},
+        broker_transport_options={"socket_connect_timeout": 5, "socket_keepalive": True},
+    )
+
+    @app.task(name=RUN_JOB)
+    def _run_job(job_id: str) -> None:
+        run_job(app, settings, flag.is_raised, job_id)
+
+    return app
+
+
+def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag) -> None:
+    """In the worker's parent process: run a reaper, and pass the order to shut down on to the running job."""
+    reaper: list[Reaper] = []
+
+    def on_ready(**_: Any) -> None:
+        reaper.append(Reaper(app, settings))
+        reaper[0].start()
+
+    def on_shutting_down(**_: Any) -> None:
+        flag.raise_()
+
+    def on_shutdown(**_: Any) -> None:
+        for one in reaper:
+            one.stop()
+
+    signals.worker_ready.connect(on_ready)
+    signals.worker_shutting_down.connect(on_shutting_down)
+    signals.worker_shutdown.connect(on_shutdown)
+    _connected.extend([on_ready, on_shutting_down, on_shutdown])
+
+
+@cache
+def _worker_app() -> Celery:
+    settings, flag = WorkerSettings(), ShutdownFlag()
+    app = create_app(settings, flag)
+    connect_signals(app, settings, flag)
+    return app
+
+
+def __getattr__(name: str) -> Celery:
+    """`app`, which the `celery` command looks for."""
+    if name == "app":
+        return _worker_app()
+    raise AttributeError(name)

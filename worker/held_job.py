@@ -1,0 +1,175 @@
+"""A claimed job: the store's functions bound to its id and lease token, with the store's absences told from its refusals."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session, sessionmaker
+
+from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
+from cliprd_core.spec import JobSpec
+from service.store.artifacts import list_artifacts, register_artifact, remove_artifacts
+from service.store.blobs import BlobStore, StoredBlob
+from service.store.jobs import (
+    Claim,
+    LeaseLostError,
+    LeaseStatus,
+    Outcome,
+    QueuedJob,
+    finish_job,
+    get_job,
+    mark_started,
+    record_evaluations,
+    record_metrics,
+    release_job,
+    renew_lease,
+)
+from service.store.models import Artifact, ArtifactKind
+from service.store.session import reading
+
+logger = logging.getLogger(__name__)
+
+OUT_OF_REACH = (OperationalError, InterfaceError, PoolTimeoutError)
+"""What the store raises when it cannot be reached just now, or is too busy: worth another try."""
+
+EXPORT_GROUP = "export"
+MAX_RETRY_SECONDS = 5.0
+PAGE_SIZE = 100
+
+AnyResult = TypeVar("AnyResult")
+
+
+class HeldJob:
+    """What the supervisor does to its job in the store. Every write raises LeaseLostError once the lease is gone.
+
+    `record_…`, `renew` and `is_cancel_requested` raise one of OUT_OF_REACH at once; their callers try again in their own time.
+    All other methods keep trying for as long as the lease is held.
+    """
+
+    def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: BlobStore, *, lease_seconds: float) -> None:
+        self.id = claim.job.id
+        self.attempt = claim.attempt
+        self.spec = JobSpec.model_validate(claim.job.spec)
+        self.blobs = blobs
+        self.is_lost: Callable[[], bool] = lambda: False
+        """Set by whoever keeps the lease."""
+        self._token = claim.lease_token
+        self._sessions = sessions
+        self._lease_seconds = lease_seconds
+
+    def renew(self) -> LeaseStatus:
+        with self._sessions.begin() as session:
+            return renew_lease(session=session, job_id=self.id, lease_token=self._token, lease_seconds=self._lease_seconds)
+
+    def is_cancel_requested(self) -> bool:
+        with reading(self._sessions) as session:
+            return get_job(session=session, job_id=self.id).cancel_requested_at is not None
+
+    def record_metrics(self, records: Sequence[MetricsRecord]) -> None:
+        with self._sessions.begin() as session:
+            record_metrics(session=session, job_id=self.id, lease_token=self._token, records=records)
+
+    def record_evaluations(self, records: Sequence[EvaluationRecord]) -> None:
+        with self._sessions.begin() as session:
+            record_evaluations(session=session, job_id=self.id, lease_token=self._token, records=records)
+
+    def mark_started(self) -> None:
+        self._persist(lambda session: mark_started(session=session, job_id=self.id, lease_token=self._token))
+
+    def finish(self, outcome: Outcome, export_files: Sequence[Path] = ()) -> list[QueuedJob]:
+        """Record the outcome together with the exported files, so that a succeeded job has its model and no other job has one."""
+        stored = [(file.name, self.blobs.put_file(file)) for file in export_files]
+
+        def write(session: Session) -> list[QueuedJob]:
+            for name, blob in stored:
+                self._register(session, name, blob, kind=ArtifactKind.MODEL, group=EXPORT_GROUP)
+            return finish_job(session=session, job_id=self.id, lease_token=self._token, outcome=outcome)
+
+        try:
+            return self._persist(write)
+        except BaseException:
+            self._delete_blobs([blob.key for _, blob in stored])
+            raise
+
+    def release(self) -> QueuedJob | None:
+        """Give the job back; None if it was cancelled meanwhile."""
+        return self._persist(lambda session: release_job(session=session, job_id=self.id, lease_token=self._token))
+
+    def artifacts(self, job_id: str, kind: ArtifactKind, group: str | None = None) -> list[Artifact]:
+        """All artifacts of a kind of any job, newest first."""
+
+        def read(session: Session) -> list[Artifact]:
+            found: list[Artifact] = []
+            cursor = None
+            while True:
+                page = list_artifacts(session=session, job_id=job_id, kind=kind, group=group, limit=PAGE_SIZE, cursor=cursor)
+                found += page.rows
+                cursor = page.next_cursor
+                if cursor is None:
+                    return found
+
+        return self.read(read)
+
+    def add_checkpoint(self, group: str, step: int, stored: Sequence[tuple[str, StoredBlob]], keep_groups: Sequence[str]) -> None:
+        """Make a mirrored checkpoint known, all files at once, and forget those outside `keep_groups`."""
+        replaced = [artifact.storage_key for artifact in self.artifacts(self.id, ArtifactKind.CHECKPOINT, group)]
+
+        def write(session: Session) -> list[str]:
+            for name, blob in stored:
+                self._register(session, name, blob, kind=ArtifactKind.CHECKPOINT, group=group, step=step)
+            kind = ArtifactKind.CHECKPOINT
+            return remove_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, keep_groups=keep_groups)
+
+        self._delete_blobs([*self._persist(write), *replaced])
+
+    def read(self, query: Callable[[Session], AnyResult]) -> AnyResult:
+        """The answer to a query, which the store's absence only delays."""
+
+        def attempt() -> AnyResult:
+            with reading(self._sessions) as session:
+                return query(session)
+
+        return self._patiently(attempt)
+
+    def _register(self, session: Session, name: str, blob: StoredBlob, *, kind: ArtifactKind, group: str, step: int | None = None) -> None:
+        media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
+        register_artifact(
+            session=session,
+            job_id=self.id,
+            lease_token=self._token,
+            kind=kind,
+            group=group,
+            name=name,
+            blob=blob,
+            step=step,
+            media_type=media_type,
+        )
+
+    def _delete_blobs(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.blobs.delete(key)
+
+    def _persist(self, write: Callable[[Session], AnyResult]) -> AnyResult:
+        def attempt() -> AnyResult:
+            with self._sessions.begin() as session:
+                return write(session)
+
+        return self._patiently(attempt)
+
+    def _patiently(self, attempt: Callable[[], AnyResult]) -> AnyResult:
+        pause = 0.2
+        while True:
+            if self.is_lost():
+                raise LeaseLostError(self.id)
+            try:
+                return attempt()
+            except OUT_OF_REACH as error:
+                logger.warning("job %s: the store is out of reach (%s); trying again in %.1f s", self.id, type(error).__name__, pause)
+                time.sleep(pause)
+                pause = min(2 * pause, MAX_RETRY_SECONDS)

@@ -1,0 +1,97 @@
+"""Mirrors complete checkpoints to the artifact store, in a thread of its own, so that a job can resume on another machine."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from cliprd_core.run_dir import CHECKPOINT_MARKER, CheckpointMarker, complete_checkpoints
+from service.store.blobs import StoredBlob
+from service.store.jobs import LeaseLostError
+from service.store.models import ArtifactKind
+from worker.held_job import HeldJob
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 10.0
+
+
+class CheckpointMirror:
+    """Uploads the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
+
+    Args:
+        job: Whose checkpoints.
+        run: Its run directory.
+        num_kept: Newest checkpoints to keep in the store.
+    """
+
+    def __init__(self, job: HeldJob, run: Path, num_kept: int) -> None:
+        self._job = job
+        self._run = run
+        self._num_kept = num_kept
+        self._mirrored: str | None = None  # name of the newest one in the store
+        self._not_before = 0.0
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Mirror what is new, in the background. Returns at once, and does nothing while an upload runs."""
+        is_busy = self._thread is not None and self._thread.is_alive()
+        if is_busy or time.monotonic() < self._not_before or self._newest() is None:
+            return
+        self._thread = threading.Thread(target=self._try_mirror, name="mirror", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for a running upload."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def mirror(self) -> None:
+        """Mirror what is new, now.
+
+        Raises:
+            LeaseLostError: the job is another worker's now.
+            OSError: a file could not be copied.
+        """
+        self.wait()
+        self._upload()
+
+    def _upload(self) -> None:
+        newest = self._newest()
+        if newest is None:
+            return
+        marker = CheckpointMarker.model_validate_json((newest / CHECKPOINT_MARKER).read_bytes())
+        known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, ArtifactKind.CHECKPOINT, newest.name)}
+        if all(known.get(file.name) == file.sha256 for file in marker.files):  # an earlier attempt mirrored it
+            self._mirrored = newest.name
+            return
+        stored: list[tuple[str, StoredBlob]] = []
+        try:
+            for name in [*(file.name for file in marker.files), CHECKPOINT_MARKER]:
+                stored.append((name, self._job.blobs.put_file(newest / name)))
+            self._job.add_checkpoint(newest.name, marker.step, stored, self._groups_to_keep(newest.name))
+        except BaseException:
+            for _, blob in stored:
+                self._job.blobs.delete(blob.key)
+            raise
+        self._mirrored = newest.name
+
+    def _newest(self) -> Path | None:
+        """The newest complete checkpoint, if it is not in the store yet."""
+        found = complete_checkpoints(self._run)
+        return found[-1] if found and found[-1].name != self._mirrored else None
+
+    def _groups_to_keep(self, newest: str) -> list[str]:
+        known = {artifact.group for artifact in self._job.artifacts(self._job.id, ArtifactKind.CHECKPOINT)}
+        return sorted(known | {newest})[-self._num_kept :]
+
+    def _try_mirror(self) -> None:
+        try:
+            self._upload()
+        except LeaseLostError:
+            logger.info("job %s: lost while mirroring a checkpoint", self._job.id)
+        except OSError as error:  # the trainer may have removed it meanwhile; the next one comes
+            logger.warning("job %s: a checkpoint was not mirrored: %s", self._job.id, error)
+            self._not_before = time.monotonic() + RETRY_SECONDS

@@ -1,0 +1,57 @@
+"""What a run's files and its processes' end mean for the job."""
+
+from __future__ import annotations
+
+import signal
+from enum import Enum, auto
+from pathlib import Path
+
+from cliprd_core.run_dir import ERROR_FILE, RESULT_FILE, ErrorReason, ErrorRecord, ResultRecord, read_record
+from service.store.jobs import Cancelled, Outcome
+from worker.process import ExitReport
+
+
+class StopCause(Enum):
+    """Why the supervisor asked a run to stop."""
+
+    CANCEL = auto()
+    """A user asked for it."""
+    SHUTDOWN = auto()
+    """The worker was told to stop; another one shall go on with the job."""
+
+
+def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | None:
+    """How the job ended, or None if it did not and is to be given back.
+
+    A result counts even if the run had been asked to stop: it came too late. A run that ended in good order after a SIGTERM which
+    did not come from us (a system that shuts down sends it to everyone) is given back too.
+    """
+    result = read_record(run / RESULT_FILE, ResultRecord)
+    if result is not None:
+        return result
+    if cause is StopCause.CANCEL:
+        return Cancelled()
+    if cause is StopCause.SHUTDOWN:
+        return None
+    error = read_record(run / ERROR_FILE, ErrorRecord)
+    if error is not None:
+        return error
+    if report.was_stopped:
+        return None
+    return explain(report)
+
+
+def explain(report: ExitReport) -> ErrorRecord:
+    """The error of a run that died without a word."""
+    if report.signal_number == signal.SIGKILL:
+        message = (
+            "The training process was killed (SIGKILL), most likely because the machine ran out of memory."
+            " Lower `training.global_batch_size` or `training.num_data_workers`, or use a worker with more memory."
+        )
+        return ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message, detail=report.last_lines)
+    if report.signal_number is not None:
+        name = signal.Signals(report.signal_number).name
+        message = f"The training process was ended by {name}. The log's last lines are in `detail`."
+    else:
+        message = f"The training process ended with exit code {report.exit_code} and left no error. The log's last lines are in `detail`."
+    return ErrorRecord(reason=ErrorReason.INTERNAL, message=message, detail=report.last_lines)

@@ -1,0 +1,97 @@
+"""Brings back what was lost: jobs whose worker vanished, and messages that never arrived. Every worker runs one; they don't collide."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery
+from kombu import Connection
+
+from service.store.jobs import QueuedJob, jobs_to_send, requeue_expired
+from service.store.session import make_engine, make_sessions, reading
+from worker.settings import WorkerSettings
+from worker.tasks import send
+
+logger = logging.getLogger(__name__)
+
+_round_lock = threading.Lock()
+"""Held during a round and taken by every fork: a pool child forked in the middle would inherit locks that nobody releases."""
+
+_is_hooked = False
+
+
+class Reaper:
+    """A daemon thread in the worker's parent process."""
+
+    def __init__(self, app: Celery, settings: WorkerSettings) -> None:
+        self._app = app
+        self._settings = settings
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="reaper", daemon=True)
+
+    def start(self) -> None:
+        _hold_during_forks()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join(timeout=5)
+
+    def reap(self) -> None:
+        """One round: take back what expired, and send again what is queued and may have lost its message.
+
+        No connection stays open between rounds: a child forked in between must not inherit one (SQLite forbids it).
+        """
+        engine = make_engine(self._settings.database_url)
+        try:
+            sessions = make_sessions(engine)
+            with sessions.begin() as session:
+                expired = requeue_expired(session=session)
+            for job in expired:
+                logger.warning("job %s: its worker vanished; it is queued again", job.job_id)
+            send(self._app, sessions, expired)
+            with reading(sessions) as session:
+                waiting = jobs_to_send(session=session, older_than_seconds=self._settings.resend_seconds)
+            send(self._app, sessions, self._without_message(waiting))
+        finally:
+            engine.dispose()
+
+    def _without_message(self, waiting: Sequence[QueuedJob]) -> list[QueuedJob]:
+        """Those of queues that hold fewer messages than jobs wait. In the others each job may just wait its turn: sending them again
+        and again for days would fill the broker."""
+        if not waiting:
+            return []
+        by_queue: dict[str, list[QueuedJob]] = {}
+        for job in waiting:
+            by_queue.setdefault(job.queue, []).append(job)
+        with self._app.connection_for_write() as connection:
+            short = [jobs for queue, jobs in by_queue.items() if num_messages(connection, queue) < len(jobs)]
+        return [job for jobs in short for job in jobs]
+
+    def _work(self) -> None:
+        while not self._done.wait(self._settings.reaper_seconds):
+            try:
+                with _round_lock:
+                    self.reap()
+            except Exception:  # whatever it is, the next round may do better
+                logger.exception("the reaper's round failed")
+
+
+def num_messages(connection: Connection, queue: str) -> int:
+    """Messages that wait in a queue of the broker; one that does not exist (Redis removes empty ones) has none."""
+    channel: Any = connection.default_channel  # kombu's stubs leave out what AMQP-like channels have in common
+    try:
+        return int(channel.queue_declare(queue=queue, passive=True).message_count)
+    except connection.channel_errors:
+        return 0
+
+
+def _hold_during_forks() -> None:
+    global _is_hooked  # noqa: PLW0603  (a process can't take such a hook back)
+    if not _is_hooked:
+        os.register_at_fork(before=_round_lock.acquire, after_in_parent=_round_lock.release, after_in_child=_round_lock.release)
+        _is_hooked = True

@@ -1,0 +1,44 @@
+"""A worker's settings: environment variables `CLIPRD_…`, with their defaults here and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class WorkerSettings(BaseSettings):
+    """Shared with the API: database, broker and artifact store. The rest is the worker's own."""
+
+    model_config = SettingsConfigDict(env_prefix="CLIPRD_", frozen=True, extra="ignore")
+
+    database_url: str = Field(default="sqlite:///.cliprd/cliprd.db", description="`sqlite:///FILE` or `postgresql://…`, as the API's.")
+    broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis, as the API's.")
+    artifacts_root: Path = Field(default=Path(".cliprd/artifacts"), description="Folder of the artifact store, as the API's.")
+    runs_root: Path = Field(default=Path(".cliprd/runs"), description="Run directories of this machine's jobs, one each.")
+    queues: Annotated[tuple[str, ...], NoDecode] = Field(default=("default",), description="Queues to take jobs from; comma-separated.")
+    lease_seconds: float = Field(default=60.0, gt=0, description="A worker silent for this long loses its job to another.")
+    heartbeat_seconds: float = Field(default=10.0, gt=0, description="Pause between renewals of the lease.")
+    grace_seconds: float = Field(default=25.0, gt=0, description="From SIGTERM to SIGKILL: the time a run has to save a checkpoint.")
+    poll_seconds: float = Field(default=0.5, gt=0, description="Pause between looks at a run's files and at cancel requests.")
+    reaper_seconds: float = Field(default=5.0, gt=0, description="Pause between the reaper's rounds.")
+    resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
+    trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
+    mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
+
+    @field_validator("queues", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.queues:
+            raise ValueError("queues: name at least one, as in CLIPRD_QUEUES=default")
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError("heartbeat_seconds must be at most half of lease_seconds, or one missed heartbeat loses the job")
+        return self

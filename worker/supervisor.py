@@ -1,0 +1,190 @@
+"""Supervises one attempt at one job: prepares the run directory, starts training, reports on it, stops it, records how it ended."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from cliprd_core.run_dir import (
+    CHECKPOINTS_DIR,
+    ERROR_FILE,
+    EVALUATIONS_FILE,
+    EXPORT_DIR,
+    METRICS_FILE,
+    RESULT_FILE,
+    SPEC_FILE,
+    ErrorReason,
+    ErrorRecord,
+    EvaluationRecord,
+    MetricsRecord,
+    ResultRecord,
+    write_atomically,
+)
+from service.store.jobs import LeaseLostError, Outcome, QueuedJob
+from worker.files import TEACHER_DIR, TeacherGoneError, fetch_teacher, restore_checkpoint
+from worker.held_job import OUT_OF_REACH, HeldJob
+from worker.lease import LeaseKeeper
+from worker.mirror import CheckpointMirror
+from worker.outcome import StopCause, decide
+from worker.process import TrainingProcess
+from worker.pump import RecordPump
+from worker.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+CANCEL_POLL_SECONDS = 1.0
+
+Launch = Callable[[Path, HeldJob], TrainingProcess]
+"""Starts the training processes of a prepared run directory."""
+
+
+class Supervisor:
+    """One attempt. Use `run` once, in the main thread (the kernel ties the training processes' life to the thread that starts them).
+
+    Args:
+        job: The job, just claimed.
+        settings: The worker's.
+        should_stop: Whether the worker is shutting down; asked several times a second.
+        launch: How training starts.
+    """
+
+    def __init__(self, job: HeldJob, settings: WorkerSettings, should_stop: Callable[[], bool], launch: Launch) -> None:
+        self._job = job
+        self._settings = settings
+        self._should_stop = should_stop
+        self._launch = launch
+        self._run = (settings.runs_root / job.id).resolve()
+        self._process: TrainingProcess | None = None
+        self._mirror = CheckpointMirror(job, self._run, settings.mirrored_checkpoints)
+        self._pumps: list[RecordPump[MetricsRecord] | RecordPump[EvaluationRecord]] = [
+            RecordPump(self._run / METRICS_FILE, MetricsRecord, job.record_metrics, OUT_OF_REACH),
+            RecordPump(self._run / EVALUATIONS_FILE, EvaluationRecord, job.record_evaluations, OUT_OF_REACH),
+        ]
+        self._cancel_polled_at = 0.0
+
+    def run(self) -> list[QueuedJob]:
+        """Work on the job until it ends, is given back or is lost.
+
+        Returns:
+            Jobs that are to be sent to the broker now: those that waited for this one, or this one if it was given back.
+        """
+        times = {"lease_seconds": self._settings.lease_seconds, "heartbeat_seconds": self._settings.heartbeat_seconds}
+        keeper = LeaseKeeper(lambda: self._job.renew().held, self._kill, **times)
+        self._job.is_lost = lambda: keeper.is_lost
+        try:
+            with keeper:
+                return self._attempt(keeper)
+        except LeaseLostError:
+            logger.warning("job %s: attempt %d lost its lease and is stopped", self._job.id, self._job.attempt)
+            return []
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def _attempt(self, keeper: LeaseKeeper) -> list[QueuedJob]:
+        try:
+            return self._train(keeper)
+        except LeaseLostError:
+            raise
+        except TeacherGoneError as error:
+            return self._finish(ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=str(error)))
+        except Exception as error:
+            logger.exception("job %s: the supervisor failed", self._job.id)
+            self._kill()
+            message = f"The worker could not run the job: {type(error).__name__}: {error}"
+            return self._finish(ErrorRecord(reason=ErrorReason.INTERNAL, message=message, detail=traceback.format_exc()))
+
+    def _train(self, keeper: LeaseKeeper) -> list[QueuedJob]:
+        self._prepare()
+        if keeper.is_lost:
+            raise LeaseLostError(self._job.id)
+        self._process = self._launch(self._run, self._job)
+        logger.info("job %s: attempt %d runs as process %d in %s", self._job.id, self._job.attempt, self._process.pid, self._run)
+        self._job.mark_started()
+        cause = self._supervise(keeper, self._process)
+        self._process.kill()  # what the run left behind, such as data loaders
+        self._drain()
+        outcome = decide(self._run, self._process.report(), cause)
+        return self._release() if outcome is None else self._finish(outcome)
+
+    def _prepare(self) -> None:
+        """Make the run directory ready; what an earlier attempt left in it stays, but for its verdict."""
+        self._run.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT_FILE, ERROR_FILE):
+            (self._run / name).unlink(missing_ok=True)
+        spec = self._job.spec.model_copy(update={"teacher": fetch_teacher(self._job, self._run)})
+        write_atomically(self._run / SPEC_FILE, spec.model_dump_json(indent=2))
+        restored = restore_checkpoint(self._job, self._run)
+        if restored is not None:
+            logger.info("job %s: restored the mirrored checkpoint of step %d", self._job.id, restored)
+
+    def _supervise(self, keeper: LeaseKeeper, process: TrainingProcess) -> StopCause | None:
+        """Report until the run ends; ask it to stop where needed, and make it stop where that doesn't help.
+
+        Returns:
+            Why it was asked to stop, or None if it wasn't.
+        """
+        cause: StopCause | None = None
+        kill_at = float("inf")
+        while not process.wait(self._settings.poll_seconds):
+            if keeper.is_lost:
+                raise LeaseLostError(self._job.id)
+            if cause is None:
+                cause = self._stop_cause()
+                if cause is not None:
+                    logger.info("job %s: stopping (%s)", self._job.id, cause.name.lower())
+                    process.terminate()
+                    kill_at = time.monotonic() + self._settings.grace_seconds
+            if time.monotonic() > kill_at:
+                logger.warning("job %s: not stopped after %.0f s; killing it", self._job.id, self._settings.grace_seconds)
+                process.kill()
+            for pump in self._pumps:
+                pump.pump()
+            self._mirror.start()
+        return cause
+
+    def _stop_cause(self) -> StopCause | None:
+        if self._should_stop():
+            return StopCause.SHUTDOWN
+        if time.monotonic() - self._cancel_polled_at < CANCEL_POLL_SECONDS:
+            return None
+        self._cancel_polled_at = time.monotonic()
+        try:
+            return StopCause.CANCEL if self._job.is_cancel_requested() else None
+        except OUT_OF_REACH:
+            return None  # asked again in a moment
+
+    def _drain(self) -> None:
+        """Write the last records, however long the store is away."""
+        while not all(pump.is_drained() for pump in self._pumps):
+            if self._job.is_lost():
+                raise LeaseLostError(self._job.id)
+            for pump in self._pumps:
+                pump.pump()
+            time.sleep(0.02)
+
+    def _release(self) -> list[QueuedJob]:
+        try:
+            self._mirror.mirror()  # so that the next worker may be on another machine
+        except OSError:
+            logger.exception("job %s: its last checkpoint was not mirrored", self._job.id)
+        released = self._job.release()
+        logger.info("job %s: given back", self._job.id)
+        return [] if released is None else [released]
+
+    def _finish(self, outcome: Outcome) -> list[QueuedJob]:
+        self._mirror.wait()
+        files = [self._run / EXPORT_DIR / name for name in outcome.export_files] if isinstance(outcome, ResultRecord) else []
+        queued = self._job.finish(outcome, files)
+        logger.info("job %s: ended: %s", self._job.id, outcome)
+        if isinstance(outcome, ResultRecord):  # the artifact store has what matters of these
+            for name in (CHECKPOINTS_DIR, TEACHER_DIR):
+                shutil.rmtree(self._run / name, ignore_errors=True)
+        return queued

@@ -1,0 +1,83 @@
+"""The one Celery task, `cliprd.run_job`, and the messages that start it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from celery import Celery
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.store.blobs import BlobStore
+from service.store.jobs import QueuedJob, claim_job, mark_sent
+from service.store.session import make_engine, make_sessions
+from worker.held_job import OUT_OF_REACH, HeldJob
+from worker.process import TrainingProcess
+from worker.settings import WorkerSettings
+from worker.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+RUN_JOB = "cliprd.run_job"
+
+
+def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], job_id: str) -> None:
+    """Claim the job and see it through. A message for a job that is not queued (any more) does nothing."""
+    if should_stop():
+        return  # taken while shutting down: the job stays queued, and the reaper sends it again
+    engine = make_engine(settings.database_url)  # made here, in the pool's child: connections don't survive a fork
+    try:
+        sessions = make_sessions(engine)
+        try:
+            with sessions.begin() as session:
+                claim = claim_job(session=session, job_id=job_id, worker=worker_name(), lease_seconds=settings.lease_seconds)
+        except OUT_OF_REACH as error:
+            logger.warning("job %s: not claimed, as the store is out of reach (%s); the reaper sends it again", job_id, error)
+            return
+        if claim is None:
+            logger.info("job %s: not queued, so there is nothing to do", job_id)
+            return
+        job = HeldJob(claim, sessions, BlobStore(settings.artifacts_root), lease_seconds=settings.lease_seconds)
+        queued = Supervisor(job, settings, should_stop, launcher(settings)).run()
+        send(app, sessions, queued)
+    finally:
+        engine.dispose()
+
+
+def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProcess]:
+    """Starts torchrun as the settings say."""
+
+    def launch(run: Path, job: HeldJob) -> TrainingProcess:
+        return TrainingProcess.start(
+            run,
+            attempt=job.attempt,
+            num_processes=job.spec.resources.num_processes,
+            grace_seconds=settings.grace_seconds,
+            trainer=shlex.split(settings.trainer),
+        )
+
+    return launch
+
+
+def send(app: Celery, sessions: sessionmaker[Session], queued: Sequence[QueuedJob]) -> None:
+    """Send the jobs' messages. A broker that is away costs a warning: the jobs are queued in the store, and a reaper sends them."""
+    sent: list[str] = []
+    for job_id, queue in queued:
+        try:
+            app.send_task(RUN_JOB, args=[job_id], queue=queue)
+        except app.connection_for_write().connection_errors as error:
+            logger.warning("the broker is out of reach (%s); the reaper will send %d jobs", error, len(queued) - len(sent))
+            break
+        sent.append(job_id)
+    if sent:
+        with sessions.begin() as session:
+            mark_sent(session=session, job_ids=sent)
+
+
+def worker_name() -> str:
+    """Names the worker in the store, for people: which process on which machine."""
+    return f"{socket.gethostname()}:{os.getpid()}"
