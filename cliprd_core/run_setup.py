@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
@@ -239,19 +238,14 @@ def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts) -> int:
 
 
 def _data_parallel(module: StudentWithObjective, device: torch.device) -> nn.Module:
-    """Wrap for several processes; alone, the module itself."""
+    """Wrap for several processes; alone, the module itself.
+
+    A student with batch normalisation (`RN50`, …) normalises over each process's share, and rank 0's running statistics are kept.
+    """
     if distributed.world_size() == 1:
         return module
-    return DistributedDataParallel(
-        module,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=_has_batch_norm(module),  # else only constant masks, not worth a collective per step
-        gradient_as_bucket_view=True,
-    )
-
-
-def _has_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(inner, _BatchNorm) for inner in module.modules())
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def _freeze_unused(student: LoadedModel, device: torch.device) -> None:

@@ -128,7 +128,7 @@ class DataSpec(SpecModel):
 
     train: list[DataSource] = Field(min_length=1, max_length=MAX_LIST_LENGTH, description="Training pairs; several sources are joined.")
     validation: list[DataSource] = Field(
-        default=[], max_length=MAX_LIST_LENGTH, description="Held-out pairs: the job reports loss and retrieval on them."
+        default=[], max_length=MAX_LIST_LENGTH, description="Held-out pairs: the job reports retrieval on them."
     )
     crop_scale: tuple[Fraction, Fraction] = Field(default=(0.9, 1.0), description="RandomResizedCrop's area range, fractions of the image.")
 

@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("spec", type=Path, help="job spec, a JSON file")
     parser.add_argument("--run-dir", type=Path, help="where records, checkpoints and the result go (default: the spec's folder)")
     given = parser.parse_args(arguments)
+    if not given.spec.is_file():
+        parser.error(f"there is no file {given.spec}")
     die_with_parent_if_asked()
     stop = StopRequest().listen()
     run_dir: Path = (given.run_dir or given.spec.parent).resolve()

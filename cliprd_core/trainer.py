@@ -58,7 +58,7 @@ class StepOutput:
 def train(spec: JobSpec, run_dir: Path, stop: StopRequest) -> Outcome:
     """Run, or resume, the job in `run_dir` until it is done or `stop` is requested.
 
-    Joins the process group that the environment describes and leaves it at the end.
+    Joins the process group that the environment describes, and leaves it at the end unless something is raised.
 
     Raises:
         InvalidSpecError: the spec cannot be run; the message names the field and the remedy.
@@ -67,20 +67,22 @@ def train(spec: JobSpec, run_dir: Path, stop: StopRequest) -> Outcome:
     """
     started = time.monotonic()
     run = prepare_run(spec, run_dir)
-    try:
-        is_done = _train_epochs(run, stop)
-        run.loader.close()
-        num_corrupt_samples = len(run.control.union(run.loader.corrupt_indices))
-        if is_done and distributed.is_main():
-            _finish(run, started, num_corrupt_samples)
-        run.control.wait()  # rank 0 may still be saving; a launcher kills what is left when one process ends
-    finally:
-        distributed.shutdown()
+    is_done = _train_epochs(run, stop)
+    run.loader.close()
+    num_corrupt_samples = len(run.control.union(run.loader.corrupt_indices))
+    if is_done and distributed.is_main():
+        _finish(run, started, num_corrupt_samples)
+    run.control.wait()  # rank 0 may still be saving; a launcher kills what is left when one process ends
+    # Not after an exception: closing the connections would make the other ranks fail before this one has said why.
+    distributed.shutdown()
     return Outcome.FINISHED if is_done else Outcome.STOPPED
 
 
 def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
-    """One update, the one after `step` updates, from this process's share of the batch. Never waits for the device."""
+    """One update, the one after `step` updates, from this process's share of the batch.
+
+    It never waits for the device, except that the objective of several GPUs exchanges its row counts.
+    """
     learning_rate = lr_at(step, run.spec.training, run.num_steps)
     set_learning_rate(run.optimizer, learning_rate)
     # No random state is carried from step to step, so a resumed run draws the same dropout masks.
