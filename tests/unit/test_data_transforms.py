@@ -109,7 +109,7 @@ class TestCenterCrop:
     def test_same_as_open_clips_evaluation_transform(self, size: tuple[int, int], mode: str, interpolation: str) -> None:
         preprocess = Preprocess(24, PREPROCESS.mean, PREPROCESS.std, interpolation, mode)
         image = decode_rgb("key", image_bytes(5, size=size))
-        ours = normalise(center_crop(image, preprocess)[None], preprocess)[0]
+        ours = normalise(np.stack([center_crop(image, preprocess)]), preprocess)[0]
         theirs = image_transform(24, False, preprocess.mean, preprocess.std, resize_mode=mode, interpolation=interpolation)(image)
         assert torch.equal(ours, theirs)
 
