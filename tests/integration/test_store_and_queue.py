@@ -42,10 +42,10 @@ def received(redis_url: str, queue: str) -> list[tuple[str, list[str]]]:
     """Task names and arguments of the messages in a queue, as a Celery worker would read them."""
     app = Celery(broker=redis_url, set_as_current=False)
     messages = []
-    with app.connection_for_read() as connection:
-        while (message := connection.default_channel.basic_get(queue, no_ack=True)) is not None:
-            decoded = connection.default_channel.message_to_python(message) if isinstance(message, dict) else message
-            messages.append((str(decoded.headers["task"]), decoded.decode()[0]))
+    with app.connection_for_read() as connection, connection.SimpleQueue(queue, no_ack=True) as waiting:
+        for _ in range(waiting.qsize()):
+            message = waiting.get_nowait()
+            messages.append((str(message.headers["task"]), message.payload[0]))
     app.close()
     return messages
 

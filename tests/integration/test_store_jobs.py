@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -80,18 +82,19 @@ def test_a_worker_without_the_lease_can_write_nothing(sessions: Sessions) -> Non
     new = claim(sessions, job.id, worker="worker-2")
     assert new.attempt == 2
     with sessions.begin() as session:
-        lease = {"session": session, "job_id": job.id, "lease_token": old.lease_token}
+        lease: dict[str, Any] = {"session": session, "job_id": job.id, "lease_token": old.lease_token}
         assert not jobs.renew_lease(**lease, lease_seconds=60).held
-        for write, argument in (
+        writes: list[tuple[Callable[..., object], dict[str, object]]] = [
             (jobs.mark_started, {}),
             (jobs.record_progress, {"progress": progress_at(1)}),
             (jobs.record_metrics, {"records": [measured(1, train_loss=1.0)]}),
             (jobs.record_evaluations, {"records": []}),
             (jobs.finish_job, {"outcome": SUCCESS}),
             (jobs.release_job, {}),
-        ):
+        ]
+        for write, argument in writes:
             with pytest.raises(jobs.LeaseLostError):
-                write(**lease, **argument)  # type: ignore[operator]
+                write(**lease, **argument)
     now = read(sessions, job.id)
     assert (now.state, now.worker, now.progress, now.metrics) == (JobState.RUNNING, "worker-2", None, None)
 

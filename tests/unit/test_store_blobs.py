@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from service.store import blobs
 from service.store.blobs import BlobStore
 
 
@@ -36,7 +35,7 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blobs.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         store.put_file(tmp_path / "source")
     assert files_under(tmp_path / "store") == []

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.store import jobs
 from service.store.jobs import ALLOWED_MOVES, Cancelled, JobState
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
-from tests.store_helpers import FAILURE, SUCCESS, create, distilled_spec
+from tests.store_helpers import FAILURE, SUCCESS, create, distilled_spec, progress_at
 
 MAX_ATTEMPTS = 2
-NO_TOKEN = "never-issued"
+MAX_JOBS = 5
+CHOICES = st.integers(0, MAX_JOBS - 1)
+NOT_QUEUED = [state for state in JobState if state is not JobState.QUEUED]
 
 
 def test_every_state_is_in_the_table_and_the_finished_ones_are_final() -> None:
@@ -34,17 +39,28 @@ class Expected:
 
     state: JobState
     teacher: str | None
-    token: str = NO_TOKEN
     num_claims: int = 0
     num_lost: int = 0
     cancel_requested: bool = False
-    old_tokens: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+
+
+def has(*states: JobState) -> Callable[[JobLives], bool]:
+    """Precondition of a rule: there is a job in one of these states, or any at all."""
+    return lambda machine: bool(machine.ids(*states))
+
+
+def has_room(machine: JobLives) -> bool:
+    return len(machine.expected) < MAX_JOBS
+
+
+def pick(ids: list[str], choice: int) -> str:
+    return ids[choice % len(ids)]
 
 
 class JobLives(RuleBasedStateMachine):
-    """Users, workers and reapers at random."""
+    """Users, workers and reapers at random. Few jobs and rules that look for one in the right state, so that lives are long."""
 
-    ids = Bundle("ids")
     template: Path
 
     def __init__(self) -> None:
@@ -59,70 +75,88 @@ class JobLives(RuleBasedStateMachine):
         self.engine.dispose()
         shutil.rmtree(self.folder)
 
-    @rule(target=ids)
-    def submit(self) -> str:
+    def ids(self, *states: JobState) -> list[str]:
+        """Jobs that the model has in one of these states, oldest first; all of them for none."""
+        return [job_id for job_id, one in self.expected.items() if not states or one.state in states]
+
+    @precondition(has_room)
+    @rule()
+    def submit(self) -> None:
         job = create(self.sessions, max_attempts=MAX_ATTEMPTS)
         self.expected[job.id] = Expected(JobState.QUEUED, None)
-        return job.id
 
-    @rule(target=ids, teacher=ids)
-    def submit_student(self, teacher: str) -> str:
+    @precondition(has_room)
+    @precondition(has())
+    @rule(choice=CHOICES)
+    def submit_student(self, choice: int) -> None:
+        teacher = pick(self.ids(), choice)
         state = self.expected[teacher].state
         if state in (JobState.FAILED, JobState.CANCELLED):
             with pytest.raises(jobs.TeacherUnavailableError):
                 create(self.sessions, distilled_spec(teacher))
-            return teacher
+            return
         job = create(self.sessions, distilled_spec(teacher), max_attempts=MAX_ATTEMPTS)
         self.expected[job.id] = Expected(JobState.QUEUED if state is JobState.SUCCEEDED else JobState.WAITING, teacher)
-        return job.id
 
-    @rule(job_id=ids)
-    def claim(self, job_id: str) -> None:
+    @precondition(has(JobState.QUEUED))
+    @rule(choice=CHOICES)
+    def claim(self, choice: int) -> None:
+        job_id = pick(self.ids(JobState.QUEUED), choice)
         with self.sessions.begin() as session:
             claimed = jobs.claim_job(session=session, job_id=job_id, worker="w", lease_seconds=60)
+        assert claimed is not None
         one = self.expected[job_id]
-        assert (claimed is not None) == (one.state is JobState.QUEUED)
-        if claimed is not None:
-            one.state, one.token = JobState.RUNNING, claimed.lease_token
-            one.num_claims += 1
-            assert claimed.attempt == one.num_claims
+        one.state, one.num_claims = JobState.RUNNING, one.num_claims + 1
+        one.tokens.append(claimed.lease_token)
+        assert claimed.attempt == one.num_claims
 
-    @rule(job_id=ids, outcome=st.sampled_from([SUCCESS, FAILURE]))
-    def finish(self, job_id: str, outcome: jobs.Outcome) -> None:
-        one = self.expected[job_id]
+    @precondition(has(*NOT_QUEUED))
+    @rule(choice=CHOICES)
+    def claim_in_vain(self, choice: int) -> None:
         with self.sessions.begin() as session:
-            if one.state is not JobState.RUNNING:
-                with pytest.raises(jobs.LeaseLostError):
-                    jobs.finish_job(session=session, job_id=job_id, lease_token=one.token, outcome=outcome)
-                return
-            queued = jobs.finish_job(session=session, job_id=job_id, lease_token=one.token, outcome=outcome)
+            job_id = pick(self.ids(*NOT_QUEUED), choice)
+            assert jobs.claim_job(session=session, job_id=job_id, worker="w", lease_seconds=60) is None
+
+    @precondition(has(JobState.RUNNING))
+    @rule(choice=CHOICES, outcome=st.sampled_from([SUCCESS, FAILURE]))
+    def finish(self, choice: int, outcome: jobs.Outcome) -> None:
+        job_id = pick(self.ids(JobState.RUNNING), choice)
+        with self.sessions.begin() as session:
+            queued = jobs.finish_job(session=session, job_id=job_id, lease_token=self.expected[job_id].tokens[-1], outcome=outcome)
         became_queued = self.end(job_id, JobState.SUCCEEDED if outcome is SUCCESS else JobState.FAILED)
         assert sorted(job.job_id for job in queued) == sorted(became_queued)
 
-    @rule(job_id=ids)
-    def finish_cancelled(self, job_id: str) -> None:
+    @precondition(has(JobState.RUNNING))
+    @rule(choice=CHOICES)
+    def stop_as_cancelled(self, choice: int) -> None:
+        job_id = pick(self.ids(JobState.RUNNING), choice)
         one = self.expected[job_id]
-        if one.state is JobState.RUNNING and one.cancel_requested:
-            with self.sessions.begin() as session:
-                jobs.finish_job(session=session, job_id=job_id, lease_token=one.token, outcome=Cancelled())
-            self.end(job_id, JobState.CANCELLED)
-
-    @rule(job_id=ids)
-    def release(self, job_id: str) -> None:
-        one = self.expected[job_id]
-        if one.state is not JobState.RUNNING:
-            return
         with self.sessions.begin() as session:
-            released = jobs.release_job(session=session, job_id=job_id, lease_token=one.token)
+            lease: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": one.tokens[-1]}
+            if not one.cancel_requested:
+                with pytest.raises(ValueError, match="nobody asked"):
+                    jobs.finish_job(**lease, outcome=Cancelled())
+                return
+            jobs.finish_job(**lease, outcome=Cancelled())
+        self.end(job_id, JobState.CANCELLED)
+
+    @precondition(has(JobState.RUNNING))
+    @rule(choice=CHOICES)
+    def release(self, choice: int) -> None:
+        job_id = pick(self.ids(JobState.RUNNING), choice)
+        one = self.expected[job_id]
+        with self.sessions.begin() as session:
+            released = jobs.release_job(session=session, job_id=job_id, lease_token=one.tokens[-1])
         assert (released is None) == one.cancel_requested
         if one.cancel_requested:
             self.end(job_id, JobState.CANCELLED)
         else:
-            one.old_tokens.append(one.token)
             one.state = JobState.QUEUED
 
-    @rule(job_id=ids)
-    def request_cancel(self, job_id: str) -> None:
+    @precondition(has())
+    @rule(choice=CHOICES)
+    def request_cancel(self, choice: int) -> None:
+        job_id = pick(self.ids(), choice)
         one = self.expected[job_id]
         with self.sessions.begin() as session:
             if one.state.is_finished:
@@ -134,15 +168,14 @@ class JobLives(RuleBasedStateMachine):
         if one.state is not JobState.RUNNING:
             self.end(job_id, JobState.CANCELLED)
 
+    @precondition(has(JobState.RUNNING))
     @rule()
     def lose_every_worker(self) -> None:
         with self.sessions.begin() as session:
             queued = jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61))
         again = []
-        for job_id, one in self.expected.items():
-            if one.state is not JobState.RUNNING:
-                continue
-            one.old_tokens.append(one.token)
+        for job_id in self.ids(JobState.RUNNING):
+            one = self.expected[job_id]
             one.num_lost += 1
             if one.cancel_requested:
                 self.end(job_id, JobState.CANCELLED)
@@ -153,15 +186,19 @@ class JobLives(RuleBasedStateMachine):
                 again.append(job_id)
         assert sorted(job.job_id for job in queued) == sorted(again)
 
-    @rule(job_id=ids)
-    def renew(self, job_id: str) -> None:
-        one = self.expected[job_id]
-        with self.sessions.begin() as session:
-            status = jobs.renew_lease(session=session, job_id=job_id, lease_token=one.token, lease_seconds=60)
-            assert status.held == (one.state is JobState.RUNNING)
-            assert status.cancel_requested == (status.held and one.cancel_requested)
-            for token in one.old_tokens:
-                assert not jobs.renew_lease(session=session, job_id=job_id, lease_token=token, lease_seconds=60).held
+    @precondition(has())
+    @rule()
+    def every_worker_that_ever_was_reports(self) -> None:
+        """Only the latest token of a running job holds it; all others can neither renew nor write."""
+        for job_id, one in self.expected.items():
+            for token in one.tokens:
+                holds = one.state is JobState.RUNNING and token == one.tokens[-1]
+                with self.sessions.begin() as session:
+                    lease: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": token}
+                    status = jobs.renew_lease(**lease, lease_seconds=60)
+                    assert status == jobs.LeaseStatus(held=holds, cancel_requested=holds and one.cancel_requested)
+                    with nullcontext() if holds else pytest.raises(jobs.LeaseLostError):
+                        jobs.record_progress(**lease, progress=progress_at(1))
 
     def end(self, job_id: str, state: JobState) -> list[str]:
         """The model's end of a job and what follows for those that wait for it; returns the jobs that become queued."""
@@ -194,5 +231,5 @@ def test_any_order_of_calls_keeps_store_and_model_together(tmp_path: Path) -> No
     migrate(url)
     JobLives.template = tmp_path / "template.db"
     machine = JobLives.TestCase
-    machine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+    machine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
     machine().runTest()
