@@ -42,7 +42,7 @@ def create_app(settings: WorkerSettings, flag: ShutdownFlag) -> Celery:
         broker_transport_options={"socket_connect_timeout": 5, "socket_keepalive": True},
     )
 
-    @app.task(name=RUN_JOB)
+    @app.task(name=RUN_JOB, shared=False)  # else every later app of the process would get this one
     def _run_job(job_id: str) -> None:
         run_job(app, settings, flag.is_raised, job_id)
 

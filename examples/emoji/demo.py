@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -38,12 +39,12 @@ PICTURE_KEY = "twemoji_1f355"
 POLL_SECONDS = 0.5
 CLASSIFICATION, RETRIEVAL = "emoji_twemoji", "emoji_twemoji_retrieval"
 COLUMNS = [
-    (CLASSIFICATION, "zero_shot_top1", "zero-shot\ntop-1"),
-    (CLASSIFICATION, "zero_shot_top5", "zero-shot\ntop-5"),
-    (RETRIEVAL, "image_to_text_R@1", "image→text\nR@1"),
-    (RETRIEVAL, "image_to_text_R@5", "image→text\nR@5"),
-    (RETRIEVAL, "text_to_image_R@1", "text→image\nR@1"),
-    (RETRIEVAL, "text_to_image_R@5", "text→image\nR@5"),
+    (CLASSIFICATION, "zero_shot_top1", "zero-\nshot\ntop-1"),
+    (CLASSIFICATION, "zero_shot_top5", "zero-\nshot\ntop-5"),
+    (RETRIEVAL, "image_to_text_R@1", "image\n→text\nR@1"),
+    (RETRIEVAL, "image_to_text_R@5", "image\n→text\nR@5"),
+    (RETRIEVAL, "text_to_image_R@1", "text\n→image\nR@1"),
+    (RETRIEVAL, "text_to_image_R@5", "text\n→image\nR@5"),
 ]
 TIMES_CHANCE_CLAIMED = 100
 
@@ -57,9 +58,10 @@ def main() -> int:
     home = Path(tempfile.mkdtemp(prefix="cliprd-demo-"))
     try:
         with EmbeddedStack(home, port=0) as stack, Client(stack.url) as client:
-            console.print(f"The service runs at {stack.url} for as long as this demo; its logs are in {stack.logs}")
+            console.print(f"The service runs at {stack.url} for as long as this demo; its logs are in {stack.logs}", soft_wrap=True)
             is_good = run(stack, client)
     except KeyboardInterrupt:
+        shutil.rmtree(home)
         console.print("\nStopped; nothing is left running.")
         return 130
     except (CliprdError, EmbeddedError) as error:
@@ -123,15 +125,16 @@ def compare(client: Client, jobs: list[JobView]) -> None:
     """The table, and whether the distilled student keeps what is claimed of it."""
     last = [final_evaluations(client, job) for job in jobs]
     chance = {(dataset, metric): last[0][dataset].chance[metric] for dataset, metric, _ in COLUMNS}
-    table = Table(
-        "", "parameters", *(title for *_, title in COLUMNS), title="On a drawing style that none of them was trained on (Twemoji)"
-    )
+    titles = ["", "para-\nmeters", *(title for *_, title in COLUMNS)]
+    table = Table(*titles, title="On a drawing style that none of them was trained on (Twemoji)", title_justify="left", box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for job, evaluations in zip(jobs, last, strict=True):
         assert job.result is not None
         values = [evaluations[dataset].metrics[metric] for dataset, metric, _ in COLUMNS]
-        table.add_row(job.name, f"{job.result.num_student_parameters / 1e6:.1f} M", *(f"{value:.1%}" for value in values))
+        table.add_row(
+            job.name.removeprefix("emoji "), f"{job.result.num_student_parameters / 1e6:.1f} M", *(f"{value:.1%}" for value in values)
+        )
     table.add_section()
     table.add_row("chance", "", *(f"{value:.2%}" for value in chance.values()), style="dim")
     console.print(table)

@@ -320,7 +320,8 @@ def test_an_earlier_job_is_the_teacher(bench: Bench, by: str) -> None:
         seen["spec"] = json.loads((bench.run_dir(student_id) / "spec.json").read_text())
         seen["files"] = sorted(path.name for path in (bench.run_dir(student_id) / "teacher").iterdir())
 
-    watcher = soon(lambda: (bench.run_dir(student_id) / "log.txt").exists(), look)
+    log = bench.run_dir(student_id) / "log.txt"
+    watcher = soon(log.exists, look)
     bench.run(student_id)
     watcher.join()
     assert bench.job(student_id).state is JobState.SUCCEEDED

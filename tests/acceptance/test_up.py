@@ -1,0 +1,67 @@
+"""`cliprd up` as a process: it says where it is, refuses a home or a port in use, and takes everything down with it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+CLIPRD = str(Path(sys.executable).with_name("cliprd"))
+
+
+class Up:
+    """A running `cliprd up`."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.process = subprocess.Popen(
+            [CLIPRD, "up", "--home", str(home), "--port", "0"], stdout=subprocess.PIPE, text=True, env={"PYTHONUNBUFFERED": "1"}
+        )
+        assert self.process.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.process.stdout.readline())
+        assert found is not None
+        self.url, self.port = found[0], found[1]
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def survivors(self, timeout_seconds: float) -> list[psutil.Process]:
+        _, alive = psutil.wait_procs(self.children, timeout=timeout_seconds)
+        return [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    up = Up(tmp_path / "home")
+    yield up
+    up.process.kill()
+    up.process.communicate()
+
+
+def try_up(*arguments: str) -> str:
+    ended = subprocess.run([CLIPRD, "up", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def test_it_refuses_a_home_or_a_port_in_use_and_stops_in_order(up: Up, tmp_path: Path) -> None:
+    assert httpx.get(f"{up.url}/readyz").json() == {"status": "ready"}
+    assert len(up.children) >= 3, "Redis, API and worker"
+    assert f"already runs in {up.home}" in try_up("--home", str(up.home), "--port", "0")
+    assert f"--port {int(up.port) + 1}" in try_up("--home", str(tmp_path / "other"), "--port", up.port)
+    up.process.send_signal(signal.SIGTERM)
+    said, _ = up.process.communicate(timeout=30)
+    assert up.process.returncode == 0
+    assert "Stopping" in said
+    assert not up.survivors(0)
+
+
+def test_a_killed_one_takes_everything_with_it(up: Up) -> None:
+    up.process.kill()
+    assert not up.survivors(10)

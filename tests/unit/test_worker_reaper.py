@@ -1,0 +1,161 @@
+"""The reaper and the worker's app, over a broker in memory: what it sends, when it doesn't, and that nothing stops it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from sqlalchemy.orm import Session, sessionmaker
+
+from cliprd_core.spec import JobSpec
+from service.store.jobs import JobState, claim_job, create_job, get_job
+from service.store.models import Job
+from service.store.session import make_engine, make_sessions, migrate, reading
+from worker.celery_app import create_app
+from worker.reaper import Reaper, num_messages
+from worker.settings import WorkerSettings
+from worker.shutdown import ShutdownFlag
+
+
+class Bench:
+    def __init__(self, folder: Path, flag: ShutdownFlag) -> None:
+        self.queue = f"queue-{uuid.uuid4().hex}"  # the broker in memory is one for the whole process
+        url = f"sqlite:///{folder / 'cliprd.db'}"
+        migrate(url)
+        self.engine = make_engine(url)
+        self.sessions: sessionmaker[Session] = make_sessions(self.engine)
+        self.settings = WorkerSettings(database_url=url, broker_url="memory://", queues=(self.queue,), reaper_seconds=0.02)
+        self.app: Celery = create_app(self.settings, flag)
+        self.reaper = Reaper(self.app, self.settings)
+
+    def submit(self, *, age_seconds: float) -> str:
+        spec = {
+            "name": "fake",
+            "recipe": "clip",
+            "student": {"model": "ViT-T-16"},
+            "data": {"train": [{"type": "webdataset", "shards": "none.tar"}]},
+            "resources": {"queue": self.queue},
+        }
+        with self.sessions.begin() as session:
+            job = create_job(session=session, spec=JobSpec.model_validate(spec))
+            assert job.queued_at is not None
+            job.queued_at -= timedelta(seconds=age_seconds)
+            return job.id
+
+    def expire(self, job_id: str) -> None:
+        with self.sessions.begin() as session:
+            assert claim_job(session=session, job_id=job_id, worker="gone", lease_seconds=60) is not None
+        with self.sessions.begin() as session:
+            job = session.get_one(Job, job_id)
+            assert job.lease_expires_at is not None
+            job.lease_expires_at -= timedelta(seconds=61)
+
+    def num_messages(self) -> int:
+        with self.app.connection_for_write() as connection:
+            return num_messages(connection, self.queue)
+
+    def job(self, job_id: str) -> Job:
+        with reading(self.sessions) as session:
+            return get_job(session=session, job_id=job_id)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    flag = ShutdownFlag()
+    bench = Bench(tmp_path, flag)
+    yield bench
+    bench.app.close()
+    bench.engine.dispose()
+    flag.close()
+
+
+def test_an_expired_job_is_queued_and_sent(bench: Bench) -> None:
+    job_id = bench.submit(age_seconds=0)
+    bench.expire(job_id)
+    assert bench.num_messages() == 0
+    bench.reaper.reap()
+    job = bench.job(job_id)
+    assert (job.state, job.attempt) == (JobState.QUEUED, 1)
+    assert job.sent_at is not None
+    assert bench.num_messages() == 1
+
+
+def test_a_lost_message_is_sent_again_but_not_at_once(bench: Bench) -> None:
+    bench.submit(age_seconds=1)
+    bench.reaper.reap()
+    assert bench.num_messages() == 0, "its message may be under way"
+    bench.submit(age_seconds=60)
+    bench.reaper.reap()
+    assert bench.num_messages() == 1
+    bench.reaper.reap()
+    assert bench.num_messages() == 1, "sent a moment ago"
+
+
+def test_jobs_that_only_wait_their_turn_do_not_fill_the_broker(bench: Bench) -> None:
+    waiting = [bench.submit(age_seconds=60) for _ in range(3)]
+    bench.reaper.reap()
+    assert bench.num_messages() == 3
+    for _ in range(3):
+        with bench.sessions.begin() as session:
+            for job_id in waiting:
+                job = session.get_one(Job, job_id)
+                assert job.sent_at is not None
+                job.sent_at -= timedelta(seconds=60)
+        bench.reaper.reap()
+    assert bench.num_messages() == 3
+
+
+def test_a_failing_round_is_logged_and_the_next_one_comes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds = 0
+    enough = threading.Event()
+
+    def reap() -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 1:
+            raise ConnectionError("store away")
+        enough.set()
+
+    monkeypatch.setattr(bench.reaper, "reap", reap)
+    with caplog.at_level(logging.ERROR):
+        bench.reaper.start()
+        assert enough.wait(5)
+        bench.reaper.stop()
+    assert "store away" in caplog.text
+    after = rounds
+    time.sleep(0.1)
+    assert rounds == after
+
+
+def test_the_app_runs_one_job_at_a_time_and_speaks_json_only(bench: Bench) -> None:
+    conf = bench.app.conf
+    assert conf.worker_concurrency == 1
+    assert conf.worker_disable_prefetch
+    assert not conf.task_acks_late
+    assert conf.accept_content == ["json"]
+    assert [queue.name for queue in conf.task_queues] == [bench.queue]
+    assert "cliprd.run_job" in bench.app.tasks
+
+
+@pytest.mark.parametrize(
+    ("environment", "field"), [({"CLIPRD_QUEUES": " , "}, "queues"), ({"CLIPRD_LEASE_SECONDS": "15"}, "heartbeat_seconds")]
+)
+def test_settings_that_cannot_work_are_named(environment: dict[str, str], field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=field):
+        WorkerSettings()
+
+
+def test_queues_come_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPRD_QUEUES", "default, big.gpu")
+    assert WorkerSettings().queues == ("default", "big.gpu")
