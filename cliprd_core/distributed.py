@@ -135,15 +135,15 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, row_counts: list[int]) -> Tensor:
         ctx.row_counts = row_counts
         largest = max(row_counts)
-        gathered = x.new_empty(len(row_counts) * largest, *x.shape[1:])
+        padded = x.contiguous()
+        if len(x) < largest:  # backends want equal shapes
+            padded = x.new_zeros(largest, *x.shape[1:])
+            padded[: len(x)] = x
+        gathered = x.new_empty(len(row_counts), largest, *x.shape[1:])
+        dist.all_gather(list(gathered), padded)
         if min(row_counts) == largest:
-            dist.all_gather_into_tensor(gathered, x.contiguous())
-            return gathered
-        padded = x.new_zeros(largest, *x.shape[1:])
-        padded[: len(x)] = x
-        dist.all_gather_into_tensor(gathered, padded)
-        parts = gathered.view(len(row_counts), largest, *x.shape[1:])
-        return torch.cat([part[:count] for part, count in zip(parts, row_counts, strict=True)])
+            return gathered.flatten(0, 1)
+        return torch.cat([part[:count] for part, count in zip(gathered, row_counts, strict=True)])
 
     @staticmethod
     @once_differentiable

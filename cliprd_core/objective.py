@@ -24,7 +24,7 @@ INITIAL_SCALE = math.log(1 / 0.07)
 """Start of the cross, image and text scales, which are used as they are: the published numbers were made so, not with its exponential."""
 
 MAX_BLOCK_ELEMENTS = 2**21
-"""Elements of one block of similarities; about nine such blocks are alive at once, 75 MB in float32."""
+"""Elements of one block of similarities; about eight such blocks are alive at once, 67 MB in float32."""
 
 
 @dataclass(frozen=True)

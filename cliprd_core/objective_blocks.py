@@ -108,18 +108,21 @@ class _Pass:
     def _add_softmaxes(
         self, group: Group, block: slice, log_p: dict[Similarity, Tensor], grads: dict[Similarity, Tensor], *, is_columns: bool
     ) -> None:
-        """Values, and gradients of the logits, of all terms of a group in one direction: softmaxes over rows, or over columns."""
-        p = {similarity: log_p_rB.exp() for similarity, log_p_rB in log_p.items()}
-        for term in group.cross_entropies:
-            if term.columns_only and not is_columns:
-                continue
+        """Values, and gradients of the logits, of all terms of a group in one direction: softmaxes over rows, or over columns.
+
+        `log_p` are the softmaxes' logarithms, (r, B) each; they are overwritten.
+        """
+        cross_entropies = [term for term in group.cross_entropies if is_columns or not term.columns_only]
+        for term in cross_entropies:
             self._values[term.part] -= self._diagonal(log_p[term.logits], block).sum()
+        differences = [log_p[relation.target] - log_p[relation.logits] for relation in group.divergences]
+        p = {similarity: log_p_rB.exp_() for similarity, log_p_rB in log_p.items()}  # in place: one block less, and log_p is done with
+        for term in cross_entropies:
             if term.logits in grads:
                 grads[term.logits].add_(p[term.logits], alpha=term.weight)
                 self._diagonal(grads[term.logits], block).sub_(term.weight)
-        for relation in group.divergences:
+        for relation, difference_rB in zip(group.divergences, differences, strict=True):
             target, logits = relation.target, relation.logits
-            difference_rB = log_p[target] - log_p[logits]
             self._values[relation.part] += difference_rB.mul_(p[target]).sum() * relation.factor
             if logits in grads:
                 weight = relation.weight * relation.factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from typing import Any
@@ -161,7 +162,8 @@ def check_collectives(rank: int, num_processes: int, port: int) -> None:
 
 def run(check: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(check, args=(num_processes, find_free_port()), nprocs=num_processes)
+    multiprocessing.set_forkserver_preload(["torch", "cliprd_core.objective"])  # imports take longer than the checks
+    mp.start_processes(check, args=(num_processes, find_free_port()), nprocs=num_processes, start_method="forkserver")
 
 
 @pytest.mark.timeout(120)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cliprd_core import losses, objective_blocks
+from cliprd_core import losses
 from cliprd_core.objective import Objective, ObjectiveOutput
+from cliprd_core.objective_terms import Similarity
 from cliprd_core.spec import ObjectiveSpec
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 PAPER = ObjectiveSpec()
 TERMS = tuple(ObjectiveSpec.model_fields)
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, which on a busy machine wait for each other at every operation."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def make_features(num_pairs: int, student_width: int, teacher_width: int, seed: int = 0) -> dict[str, Tensor]:
@@ -360,14 +371,14 @@ def test_shared_similarities_are_computed_once_and_inactive_ones_never(
 ) -> None:
     spec = ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | weights)) if weights else PAPER
     num_calls = 0
-    original = objective_blocks.Similarity.logits
+    original = Similarity.logits
 
-    def counted(self: objective_blocks.Similarity, block: slice) -> Tensor:
+    def counted(self: Similarity, block: slice) -> Tensor:
         nonlocal num_calls
         num_calls += 1
         return original(self, block)
 
-    monkeypatch.setattr(objective_blocks.Similarity, "logits", counted)
+    monkeypatch.setattr(Similarity, "logits", counted)
     make_objective(spec, 4, 4, max_block_elements=6 * 2)(**make_features(6, 4, 4), student_logit_scale=torch.tensor(10.0))
     assert num_calls == num_similarities * 3 * 2  # three blocks of two rows, two passes
 

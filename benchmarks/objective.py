@@ -1,0 +1,193 @@
+"""Peak memory and time of the objective, dense against blocked: `python benchmarks/objective.py`.
+
+One forward and backward pass of all terms, in float32, one process, the paper's weights. "Dense" is the sum of the functions of
+``cliprd_core.losses``; "blocked" is ``cliprd_core.objective.Objective``. Every measurement has a process of its own, so that
+its peak is its own. Extra memory is the peak above the inputs and their gradients, which are there before it is measured; on the
+CPU it is resident memory as Linux counts it (so Linux only), after a small warm-up. Wall time suffers from whatever else the
+machine does, CPU time (over all threads) hardly; both are the least of the repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cliprd_core import losses
+from cliprd_core.objective import INITIAL_SCALE, MAX_BLOCK_ELEMENTS, Objective
+from cliprd_core.spec import ObjectiveSpec
+
+SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
+NUM_DENSE_MATRICES = 28  # roughly, at the dense peak: 26 similarity-sized float32 tensors alive, 32 by resident memory at B = 4,096
+MAX_DENSE_BYTES = 6e9
+TEACHER_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One form at one batch size."""
+
+    extra_bytes: int
+    wall_seconds: float
+    cpu_seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Unnormalised features, (B, D) each, student's with a gradient already there; and the objective."""
+
+    student: tuple[Tensor, Tensor]
+    teacher: tuple[Tensor, Tensor]
+    log_logit_scale: Tensor
+    objective: Objective
+    dense_scales: tuple[Tensor, Tensor, Tensor]  # what the dense form learns in place of the objective's
+
+
+def make_problem(batch_size: int, width: int, device: torch.device, max_block_elements: int) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+
+    def features() -> Tensor:
+        return torch.randn(batch_size, width, generator=generator).to(device)
+
+    student = (features().requires_grad_(), features().requires_grad_())
+    for tensor in student:
+        tensor.grad = torch.ones_like(tensor)  # written to, so that its pages are resident
+    objective = Objective(
+        ObjectiveSpec(),
+        student_width=width,
+        teacher_width=width,
+        teacher_logit_scale=TEACHER_LOGIT_SCALE,
+        max_block_elements=max_block_elements,
+    ).to(device)
+    log_logit_scale, cross, image, text = (torch.tensor(INITIAL_SCALE, device=device, requires_grad=True) for _ in range(4))
+    return Problem(student, (features(), features()), log_logit_scale, objective, (cross, image, text))
+
+
+def blocked_loss(problem: Problem) -> Tensor:
+    loss: Tensor = problem.objective(
+        student_image_features=problem.student[0],
+        student_text_features=problem.student[1],
+        student_logit_scale=problem.log_logit_scale.exp(),
+        teacher_image_features=problem.teacher[0],
+        teacher_text_features=problem.teacher[1],
+    ).loss
+    return loss
+
+
+def dense_loss(problem: Problem) -> Tensor:
+    weights = problem.objective.weights
+    cross_scale, image_scale, text_scale = problem.dense_scales
+    image, text = (losses.unit_rows(one) for one in problem.student)
+    teacher_image, teacher_text = (losses.unit_rows(one) for one in problem.teacher)
+    features = (image, text, teacher_image, teacher_text)
+    scale = problem.log_logit_scale.exp()
+    vertical = (
+        losses.vrd_kl(*features, image_scale=image_scale, text_scale=text_scale)
+        + losses.vrd_ce_image(image, teacher_image, image_scale=image_scale)
+        + losses.vrd_ce_text(text, teacher_text, text_scale=text_scale)
+    )
+    return (
+        weights.task * losses.task(image, text, student_logit_scale=scale)
+        + weights.fd * losses.fd(*features)
+        + weights.icl * losses.icl(*features, cross_scale=cross_scale)
+        + weights.hrd * losses.hrd(*features, student_logit_scale=scale, teacher_logit_scale=TEACHER_LOGIT_SCALE)
+        + weights.vrd * vertical
+        + weights.xrd * losses.xrd(*features, cross_scale=cross_scale)
+    )
+
+
+FORMS: dict[str, Callable[[Problem], Tensor]] = {"dense": dense_loss, "blocked": blocked_loss}
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (peak) of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak(device: torch.device) -> int:
+    """Begin a new peak; returns the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM")
+
+
+def measure(form: str, batch_size: int, args: argparse.Namespace) -> Measurement:
+    device = torch.device(args.device)
+    compute = FORMS[form]
+    compute(make_problem(64, args.width, device, args.max_block_elements)).backward()
+    problem = make_problem(batch_size, args.width, device, args.max_block_elements)
+    before = reset_peak(device)
+    times = []
+    for _ in range(args.repetitions):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss = compute(problem)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start, time.process_time() - cpu_start))
+    wall_seconds, cpu_seconds = (min(one) for one in zip(*times, strict=True))
+    return Measurement(peak_bytes(device) - before, wall_seconds, cpu_seconds, loss.item())
+
+
+def measure_in_subprocess(form: str, batch_size: int, device: str, args: argparse.Namespace) -> Measurement:
+    command = [sys.executable, __file__, "--measure", form, "--sizes", str(batch_size), "--device", device, "--width", str(args.width)]
+    command += ["--repetitions", str(args.repetitions), "--max-block-elements", str(args.max_block_elements)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Measurement(**json.loads(printed))
+
+
+def row(device: str, batch_size: int, form: str, measured: Measurement | None, baseline: Measurement | None) -> str:
+    if measured is None:
+        needed = NUM_DENSE_MATRICES * batch_size**2 * 4 / 1e9
+        return f"| {device} | {batch_size} | {form} | about {needed:.0f} GB, not run | | | |"
+    ratio = f"{measured.wall_seconds / baseline.wall_seconds:.2f} / {measured.cpu_seconds / baseline.cpu_seconds:.2f}" if baseline else ""
+    cells = (f"{measured.extra_bytes / 1e6:.0f} MB", f"{measured.wall_seconds:.3f}", f"{measured.cpu_seconds:.3f}", ratio)
+    return f"| {device} | {batch_size} | {form} | {' | '.join(cells)} |"
+
+
+def print_table(args: argparse.Namespace) -> None:
+    devices = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    print(f"D = {args.width}, float32, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print("| device | B | form | extra memory | wall s | CPU s | wall / CPU time against dense |\n|---|---|---|---|---|---|---|")
+    for device in devices:
+        for batch_size in args.sizes:
+            fits = NUM_DENSE_MATRICES * batch_size**2 * 4 <= MAX_DENSE_BYTES
+            dense = measure_in_subprocess("dense", batch_size, device, args) if fits else None
+            print(row(device, batch_size, "dense", dense, None), flush=True)
+            print(row(device, batch_size, "blocked", measure_in_subprocess("blocked", batch_size, device, args), dense), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="batch sizes")
+    parser.add_argument("--width", type=int, default=512, help="width of the features")
+    parser.add_argument("--device", default=None, help="cpu or cuda; default: both where there is a GPU")
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--max-block-elements", type=int, default=MAX_BLOCK_ELEMENTS)
+    parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(asdict(measure(args.measure, args.sizes[0], args))))
+    else:
+        print_table(args)
+
+
+if __name__ == "__main__":
+    main()
