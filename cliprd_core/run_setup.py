@@ -21,13 +21,14 @@ from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
 from cliprd_core.evaluation.run import check_evaluation_sets
 from cliprd_core.failures import InvalidSpecError
+from cliprd_core.grad_cache import FeatureEncoder, GradCache
 from cliprd_core.metrics_log import MetricsLog, Stopwatch
 from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
 from cliprd_core.run_dir import ATTEMPT_VARIABLE
 from cliprd_core.spec import Device, JobSpec, Precision
-from cliprd_core.step_module import AUTOCAST_TYPES, StudentWithObjective, autocast
+from cliprd_core.step_module import AUTOCAST_TYPES, Passes, StudentWithObjective, WholeBatch, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Run:
     student: LoadedModel
     teacher: LoadedModel | None
     objective: Objective
-    module: nn.Module  # StudentWithObjective, in the data-parallel wrapper where there are several processes
+    passes: Passes  # forward and backward over the student and the objective
     trainable: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -162,7 +163,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         student=student,
         teacher=teacher,
         objective=objective,
-        module=_data_parallel(module, device),
+        passes=_build_passes(module, spec, device),
         trainable=[parameter for parameter in module.parameters() if parameter.requires_grad],
         optimizer=optimizer,
         scaler=scaler,
@@ -237,7 +238,16 @@ def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts) -> int:
     return saved.step
 
 
-def _data_parallel(module: StudentWithObjective, device: torch.device) -> nn.Module:
+def _build_passes(module: StudentWithObjective, spec: JobSpec, device: torch.device) -> Passes:
+    """In micro batches where `training.micro_batch_size` asks for them and this process's share is larger than one."""
+    batch_size = spec.training.global_batch_size // distributed.world_size()
+    micro_batch_size = spec.training.micro_batch_size
+    if micro_batch_size is None or micro_batch_size >= batch_size:
+        return WholeBatch(_data_parallel(module, device))
+    return GradCache(module, _data_parallel(FeatureEncoder(module), device), micro_batch_size, device)
+
+
+def _data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """Wrap for several processes; alone, the module itself.
 
     A student with batch normalisation (`RN50`, …) normalises over each process's share, and rank 0's running statistics are kept.

@@ -186,6 +186,12 @@ class TrainingSpec(SpecModel):
     global_batch_size: int = Field(
         default=1024, ge=2, le=1_048_576, description="Pairs of one step over all processes; also the number of negatives."
     )
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="At most so many pairs per process in one forward and backward pass: less memory and more time, with all negatives of"
+        " `global_batch_size`. Need not divide it. Null: the whole batch at once.",
+    )
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="Peak learning rate.")
     weight_decay: float = Field(default=0.1, ge=0, le=10, description="Decoupled; none on gains, biases, 1-d parameters and scales.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.98))

@@ -1,13 +1,17 @@
-"""What the data-parallel wrapper wraps: student and objective as one module, at the precision each needs."""
+"""What the data-parallel wrapper wraps, student and objective as one module at the precision each needs, and the passes over it.
+
+`WholeBatch` makes a step's passes over all pairs at once; `cliprd_core.grad_cache` makes them in micro batches.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from cliprd_core.losses import compute_dtype
 from cliprd_core.models import ClipModel
 from cliprd_core.objective import Objective
 from cliprd_core.spec import Precision
@@ -27,7 +31,7 @@ class StepLosses(TypedDict):
 class StudentWithObjective(nn.Module):
     """All learned parameters in one module, so that one data-parallel wrapper reduces them all.
 
-    The student runs under autocast; the objective always in fp32, on the student's unnormalised features.
+    The student runs under autocast; the objective always in fp32 (fp64 for a student in fp64), on the student's unnormalised features.
     """
 
     def __init__(self, student: ClipModel, objective: Objective, autocast_type: torch.dtype | None) -> None:
@@ -40,16 +44,66 @@ class StudentWithObjective(nn.Module):
         self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
         """(B, 3, H, W) images, (B, context) tokens, (B, Dt) teacher features or None; this process's rows."""
+        return self.losses(*self.encode(images, tokens), teacher_image_features, teacher_text_features)
+
+    def encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's image and text features, (B, Ds) each, unnormalised, in fp32 at least."""
         with autocast(images.device, self._autocast_type):
             image_features, text_features = self.student.encode_image(images), self.student.encode_text(tokens)
+        dtype = compute_dtype(image_features, text_features)
+        return image_features.to(dtype), text_features.to(dtype)
+
+    def losses(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        teacher_image_features: Tensor | None,
+        teacher_text_features: Tensor | None,
+    ) -> StepLosses:
+        """The objective on what `encode` gave, (B, Ds) each. A collective: every process must call it."""
         output = self.objective(
-            student_image_features=image_features.float(),
-            student_text_features=text_features.float(),
+            student_image_features=image_features,
+            student_text_features=text_features,
             student_logit_scale=self.student.logit_scale.exp().reshape(()),
             teacher_image_features=teacher_image_features,
             teacher_text_features=teacher_text_features,
         )
         return StepLosses(loss=output.loss, total=output.total, terms=output.terms, weighted=output.weighted)
+
+
+class Passes(Protocol):
+    """The forward and the backward pass of one step, from this process's share of the batch."""
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """At most so many pairs go through a model at once, and `forward` takes them from the host. None: all, from the device."""
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
+    ) -> StepLosses:
+        """The losses of (B, 3, H, W) images and (B, context) tokens, with (B, Dt) teacher features on the device, or None."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, the last `forward`'s times any factor, to each parameter's, averaged over processes."""
+
+
+class WholeBatch:
+    """Both passes over all pairs at once."""
+
+    micro_batch_size = None
+
+    def __init__(self, module: nn.Module) -> None:
+        """`module`: a `StudentWithObjective`, in the data-parallel wrapper where there are several processes."""
+        self._module = module
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
+    ) -> StepLosses:
+        losses: StepLosses = self._module(images, tokens, teacher_image_features, teacher_text_features)
+        return losses
+
+    def backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
 
 
 def autocast(device: torch.device, autocast_type: torch.dtype | None) -> AbstractContextManager[None]:

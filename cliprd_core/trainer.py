@@ -23,6 +23,7 @@ from cliprd_core.data.batch import Batch
 from cliprd_core.evaluation.run import evaluate
 from cliprd_core.export import export_model
 from cliprd_core.failures import DivergedError
+from cliprd_core.grad_cache import encode_in_micro_batches
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
 from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, write_atomically
@@ -88,11 +89,12 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     # No random state is carried from step to step, so a resumed run draws the same dropout masks.
     torch.manual_seed(_step_seed(run.spec.training.seed, step, distributed.rank()))
 
-    batch = batch.to(run.device)
+    if run.passes.micro_batch_size is None:
+        batch = batch.to(run.device)  # else each micro batch goes there in its turn
     teacher_image_features, teacher_text_features = _teacher_features(run, batch)
-    losses: StepLosses = run.module(batch.student_images, batch.student_tokens, teacher_image_features, teacher_text_features)
+    losses = run.passes.forward(batch.student_images, batch.student_tokens, teacher_image_features, teacher_text_features)
 
-    torch.autograd.backward(run.scaler.scale(losses["loss"]))
+    run.passes.backward(run.scaler.scale(losses["loss"]))
     run.scaler.unscale_(run.optimizer)
     grad_norm = _clip_gradients(run.trainable, run.spec.training.grad_clip_norm)
     run.scaler.step(run.optimizer)
@@ -106,10 +108,17 @@ def _teacher_features(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor | N
     """The teacher's image and text features of the batch, (B, Dt) each, fp32; None where there is no teacher."""
     if run.teacher is None:
         return None, None
+    model = run.teacher.model
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return model.encode_image(images).float(), model.encode_text(tokens).float()
+
     images = batch.student_images if batch.teacher_images is None else batch.teacher_images
     tokens = batch.student_tokens if batch.teacher_tokens is None else batch.teacher_tokens
     with torch.no_grad(), run.autocast():  # not inference_mode: the loss keeps these for its backward pass
-        return run.teacher.model.encode_image(images).float(), run.teacher.model.encode_text(tokens).float()
+        if run.passes.micro_batch_size is None:
+            return encode(images, tokens)
+        return encode_in_micro_batches(encode, images, tokens, run.passes.micro_batch_size, run.device)
 
 
 def _clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -1,0 +1,121 @@
+"""Training in micro batches: whole runs follow the curve of the whole batch, resume exactly, and processes exchange gradients once."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from cliprd_core import distributed
+from cliprd_core.grad_cache import FeatureEncoder, GradCache
+from cliprd_core.run_dir import EXIT_CODE_STOPPED
+from cliprd_core.spec import JobSpec
+from cliprd_core.step_module import WholeBatch
+from tests.integration.test_objective_distributed import run as run_processes
+from tests.integration.test_objective_distributed import start as join_group
+from tests.integration.test_training import TIMEOUT_SECONDS, assert_same_weights, losses, metrics, run_here, start, wait_for_step
+from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
+from tests.unit.test_grad_cache import gradients_of, make_batch, make_module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, a teacher of another width and resolution, and a finished run without micro batches."""
+    folder = tmp_path_factory.mktemp("micro-batches")
+    write_shards(folder / "shards", 32)
+    write_teacher(folder / "teacher", tiny_config(width=48, embed_dim=48, image_size=48))
+    assert run_here(folder / "whole", make_spec(folder)) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Any:
+    """`train.main` installs a handler for SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def make_spec(folder: Path, **changes: Any) -> JobSpec:
+    return tiny_spec(str(folder / "shards" / "00000.tar"), teacher=f"local-dir:{folder / 'teacher'}", **changes)
+
+
+def assert_same_curve(run: Path, expected: Path) -> None:
+    """Losses to 1e-4 relative, as AdamW's first steps amplify fp32's rounding; the first step's to fp32's rounding itself."""
+    assert losses(run).keys() == losses(expected).keys()
+    assert losses(run)[1] == pytest.approx(losses(expected)[1], rel=1e-6)
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-4)
+    first, first_expected = metrics(run)[0].values, metrics(expected)[0].values
+    assert first["train/grad_norm"] == pytest.approx(first_expected["train/grad_norm"], rel=1e-5)
+
+
+def test_a_run_in_micro_batches_follows_the_whole_batch_s_curve(folder: Path, tmp_path: Path) -> None:
+    assert run_here(tmp_path / "run", make_spec(folder, training={"micro_batch_size": 3})) == 0
+    assert_same_curve(tmp_path / "run", folder / "whole")
+
+
+def test_a_micro_batch_that_holds_the_whole_batch_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    assert run_here(tmp_path / "run", make_spec(folder, training={"micro_batch_size": 8})) == 0
+    assert losses(tmp_path / "run") == losses(folder / "whole")
+    assert_same_weights(tmp_path / "run", folder / "whole")
+
+
+def test_two_processes_in_micro_batches_follow_the_curve_of_one(folder: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "run", make_spec(folder, training={"micro_batch_size": 2}, resources={"num_processes": 2}), num_processes=2)
+    assert process.wait(TIMEOUT_SECONDS) == 0, (tmp_path / "run" / "log.txt").read_text()
+    assert_same_curve(tmp_path / "run", folder / "whole")
+
+
+def test_a_stopped_run_with_patch_dropout_resumes_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    config = tiny_config()
+    config["vision_cfg"]["patch_dropout"] = 0.3
+    spec = make_spec(folder, student={"config": config}, training={"micro_batch_size": 3, "epochs": 6})
+    assert run_here(tmp_path / "reference", spec) == 0
+    process = start(tmp_path / "stopped", spec)
+    wait_for_step(tmp_path / "stopped", 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT_SECONDS) == EXIT_CODE_STOPPED, (tmp_path / "stopped" / "log.txt").read_text()
+    assert metrics(tmp_path / "stopped")[-1].step < 24, "it was stopped on the way"
+    process = start(tmp_path / "stopped", spec, attempt=2)
+    assert process.wait(TIMEOUT_SECONDS) == 0, (tmp_path / "stopped" / "log.txt").read_text()
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "reference")
+    assert_same_weights(tmp_path / "stopped", tmp_path / "reference")
+
+
+def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
+    """What each process runs: gradients equal one process's on all pairs, in fp64, and cross the wires once a step."""
+    module, batch = make_module(), make_batch(12)
+    expected_losses, gradients = gradients_of(WholeBatch(module), module, batch)
+    expected = {name: gradient.clone() for name, gradient in gradients.items()}
+    module.zero_grad()
+    join_group(rank, num_processes, port)
+    encoder = DistributedDataParallel(FeatureEncoder(module), gradient_as_bucket_view=True)
+    num_reduced = torch.zeros((), dtype=torch.int64)
+
+    def average(_state, bucket):  # the wrapper refuses annotations that are strings, as they are in this file
+        num_reduced.add_(bucket.buffer().numel())
+        future = dist.all_reduce(bucket.buffer() / num_processes, async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    encoder.register_comm_hook(None, average)
+    own = [tensor.tensor_split(num_processes)[rank] for tensor in batch]
+    num_trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    for _ in range(2):  # the wrapper arranges its buckets anew after the first step
+        num_reduced.zero_()
+        found_losses, found = gradients_of(GradCache(module, encoder, 2, torch.device("cpu")), module, own)
+        assert num_reduced == num_trainable, "each gradient once, though there are three micro batches"
+        torch.testing.assert_close(found_losses["total"], expected_losses["total"], rtol=1e-9, atol=0)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+    distributed.barrier()
+    distributed.shutdown()
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_exchange_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_processes(check_one_exchange, 2, monkeypatch)
