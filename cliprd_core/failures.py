@@ -27,8 +27,8 @@ def describe_failure(error: BaseException) -> ErrorRecord:
     reason = _reason(error)
     if reason is ErrorReason.OUT_OF_MEMORY:
         message = (
-            "The training process ran out of memory; lower `training.global_batch_size`, use more processes, or a smaller model or teacher."
-            f" ({_first_line(error)})"
+            "The training process ran out of memory; set or lower `training.micro_batch_size` (it keeps the batch and its negatives), lower"
+            f" `training.global_batch_size`, use more processes, or a smaller model or teacher. ({_first_line(error)})"
         )
     elif isinstance(error, ValidationError):
         faults = [f"`{'.'.join(str(part) for part in fault['loc']) or 'spec'}`: {fault['msg']}" for fault in error.errors()]
