@@ -14,12 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from cliprd_core import distributed
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
 from cliprd_core.run_dir import EXIT_CODE_STOPPED
+from cliprd_core.run_setup import prepare_run
 from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import WholeBatch
+from cliprd_core.trainer import train_step
 from tests.integration.test_objective_distributed import run as run_processes
 from tests.integration.test_objective_distributed import start as join_group
 from tests.integration.test_training import TIMEOUT_SECONDS, assert_same_weights, losses, metrics, run_here, start, wait_for_step
-from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
+from tests.tiny import MODEL_IMAGE_SIZE, tiny_config, tiny_spec, write_shards, write_teacher
 from tests.unit.test_grad_cache import gradients_of, make_batch, make_module
 
 
@@ -65,6 +67,18 @@ def test_a_micro_batch_that_holds_the_whole_batch_changes_nothing(folder: Path, 
     assert_same_weights(tmp_path / "run", folder / "whole")
 
 
+def test_neither_model_ever_sees_more_than_a_micro_batch(folder: Path, tmp_path: Path) -> None:
+    run = prepare_run(make_spec(folder, training={"micro_batch_size": 3}), tmp_path)
+    seen: dict[str, list[int]] = {"student": [], "teacher": []}
+    assert run.teacher is not None
+    for name, model in (("student", run.student.model), ("teacher", run.teacher.model)):
+        model.visual.register_forward_pre_hook(lambda _, inputs, sizes=seen[name]: sizes.append(len(inputs[0])))
+    batch = next(iter(run.loader.epoch(0)))
+    train_step(run, batch, 0)
+    run.loader.close()
+    assert seen == {"teacher": [3, 3, 2], "student": [3, 3, 2] * 2}
+
+
 def test_two_processes_in_micro_batches_follow_the_curve_of_one(folder: Path, tmp_path: Path) -> None:
     process = start(tmp_path / "run", make_spec(folder, training={"micro_batch_size": 2}, resources={"num_processes": 2}), num_processes=2)
     assert process.wait(TIMEOUT_SECONDS) == 0, (tmp_path / "run" / "log.txt").read_text()
@@ -85,6 +99,20 @@ def test_a_stopped_run_with_patch_dropout_resumes_to_the_same_weights(folder: Pa
     assert process.wait(TIMEOUT_SECONDS) == 0, (tmp_path / "stopped" / "log.txt").read_text()
     assert losses(tmp_path / "stopped") == losses(tmp_path / "reference")
     assert_same_weights(tmp_path / "stopped", tmp_path / "reference")
+
+
+def check_running_statistics(rank: int) -> None:
+    """With batch normalisation both processes get the same gradients, and rank 0's running statistics, as without micro batches."""
+    config = tiny_config(width=16, embed_dim=16)
+    config["vision_cfg"] = {"image_size": MODEL_IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    module, batch = make_module(config=config), make_batch(12)
+    encoder = DistributedDataParallel(FeatureEncoder(module), gradient_as_bucket_view=True)
+    own = [tensor.tensor_split(2)[rank] for tensor in batch]
+    _, gradients = gradients_of(GradCache(module, encoder, 3, torch.device("cpu")), module, own)
+    for tensor in (gradients["student.visual.conv1.weight"], module.student.visual.bn1.running_mean):
+        assert tensor.abs().max() > 0
+        torch.testing.assert_close(distributed.all_reduce_sum(tensor), 2 * tensor, rtol=1e-12, atol=0)
+    assert module.student.visual.bn1.num_batches_tracked == 2, "once for each micro batch"
 
 
 def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
@@ -112,6 +140,7 @@ def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
         torch.testing.assert_close(found_losses["total"], expected_losses["total"], rtol=1e-9, atol=0)
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+    check_running_statistics(rank)
     distributed.barrier()
     distributed.shutdown()
 
