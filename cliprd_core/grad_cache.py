@@ -14,15 +14,14 @@ normalises over a micro batch, as it does over a process's share, and updates it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from cliprd_core.step_module import StepLosses, StudentWithObjective
+from cliprd_core.step_module import StepLosses, StudentWithObjective, without_running_statistics
 
 
 class FeatureEncoder(nn.Module):
@@ -32,8 +31,8 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 3, H, W) images and (b, context) tokens to (b, Ds) image and text features."""
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """(b, 3, H, W) images and (b, context) tokens to (b, Ds) features of each kind."""
         return self.module.encode(images, tokens)
 
 
@@ -61,8 +60,7 @@ class _Forwarded:
     images: Tensor  # (B, 3, H, W), on the host
     tokens: Tensor  # (B, context), on the host
     generator_states: list[_GeneratorState]  # before each micro batch
-    image_features: Tensor  # (B, Ds), a leaf
-    text_features: Tensor  # (B, Ds), a leaf
+    features: tuple[Tensor, ...]  # of each kind (B, Ds), leaves
 
 
 class GradCache:
@@ -93,42 +91,40 @@ class GradCache:
         """Passes 1 and 2. Images and tokens may be on the host: each micro batch is moved when its turn comes."""
         generator_states: list[_GeneratorState] = []
 
-        def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
             generator_states.append(_GeneratorState.of(self._device))
             return self._module.encode(images, tokens)
 
         with torch.no_grad():
             features = encode_in_micro_batches(encode, images, tokens, self._micro_batch_size, self._device)
-        image_features, text_features = (one.requires_grad_() for one in features)
-        self._forwarded = _Forwarded(images, tokens, generator_states, image_features, text_features)
-        return self._module.losses(image_features, text_features, teacher_image_features, teacher_text_features)
+        features = tuple(one.requires_grad_() for one in features)
+        self._forwarded = _Forwarded(images, tokens, generator_states, features)
+        return self._module.losses(features, teacher_image_features, teacher_text_features)
 
     def backward(self, loss: Tensor) -> None:
         """Pass 3. Gradients are exchanged between processes once, in the last micro batch."""
         forwarded, self._forwarded = self._forwarded, None
         assert forwarded is not None, "backward comes once after each forward"
         outer = self._outer_parameters()
-        image_gradient, text_gradient, *outer_gradients = torch.autograd.grad(
-            loss, [forwarded.image_features, forwarded.text_features, *outer]
-        )
+        found = torch.autograd.grad(loss, [*forwarded.features, *outer])
+        feature_gradients, outer_gradients = found[: len(forwarded.features)], found[len(forwarded.features) :]
         num_parts = len(forwarded.generator_states)
         parts = zip(
             micro_batches(forwarded.images, forwarded.tokens, self._micro_batch_size, self._device),
             forwarded.generator_states,
-            image_gradient.tensor_split(num_parts),
-            text_gradient.tensor_split(num_parts),
+            zip(*(gradient.tensor_split(num_parts) for gradient in feature_gradients), strict=True),
             strict=True,
         )
-        with _without_running_statistics(self._module):
-            for number, (inputs, generator_state, image_part, text_part) in enumerate(parts, start=1):
+        with without_running_statistics(self._module):
+            for number, (inputs, generator_state, gradients) in enumerate(parts, start=1):
                 is_last = number == num_parts
                 with nullcontext() if is_last else self._unsynchronised():
                     generator_state.restore(self._device)
                     features = self._encoder(*inputs)
                     if is_last:  # the wrapper waits for every parameter's gradient, so the objective's come here too
-                        torch.autograd.backward([*features, *outer], [image_part, text_part, *outer_gradients])
+                        torch.autograd.backward([*features, *outer], [*gradients, *outer_gradients])
                     else:
-                        torch.autograd.backward(features, [image_part, text_part])
+                        torch.autograd.backward(features, gradients)
 
     def _outer_parameters(self) -> list[nn.Parameter]:
         """Those that the objective uses beside the features."""
@@ -151,26 +147,12 @@ def micro_batches(images: Tensor, tokens: Tensor, micro_batch_size: int, device:
 
 
 def encode_in_micro_batches(
-    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     images: Tensor,
     tokens: Tensor,
     micro_batch_size: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """`encode`'s image and text features, (B, D) each, of (B, …) images and tokens."""
+) -> tuple[Tensor, ...]:
+    """`encode`'s features, of each kind (B, D), of (B, …) images and tokens."""
     parts = [encode(*inputs) for inputs in micro_batches(images, tokens, micro_batch_size, device)]
-    image_parts, text_parts = zip(*parts, strict=True)
-    return torch.cat(image_parts), torch.cat(text_parts)
-
-
-@contextmanager
-def _without_running_statistics(module: nn.Module) -> Iterator[None]:
-    """In training mode, batch normalisation as ever, but its running statistics stay as they are."""
-    tracking = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.track_running_stats]
-    for layer in tracking:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in tracking:
-            layer.track_running_stats = True
+    return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))

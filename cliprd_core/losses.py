@@ -64,6 +64,15 @@ def fd(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tens
     return F.mse_loss(student_image_BD, teacher_image_BD) + F.mse_loss(student_text_BD, teacher_text_BD)
 
 
+def mfd(masked_student_image_BD: Tensor, teacher_image_BD: Tensor) -> Tensor:
+    """Masked feature distillation (arXiv 2307.12732): mean((s̃_I − t_I)²), s̃_I the student's features of masked images.
+
+    Images only: the published term adds `fd`'s own text part. There, every other term sees the masked images too, and masked patches
+    are left out of the student's sequence; here the masked view is one more, so that students without patches can have it.
+    """
+    return F.mse_loss(masked_student_image_BD, teacher_image_BD)
+
+
 def icl(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor, cross_scale: Scale) -> Tensor:
     """Interactive contrastive learning (arXiv 2307.12732): ½[CE(σ_x s_I t_Tᵀ) + CE(σ_x s_T t_Iᵀ)].
 

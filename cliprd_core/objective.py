@@ -31,8 +31,8 @@ MAX_BLOCK_ELEMENTS = 2**21
 class ObjectiveOutput:
     """What one step's objective came to. B is the number of pairs over all ranks.
 
-    `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`. With
-    `vrd` come its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text`, which add up to it: leave them out when adding terms up.
+    `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`,
+    `mfd`. With `vrd` come its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text`, which add up to it: leave them out when adding terms up.
     """
 
     loss: Tensor
@@ -54,8 +54,8 @@ class Objective(nn.Module):
 
     - ``cross_scale`` (σ_x: icl, xrd), ``image_scale`` and ``text_scale`` (σ_I, σ_T: vrd): 0-d, used as they are;
     - ``image_projection.weight`` and ``text_projection.weight`` (teacher_width, student_width), where the widths differ: they
-      carry the student's raw features to the teacher's width for fd, icl, vrd and xrd. `task` and the student's side of `hrd`
-      always use the student's own features, those it is deployed with.
+      carry the student's raw features to the teacher's width for fd, icl, vrd and xrd (the images' alone for mfd). `task`
+      and the student's side of `hrd` always use the student's own features, those it is deployed with.
 
     They must be in the optimiser, in the data-parallel wrapper and in the checkpoint like the student's own.
     """
@@ -73,7 +73,7 @@ class Objective(nn.Module):
         Args:
             weights: the terms' weights.
             student_width: D of the student's features.
-            teacher_width: D of the teacher's; needed by fd, icl, hrd, vrd and xrd.
+            teacher_width: D of the teacher's; needed by fd, icl, hrd, vrd, xrd and mfd.
             teacher_logit_scale: σ_t, exponentiated; needed by hrd.
             max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed.
 
@@ -97,13 +97,15 @@ class Objective(nn.Module):
         self.text_scale = _scale() if weights.vrd else None
         self.image_projection: nn.Linear | None = None
         self.text_projection: nn.Linear | None = None
-        if teacher_width is not None and teacher_width != student_width and self._meets_teacher:
-            self.image_projection = nn.Linear(student_width, teacher_width, bias=False)
-            self.text_projection = nn.Linear(student_width, teacher_width, bias=False)
+        if teacher_width is not None and teacher_width != student_width:
+            if self._meets_teacher or weights.mfd:
+                self.image_projection = nn.Linear(student_width, teacher_width, bias=False)
+            if self._meets_teacher:
+                self.text_projection = nn.Linear(student_width, teacher_width, bias=False)
 
     @property
     def _meets_teacher(self) -> bool:
-        """Whether a term compares the student's features with the teacher's in one space."""
+        """Whether a term compares the student's features with the teacher's in one space; `mfd`, of images alone, aside."""
         weights = self.weights
         return any((weights.fd, weights.icl, weights.vrd, weights.xrd))
 
@@ -120,6 +122,7 @@ class Objective(nn.Module):
         student_logit_scale: Tensor,
         teacher_image_features: Tensor | None = None,
         teacher_text_features: Tensor | None = None,
+        student_masked_image_features: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Compute the objective of the global batch. A collective: every rank must call it, with its own pairs.
 
@@ -132,6 +135,7 @@ class Objective(nn.Module):
             student_logit_scale: σ_s, one element, already exponentiated.
             teacher_image_features: (b, teacher_width), normalised or not; they never get a gradient.
             teacher_text_features: (b, teacher_width), likewise.
+            student_masked_image_features: (b, student_width), of the masked images; needed by mfd.
 
         Raises:
             ValueError: a shape is not as above, or the teacher's features are missing.
@@ -153,7 +157,19 @@ class Objective(nn.Module):
             texts = self._side(student_text_features, teacher.get("teacher_text_features"), self.text_projection, dtype)
             inputs = self._inputs(images, texts, student_logit_scale.reshape(()), row_counts)
             share, values = blocked_objective(self._settings(row_counts), inputs)
+            if self.weights.mfd:
+                mfd = self._mfd(student_masked_image_features, images.teacher, sum(row_counts))
+                share, values = share + self.weights.mfd * mfd, torch.cat([values, mfd.detach().to(values.dtype).reshape(1)])
             return self._output(share * world_size(), all_reduce_sum(values))
+
+    def _mfd(self, masked_bD: Tensor | None, teacher_bD: Tensor | None, num_pairs: int) -> Tensor:
+        """0-d: this rank's share of `losses.mfd` over the global batch of `num_pairs`."""
+        if masked_bD is None:
+            raise ValueError("`student_masked_image_features` is missing, but the weight `mfd` is above 0")
+        assert teacher_bD is not None
+        _check_shapes({"student_masked_image_features": masked_bD}, len(teacher_bD), self.student_width)
+        matched_bD = self._side(masked_bD, None, self.image_projection, teacher_bD.dtype).matched
+        return F.mse_loss(matched_bD, teacher_bD, reduction="sum") / (num_pairs * teacher_bD.shape[1])
 
     def _settings(self, row_counts: list[int]) -> Settings:
         return Settings(
@@ -201,7 +217,7 @@ class Objective(nn.Module):
     def _output(self, loss: Tensor, values: Tensor) -> ObjectiveOutput:
         weights: dict[str, float] = self.weights.model_dump()
         terms: dict[str, Tensor] = {}
-        for part, value in zip(PARTS, values, strict=True):
+        for part, value in zip((*PARTS, "mfd") if weights["mfd"] else PARTS, values, strict=True):
             if weights[part.partition("_")[0]]:
                 terms[part] = value
         if weights["vrd"]:

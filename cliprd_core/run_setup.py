@@ -28,7 +28,7 @@ from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
 from cliprd_core.run_dir import ATTEMPT_VARIABLE
 from cliprd_core.spec import Device, JobSpec, Precision
-from cliprd_core.step_module import AUTOCAST_TYPES, Passes, StudentWithObjective, WholeBatch, autocast
+from cliprd_core.step_module import AUTOCAST_TYPES, MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     check_schedule(spec.training, num_steps)
 
     objective = _build_objective(spec, student, teacher)
-    module = StudentWithObjective(student.model, objective, AUTOCAST_TYPES.get(spec.training.precision)).to(device)
+    autocast_type = AUTOCAST_TYPES.get(spec.training.precision)
+    module = StudentWithObjective(student.model, objective, autocast_type, _mask_patch_size(student)).to(device)
     if teacher is not None:
         teacher.model.to(device)
     if distributed.world_size() > 1:
@@ -211,6 +212,12 @@ def _open_data(
 
 def _model_input(loaded: LoadedModel) -> ModelInput:
     return ModelInput(preprocess=loaded.preprocess, tokenizer=loaded.tokenizer, context_length=loaded.context_length)
+
+
+def _mask_patch_size(student: LoadedModel) -> int:
+    """Pixels: the student's own patches where it has square ones (open_clip's ViTs)."""
+    patch_size = getattr(student.model.visual, "patch_size", None)
+    return int(patch_size[0]) if isinstance(patch_size, tuple) and patch_size[0] == patch_size[1] else MASK_PATCH_SIZE
 
 
 def _build_objective(spec: JobSpec, student: LoadedModel, teacher: LoadedModel | None) -> Objective:

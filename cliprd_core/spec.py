@@ -149,15 +149,23 @@ class ObjectiveSpec(SpecModel):
     hrd: Weight = Field(default=1.0, description="Horizontal relational distillation (CLIP-KD's CRD).")
     vrd: Weight = Field(default=1.0, description="Vertical relational distillation.")
     xrd: Weight = Field(default=1.0, description="Cross relational distillation.")
+    mfd: Weight = Field(
+        default=0.0,
+        description="Masked feature distillation: the student's features of a masked image follow the teacher's of the whole one."
+        " Costs one more pass through the student's image encoder. CLIP-KD's weight is 2000.",
+    )
+    mfd_mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Fraction of an image's patches that `mfd` masks.")
 
     @property
     def needs_teacher(self) -> bool:
-        return any((self.fd, self.icl, self.hrd, self.vrd, self.xrd))
+        return any((self.fd, self.icl, self.hrd, self.vrd, self.xrd, self.mfd))
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
         if not (self.task or self.needs_teacher):
             raise ValueError("every weight is 0, so there is nothing to learn; set at least one above 0")
+        if self.mfd and not any((self.task, self.fd, self.icl, self.hrd, self.vrd, self.xrd)):
+            raise ValueError("`mfd` alone teaches images and leaves the text encoder untrained; set another weight above 0")
         return self
 
 

@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from cliprd_core.losses import compute_dtype
 from cliprd_core.models import ClipModel
 from cliprd_core.objective import Objective
 from cliprd_core.spec import Precision
+
+MASK_PATCH_SIZE = 16
+"""Pixels; of what `mfd` masks where the student has no patches of its own. CLIP-KD's ViTs have these."""
 
 AUTOCAST_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
@@ -34,39 +39,45 @@ class StudentWithObjective(nn.Module):
     The student runs under autocast; the objective always in fp32 (fp64 for a student in fp64), on the student's unnormalised features.
     """
 
-    def __init__(self, student: ClipModel, objective: Objective, autocast_type: torch.dtype | None) -> None:
+    def __init__(
+        self, student: ClipModel, objective: Objective, autocast_type: torch.dtype | None, mask_patch_size: int = MASK_PATCH_SIZE
+    ) -> None:
+        """`mask_patch_size`: pixels, height and width, of what `mfd` masks; used with that term alone."""
         super().__init__()
         self.student = student
         self.objective = objective
         self._autocast_type = autocast_type
+        self._mask_patch_size = mask_patch_size
 
     def forward(
         self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
         """(B, 3, H, W) images, (B, context) tokens, (B, Dt) teacher features or None; this process's rows."""
-        return self.losses(*self.encode(images, tokens), teacher_image_features, teacher_text_features)
+        return self.losses(self.encode(images, tokens), teacher_image_features, teacher_text_features)
 
-    def encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's image and text features, (B, Ds) each, unnormalised, in fp32 at least."""
+    def encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The student's features of images, texts and, with `mfd`, masked images: (B, Ds) each, unnormalised, in fp32 at least."""
         with autocast(images.device, self._autocast_type):
-            image_features, text_features = self.student.encode_image(images), self.student.encode_text(tokens)
-        dtype = compute_dtype(image_features, text_features)
-        return image_features.to(dtype), text_features.to(dtype)
+            features = [self.student.encode_image(images), self.student.encode_text(tokens)]
+            if self.objective.weights.mfd:
+                masked = mask_patches(images, self.objective.weights.mfd_mask_ratio, self._mask_patch_size)
+                with without_running_statistics(self.student):  # they are for whole images
+                    features.append(self.student.encode_image(masked))
+        dtype = compute_dtype(*features)
+        return tuple(one.to(dtype) for one in features)
 
     def losses(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        teacher_image_features: Tensor | None,
-        teacher_text_features: Tensor | None,
+        self, features: tuple[Tensor, ...], teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
-        """The objective on what `encode` gave, (B, Ds) each. A collective: every process must call it."""
+        """The objective on what `encode` gave. A collective: every process must call it."""
+        image_features, text_features, *masked_image_features = features
         output = self.objective(
             student_image_features=image_features,
             student_text_features=text_features,
             student_logit_scale=self.student.logit_scale.exp().reshape(()),
             teacher_image_features=teacher_image_features,
             teacher_text_features=teacher_text_features,
+            student_masked_image_features=masked_image_features[0] if masked_image_features else None,
         )
         return StepLosses(loss=output.loss, total=output.total, terms=output.terms, weighted=output.weighted)
 
@@ -104,6 +115,33 @@ class WholeBatch:
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
+
+
+def mask_patches(images: Tensor, mask_ratio: float, patch_size: int) -> Tensor:
+    """(B, 3, H, W) normalised images with `mask_ratio` of each one's square patches, drawn at random, in the mean colour.
+
+    At least one patch stays. Draws from the generator of the images' device.
+    """
+    num_images, _, height, width = images.shape
+    rows, columns = -(-height // patch_size), -(-width // patch_size)
+    num_masked = min(round(mask_ratio * rows * columns), rows * columns - 1)
+    masked = torch.rand(num_images, rows * columns, device=images.device).topk(num_masked, dim=1).indices
+    kept = images.new_ones(num_images, rows * columns).scatter_(1, masked, 0.0).view(num_images, 1, rows, columns)
+    kept = kept.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+    return images * kept[:, :, :height, :width]
+
+
+@contextmanager
+def without_running_statistics(module: nn.Module) -> Iterator[None]:
+    """In training mode, batch normalisation as ever, but its running statistics stay as they are."""
+    tracking = [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.track_running_stats]
+    for layer in tracking:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in tracking:
+            layer.track_running_stats = True
 
 
 def autocast(device: torch.device, autocast_type: torch.dtype | None) -> AbstractContextManager[None]:

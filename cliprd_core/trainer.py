@@ -118,7 +118,8 @@ def _teacher_features(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor | N
     with torch.no_grad(), run.autocast():  # not inference_mode: the loss keeps these for its backward pass
         if run.passes.micro_batch_size is None:
             return encode(images, tokens)
-        return encode_in_micro_batches(encode, images, tokens, run.passes.micro_batch_size, run.device)
+        image_features, text_features = encode_in_micro_batches(encode, images, tokens, run.passes.micro_batch_size, run.device)
+        return image_features, text_features
 
 
 def _clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
+from cliprd_core import losses as losses_by_equation
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
+from cliprd_core.objective import Objective
 from cliprd_core.run_dir import EXIT_CODE_STOPPED
 from cliprd_core.run_setup import prepare_run
-from cliprd_core.spec import JobSpec
+from cliprd_core.spec import JobSpec, ObjectiveSpec
 from cliprd_core.step_module import WholeBatch
 from cliprd_core.trainer import train_step
 from tests.integration.test_objective_distributed import run as run_processes
@@ -115,6 +117,29 @@ def check_running_statistics(rank: int) -> None:
     assert module.student.visual.bn1.num_batches_tracked == 2, "once for each micro batch"
 
 
+def check_masked_term(rank: int) -> None:
+    """`mfd` over uneven shares: the value of the whole batch, and each process's rows of its gradient times their number."""
+    torch.manual_seed(0)
+    weights = ObjectiveSpec(task=1, fd=0, icl=0, hrd=0, vrd=0, xrd=0, mfd=3)
+    objective = Objective(weights, student_width=6, teacher_width=6).double()
+    student_image, student_text, masked, teacher_image, teacher_text = torch.randn(5, 7, 6, dtype=torch.float64)
+    masked.requires_grad_()
+    mean = losses_by_equation.mfd(losses_by_equation.unit_rows(masked), losses_by_equation.unit_rows(teacher_image))
+    (expected,) = torch.autograd.grad(3 * mean, masked)
+    rows = slice(0, 5) if rank == 0 else slice(5, 7)
+    output = objective(
+        student_image_features=student_image[rows],
+        student_text_features=student_text[rows],
+        student_logit_scale=torch.tensor(20.0),
+        teacher_image_features=teacher_image[rows],
+        teacher_text_features=teacher_text[rows],
+        student_masked_image_features=masked[rows],
+    )
+    torch.testing.assert_close(output.terms["mfd"], mean.detach(), rtol=1e-9, atol=0)
+    (found,) = torch.autograd.grad(output.loss, masked)
+    torch.testing.assert_close(found[rows], 2 * expected[rows], rtol=1e-9, atol=1e-12)
+
+
 def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
     """What each process runs: gradients equal one process's on all pairs, in fp64, and cross the wires once a step."""
     module, batch = make_module(), make_batch(12)
@@ -141,6 +166,7 @@ def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
     check_running_statistics(rank)
+    check_masked_term(rank)
     distributed.barrier()
     distributed.shutdown()
 

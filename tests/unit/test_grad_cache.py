@@ -78,7 +78,7 @@ class KeptGraphs:
 
     def forward(self, images: Tensor, tokens: Tensor, *teacher: Tensor | None) -> StepLosses:
         features = encode_in_micro_batches(self._module.encode, images, tokens, self.micro_batch_size, images.device)
-        return self._module.losses(*features, *teacher)
+        return self._module.losses(features, *teacher)
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)

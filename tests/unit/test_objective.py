@@ -27,7 +27,7 @@ from cliprd_core.spec import ObjectiveSpec
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 PAPER = ObjectiveSpec()
-TERMS = tuple(ObjectiveSpec.model_fields)
+TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd")
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
 
 
