@@ -52,7 +52,7 @@ class Bench:
         self.stop = threading.Event()
         self.process: TrainingProcess | None = None
 
-    def submit(self, labels: dict[str, str], **changes: Any) -> str:
+    def submit(self, labels: dict[str, str], max_attempts: int = 3, **changes: Any) -> str:
         spec: dict[str, Any] = {
             "name": "fake",
             "recipe": "clip",
@@ -61,7 +61,7 @@ class Bench:
             "data": {"train": [{"type": "webdataset", "shards": "none.tar"}]},
         }
         with self.sessions.begin() as session:
-            return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes))).id
+            return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes)), max_attempts=max_attempts).id
 
     def held(self, job_id: str, lease_seconds: float = 2) -> HeldJob:
         with self.sessions.begin() as session:
@@ -146,9 +146,16 @@ def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
     assert error.detail == "Traceback …"
 
 
-def test_a_killed_run_points_at_memory(bench: Bench) -> None:
+def test_a_killed_run_is_queued_again_and_goes_on(bench: Bench) -> None:
     job_id = bench.submit({"crash": "kill"})
-    bench.run(job_id)
+    assert bench.run(job_id) == [QueuedJob(job_id, "default")]
+    job = bench.job(job_id)
+    assert (job.state, job.attempt, job.error) == (JobState.QUEUED, 1, None)
+
+
+def test_a_run_killed_for_the_last_time_points_at_memory(bench: Bench) -> None:
+    job_id = bench.submit({"crash": "kill"}, max_attempts=1)
+    assert bench.run(job_id) == []
     error = bench.error(job_id)
     assert error.reason is ErrorReason.WORKER_LOST
     assert "memory" in error.message
