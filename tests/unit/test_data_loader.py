@@ -343,8 +343,9 @@ class TestProcesses:
 
     def test_closing_ends_them(self, folder: Path) -> None:
         train_loader = loader(folder, num_data_workers=2)
+        before = set(psutil.Process().children())  # another test's
         next(train_loader.epoch(0))
-        children = psutil.Process().children()
+        children = set(psutil.Process().children()) - before
         assert len(children) == 2
         train_loader.close()
         train_loader.close()
