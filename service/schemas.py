@@ -38,7 +38,8 @@ class JobErrorView(View):
     """Why a job failed."""
 
     reason: ErrorReason
-    message: str
+    message: str = Field(description="What is wrong and what to do.")
+    detail: str = Field(default="", description="Evidence: a traceback, or the last lines of the run's log.")
 
 
 class JobLinks(View):

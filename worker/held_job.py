@@ -12,9 +12,9 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
+from cliprd_core.run_dir import EvaluationRecord, MetricsRecord, ResultRecord
 from cliprd_core.spec import JobSpec
-from service.store.artifacts import list_artifacts, register_artifact, remove_artifacts
+from service.store.artifacts import are_registered, list_artifacts, register_artifact, remove_artifacts
 from service.store.blobs import BlobStore, StoredBlob
 from service.store.jobs import (
     Claim,
@@ -83,19 +83,40 @@ class HeldJob:
         self._persist(lambda session: mark_started(session=session, job_id=self.id, lease_token=self._token))
 
     def finish(self, outcome: Outcome, export_files: Sequence[Path] = ()) -> list[QueuedJob]:
-        """Record the outcome together with the exported files, so that a succeeded job has its model and no other job has one."""
-        stored = [(file.name, self.blobs.put_file(file)) for file in export_files]
+        """Record the outcome together with the exported files, so that a succeeded job has its model and no other job has one.
 
-        def write(session: Session) -> list[QueuedJob]:
+        A job that succeeded needs its mirrored checkpoints no more; any other keeps them.
+        """
+        stored = [(file.name, self.blobs.put_file(file)) for file in export_files]
+        is_success = isinstance(outcome, ResultRecord)
+
+        def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
             for name, blob in stored:
                 self._register(session, name, blob, kind=ArtifactKind.MODEL, group=EXPORT_GROUP)
-            return finish_job(session=session, job_id=self.id, lease_token=self._token, outcome=outcome)
+            dropped = self._drop_checkpoints(session, keep_groups=()) if is_success else []
+            return finish_job(session=session, job_id=self.id, lease_token=self._token, outcome=outcome), dropped
 
         try:
-            return self._persist(write)
+            queued, dropped = self._persist(write)
         except BaseException:
-            self._delete_blobs([blob.key for _, blob in stored])
+            keys = [blob.key for _, blob in stored]
+            if not self._may_be_known(keys):
+                self._delete_blobs(keys)
             raise
+        self._delete_blobs(dropped)
+        return queued
+
+    def _may_be_known(self, storage_keys: Sequence[str]) -> bool:
+        """Whether a commit whose acknowledgement never arrived may have gone through: then the bytes must stay."""
+        try:
+            with reading(self._sessions) as session:
+                return are_registered(session=session, storage_keys=storage_keys)
+        except OUT_OF_REACH:
+            return True
+
+    def _drop_checkpoints(self, session: Session, keep_groups: Sequence[str]) -> list[str]:
+        kind = ArtifactKind.CHECKPOINT
+        return remove_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, keep_groups=keep_groups)
 
     def release(self) -> QueuedJob | None:
         """Give the job back; None if it was cancelled meanwhile."""
@@ -123,8 +144,7 @@ class HeldJob:
         def write(session: Session) -> list[str]:
             for name, blob in stored:
                 self._register(session, name, blob, kind=ArtifactKind.CHECKPOINT, group=group, step=step)
-            kind = ArtifactKind.CHECKPOINT
-            return remove_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, keep_groups=keep_groups)
+            return self._drop_checkpoints(session, keep_groups)
 
         self._delete_blobs([*self._persist(write), *replaced])
 

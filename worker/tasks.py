@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from celery import Celery
+from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.blobs import BlobStore
-from service.store.jobs import QueuedJob, claim_job, mark_sent
+from service.store.jobs import Claim, QueuedJob, claim_job, finish_job, mark_sent
 from service.store.session import make_engine, make_sessions
 from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.process import TrainingProcess
@@ -41,11 +43,23 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
         if claim is None:
             logger.info("job %s: not queued, so there is nothing to do", job_id)
             return
-        job = HeldJob(claim, sessions, BlobStore(settings.artifacts_root), lease_seconds=settings.lease_seconds)
-        queued = Supervisor(job, settings, should_stop, launcher(settings)).run()
+        try:
+            job = HeldJob(claim, sessions, BlobStore(settings.artifacts_root), lease_seconds=settings.lease_seconds)
+        except ValidationError as error:
+            queued = refuse(sessions, claim, error)
+        else:
+            queued = Supervisor(job, settings, should_stop, launcher(settings)).run()
         send(app, sessions, queued)
     finally:
         engine.dispose()
+
+
+def refuse(sessions: sessionmaker[Session], claim: Claim, error: ValidationError) -> list[QueuedJob]:
+    """Fail a job whose stored spec this version does not take, as after an upgrade."""
+    message = "This version of the worker does not take the job's spec any more; see `detail`, and submit the job again."
+    record = ErrorRecord(reason=ErrorReason.INVALID_SPEC, message=message, detail=str(error))
+    with sessions.begin() as session:
+        return finish_job(session=session, job_id=claim.job.id, lease_token=claim.lease_token, outcome=record)
 
 
 def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProcess]:

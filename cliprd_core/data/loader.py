@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -106,6 +107,12 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the loader processes. The loader cannot be used afterwards; closing twice is harmless."""
+        atexit.unregister(self.close)
+        # Not left to the stream's destructor: an exception's traceback may keep it alive until the interpreter ends, which then
+        # waits for ever for processes that are deaf to SIGTERM.
+        shut_down = getattr(self._stream, "_shutdown_workers", None)  # there is none without loader processes
+        if shut_down is not None:
+            shut_down()
         self._stream = self._loader = self._next = None
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
@@ -136,6 +143,7 @@ class TrainLoader:
             # none of which holds a lock of the parent's threads (process group, CUDA).
             warnings.filterwarnings("ignore", message=r".*multi-threaded, use of fork\(\)", category=DeprecationWarning)
             self._stream = iter(self._loader)
+        atexit.register(self.close)
 
 
 class _Requests(Sampler[BatchRequest]):

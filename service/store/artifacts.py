@@ -85,6 +85,11 @@ def list_artifacts(
     return newest_page(session, query, Artifact.created_at, Artifact.id, limit=limit, cursor=cursor)
 
 
+def are_registered(*, session: Session, storage_keys: Collection[str]) -> bool:
+    """Whether any artifact has its bytes under one of these keys."""
+    return session.scalar(select(Artifact.id).where(Artifact.storage_key.in_(storage_keys)).limit(1)) is not None
+
+
 def remove_artifacts(*, session: Session, job_id: str, lease_token: str, kind: ArtifactKind, keep_groups: Collection[str]) -> list[str]:
     """Forget the job's artifacts of this kind outside `keep_groups`, as for checkpoints that newer ones replaced.
 

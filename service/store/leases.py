@@ -12,12 +12,12 @@ from datetime import timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import ErrorRecord, Progress, ResultRecord
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, Progress, ResultRecord
 from service.store.errors import LeaseLostError
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.transitions import QueuedJob, fail, move, settle_dependents, sources_of
+from service.store.transitions import QueuedJob, fail, lose_attempt, move, settle_dependents, sources_of
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def record_progress(*, session: Session, job_id: str, lease_token: str, progress
 def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outcome) -> list[QueuedJob]:
     """Record how the run ended, and settle the jobs that waited for it as their teacher.
 
+    A run whose processes were killed from outside (`worker_lost`) is queued again while attempts are left.
+
     Returns:
         The jobs that became claimable by this; send their messages after the commit.
 
@@ -134,6 +136,8 @@ def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outc
         case ResultRecord():
             move(job, JobState.SUCCEEDED, now=now)
             job.result = outcome.model_dump(mode="json")
+        case ErrorRecord(reason=ErrorReason.WORKER_LOST):
+            return lose_attempt(session=session, job=job, error=outcome, now=now)
         case ErrorRecord():
             fail(job, outcome, now=now)
         case Cancelled():

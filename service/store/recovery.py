@@ -12,7 +12,7 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.transitions import QueuedJob, fail, move, settle_dependents
+from service.store.transitions import QueuedJob, lose_attempt, num_lost_attempts
 
 
 def requeue_expired(*, session: Session, now: datetime | None = None) -> list[QueuedJob]:
@@ -26,22 +26,14 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> list[Qu
     """
     now = now or database_now(session)
     query = select(Job).where(Job.state == JobState.RUNNING, Job.lease_expires_at < now).order_by(Job.id).with_for_update(skip_locked=True)
-    queued = []
+    queued: list[QueuedJob] = []
     for job in session.scalars(query.execution_options(populate_existing=True)).all():
-        num_lost = job.attempt - job.num_releases
-        if job.cancel_requested_at is not None:
-            move(job, JobState.CANCELLED, now=now)
-        elif num_lost >= job.max_attempts:
-            message = (
-                f"The worker ({job.worker}) stopped reporting, {num_lost} times in all, and the job was not tried again."
-                " Look at the worker's log for why it ended; memory that ran out is the usual cause."
-            )
-            fail(job, ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message), now=now)
-        else:
-            move(job, JobState.QUEUED, now=now)
-            queued.append(QueuedJob(job.id, job.queue))
-            continue
-        settle_dependents(session=session, job=job, now=now)
+        message = (
+            f"The worker ({job.worker}) stopped reporting, {num_lost_attempts(job)} times in all, and the job was not tried again."
+            " Look at the worker's log for why it ended; memory that ran out is the usual cause."
+        )
+        error = ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message)
+        queued += lose_attempt(session=session, job=job, error=error, now=now)
     return queued
 
 

@@ -47,6 +47,28 @@ def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
     job.error = error.model_dump(mode="json")
 
 
+def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetime) -> list[QueuedJob]:
+    """After a locked job's worker or training process vanished: queue the job again; or cancel it, if that was requested; or fail it
+    with `error`, when this was the last attempt that may be lost.
+
+    Returns:
+        The job if it is queued again; send its message after the commit.
+    """
+    if job.cancel_requested_at is not None:
+        move(job, JobState.CANCELLED, now=now)
+    elif num_lost_attempts(job) >= job.max_attempts:
+        fail(job, error, now=now)
+    else:
+        move(job, JobState.QUEUED, now=now)
+        return [QueuedJob(job.id, job.queue)]
+    return settle_dependents(session=session, job=job, now=now)
+
+
+def num_lost_attempts(job: Job) -> int:
+    """Attempts that were not given back in good order, with the present one counted as lost."""
+    return job.attempt - job.num_releases
+
+
 def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
     """After `job` has finished: queue the jobs that waited for it as their teacher, or fail them and whoever waits for them."""
     queued: list[QueuedJob] = []

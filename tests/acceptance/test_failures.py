@@ -39,6 +39,18 @@ def test_a_killed_worker_orphans_nothing_and_the_job_resumes(service: Service, v
     assert not processes_of(job_id)
 
 
+def test_a_killed_training_process_is_started_again_from_its_checkpoint(service: Service) -> None:
+    job_id = service.submit(epochs=100)
+    service.wait_for_checkpoint(job_id)
+    torchrun = min(processes_of(job_id), key=lambda process: process.create_time())
+    (trainer,) = torchrun.children()
+    trainer.kill()
+    job = service.wait_for(job_id, JobState.SUCCEEDED)
+    assert job.attempt == 2
+    assert service.steps_of_attempt(service.run_dir(job_id), 2)[0] > 1, "from the newest checkpoint"
+    assert not processes_of(job_id)
+
+
 def test_a_stopped_worker_hands_its_job_to_one_on_another_machine(service: Service, tmp_path: Path) -> None:
     job_id = service.submit(epochs=100)
     service.wait_for_checkpoint(job_id)

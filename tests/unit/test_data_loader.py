@@ -297,7 +297,8 @@ TRAINER = """
     batches = train_loader.epoch(0)
     next(batches)
     print("ready", flush=True)
-    sys.stdin.readline()
+    if sys.stdin.readline() == "fail\\n":
+        raise RuntimeError("the trainer failed, and closed nothing")
     print(sum(1 for _ in batches) + sum(1 for _ in train_loader.epoch(1)), flush=True)
     train_loader.close()
 """
@@ -312,6 +313,7 @@ class TestProcesses:
             [sys.executable, "-c", textwrap.dedent(TRAINER), str(folder), repository],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -341,10 +343,17 @@ class TestProcesses:
         gone, alive = psutil.wait_procs(children, timeout=3)  # torch's own check would take 5 seconds
         assert not alive, gone
 
+    def test_a_trainer_that_fails_does_not_wait_for_them(self, trainer: subprocess.Popen[str]) -> None:
+        children = psutil.Process(trainer.pid).children()
+        trainer.communicate("fail\n", timeout=30)
+        assert trainer.returncode == 1
+        assert not any(child.is_running() for child in children)
+
     def test_closing_ends_them(self, folder: Path) -> None:
         train_loader = loader(folder, num_data_workers=2)
+        before = set(psutil.Process().children())  # another test's
         next(train_loader.epoch(0))
-        children = psutil.Process().children()
+        children = set(psutil.Process().children()) - before
         assert len(children) == 2
         train_loader.close()
         train_loader.close()

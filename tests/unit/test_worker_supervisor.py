@@ -7,18 +7,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from celery import Celery
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from cliprd_core.run_dir import ErrorReason, ErrorRecord, complete_checkpoints
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints
 from cliprd_core.spec import JobSpec, merge_over
 from service.store.blobs import BlobStore
-from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_job, request_cancel, requeue_expired
+from service.store.jobs import JobState, LeaseLostError, QueuedJob, claim_job, create_job, get_job, request_cancel, requeue_expired
 from service.store.metrics import list_evaluations, series
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
@@ -26,6 +28,7 @@ from worker.held_job import HeldJob
 from worker.process import TrainingProcess, trainer_environment
 from worker.settings import WorkerSettings
 from worker.supervisor import Supervisor
+from worker.tasks import run_job
 
 FAKE_TRAINER = Path(__file__).parents[1] / "fake_trainer.py"
 SLOW = {"steps": "1000", "step_seconds": "0.02"}
@@ -52,7 +55,7 @@ class Bench:
         self.stop = threading.Event()
         self.process: TrainingProcess | None = None
 
-    def submit(self, labels: dict[str, str], **changes: Any) -> str:
+    def submit(self, labels: dict[str, str], max_attempts: int = 3, **changes: Any) -> str:
         spec: dict[str, Any] = {
             "name": "fake",
             "recipe": "clip",
@@ -61,7 +64,7 @@ class Bench:
             "data": {"train": [{"type": "webdataset", "shards": "none.tar"}]},
         }
         with self.sessions.begin() as session:
-            return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes))).id
+            return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes)), max_attempts=max_attempts).id
 
     def held(self, job_id: str, lease_seconds: float = 2) -> HeldJob:
         with self.sessions.begin() as session:
@@ -135,6 +138,7 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
     models = {artifact.name: artifact for artifact in bench.artifacts(job_id, ArtifactKind.MODEL)}
     assert set(models) == {"open_clip_config.json", "open_clip_model.safetensors"}
     assert bench.blobs.path(models["open_clip_model.safetensors"].storage_key).read_bytes() == b"weights of a fake student"
+    assert not bench.artifacts(job_id, ArtifactKind.CHECKPOINT), "a finished job needs none"
     assert "attempt 1 starts at step 0" in (bench.run_dir(job_id) / "log.txt").read_text()
 
 
@@ -146,9 +150,16 @@ def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
     assert error.detail == "Traceback …"
 
 
-def test_a_killed_run_points_at_memory(bench: Bench) -> None:
+def test_a_killed_run_is_queued_again_and_goes_on(bench: Bench) -> None:
     job_id = bench.submit({"crash": "kill"})
-    bench.run(job_id)
+    assert bench.run(job_id) == [QueuedJob(job_id, "default")]
+    job = bench.job(job_id)
+    assert (job.state, job.attempt, job.error) == (JobState.QUEUED, 1, None)
+
+
+def test_a_run_killed_for_the_last_time_points_at_memory(bench: Bench) -> None:
+    job_id = bench.submit({"crash": "kill"}, max_attempts=1)
+    assert bench.run(job_id) == []
     error = bench.error(job_id)
     assert error.reason is ErrorReason.WORKER_LOST
     assert "memory" in error.message
@@ -338,3 +349,45 @@ def test_a_damaged_teacher_is_refused(bench: Bench) -> None:
     error = bench.error(student_id)
     assert error.reason is ErrorReason.TEACHER_UNAVAILABLE
     assert "SHA-256" in error.message
+
+
+def test_a_commit_whose_acknowledgement_is_lost_keeps_the_model(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({})
+    job = bench.held(job_id)
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(b"precious")
+    result = ResultRecord(
+        step=1,
+        samples_seen=4,
+        num_student_parameters=42,
+        num_teacher_parameters=None,
+        num_corrupt_samples=0,
+        train_seconds=1.0,
+        export_files=[weights.name],
+    )
+    begin = bench.sessions.begin
+
+    @contextmanager
+    def begin_and_lose_the_answer() -> Iterator[Session]:
+        monkeypatch.setattr(bench.sessions, "begin", begin)
+        with begin() as session:
+            yield session
+        raise OperationalError("COMMIT", {}, ConnectionError("the answer was lost"))
+
+    monkeypatch.setattr(bench.sessions, "begin", begin_and_lose_the_answer)
+    with pytest.raises(LeaseLostError):  # the second try finds the job finished already
+        job.finish(result, [weights])
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    (model,) = bench.artifacts(job_id, ArtifactKind.MODEL)
+    assert bench.blobs.path(model.storage_key).read_bytes() == b"precious"
+
+
+def test_a_stored_spec_that_this_version_refuses_fails_the_job(bench: Bench) -> None:
+    job_id = bench.submit({})
+    with bench.sessions.begin() as session:
+        session.get_one(Job, job_id).spec = {"name": "from another version", "unheard_of": 1}
+    app = Celery(broker=bench.settings.broker_url, set_as_current=False)
+    run_job(app, bench.settings, bench.stop.is_set, job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.INVALID_SPEC
+    assert "unheard_of" in error.detail
