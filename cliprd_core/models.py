@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -201,10 +202,15 @@ def _check_config(field: str, config: dict[str, Any]) -> None:
         open_clip.CLIPVisionCfg(**config["vision_cfg"])
         open_clip.CLIPTextCfg(**config["text_cfg"])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"`{field}`: {str(error).replace('__init__() ', '')}") from error
+        raise ValueError(f"`{field}`: the model config {re.sub(r'^[A-Za-z]+[.]__init__[(][)] ', '', str(error))}") from error
     forbidden = sorted(_keys(config) & FORBIDDEN_CONFIG_KEYS)
     if forbidden:
         raise ValueError(f"`{field}`: `{forbidden[0]}` is not allowed in a model config; remove it")
+
+
+def _of_config(error: Exception) -> str:
+    """Python's words on a dataclass's arguments, in the config's own names."""
+    return str(error).replace("CLIPVisionCfg.__init__()", "`vision_cfg`").replace("CLIPTextCfg.__init__()", "`text_cfg`")
 
 
 def _keys(value: Any) -> set[str]:
@@ -277,7 +283,9 @@ def _build(role: str, config: dict[str, Any]) -> ClipModel:
     custom_class = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
     try:
         return cast(ClipModel, (custom_class if has_custom_text else open_clip.CLIP)(**options))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError, ImportError, OSError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError, ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"`{role}`: open_clip cannot build this model config: {error!r}") from error
 
 

@@ -12,10 +12,10 @@ from enum import StrEnum
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
 
-Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Weight = Annotated[StrictFloat, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
+Fraction = Annotated[StrictFloat, Field(gt=0.0, le=1.0)]
 JobId = Annotated[str, Field(pattern=r"^[0-9a-z-]{8,64}$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -57,7 +57,8 @@ class StudentSpec(SpecModel):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.model is None) == (self.config is None):
-            raise ValueError("give exactly one of `model` (an open_clip name) and `config` (an open_clip config object)")
+            what = "names no model" if self.model is None else "names a model twice"
+            raise ValueError(f"{what}; give exactly one of `model` (an open_clip name) and `config` (an open_clip config object)")
         if self.config is not None:
             check_model_config(self.config)
         return self
@@ -84,7 +85,8 @@ class TeacherSpec(SpecModel):
     def _one_source(self) -> Self:
         given = [name for name in ("model", "config", "job", "artifact") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of `model`, `config`, `job` and `artifact`, not {given or 'none'}")
+            what = f"is given by {' and '.join(f'`{name}`' for name in given)} at once" if given else "names no model"
+            raise ValueError(f"{what}; give exactly one of `model`, `config`, `job` and `artifact`")
         is_local_dir = self.model is not None and self.model.startswith("local-dir:")
         carries_weights = given[0] in ("job", "artifact") or is_local_dir
         if carries_weights and self.pretrained is not None:
@@ -103,7 +105,7 @@ class WebDatasetSource(SpecModel):
     shards: Path = Field(
         description="Shards, with brace ranges (`{00000..00007}.tar`) or globs.", examples=["examples/emoji/train/{00000..00007}.tar"]
     )
-    num_samples: int | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+    num_samples: StrictInt | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
 
 
 class CsvSource(SpecModel):
@@ -117,7 +119,7 @@ class CsvSource(SpecModel):
     image_root: str | None = Field(
         default=None, max_length=4096, description="Folder that relative image paths start from. Null: the table's own folder."
     )
-    num_samples: int | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+    num_samples: StrictInt | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
 
 
 DataSource = Annotated[WebDatasetSource | CsvSource, Field(discriminator="type")]
@@ -158,7 +160,12 @@ class ObjectiveSpec(SpecModel):
 
     @property
     def needs_teacher(self) -> bool:
-        return any((self.fd, self.icl, self.hrd, self.vrd, self.xrd, self.mfd))
+        return bool(self.distillation_terms)
+
+    @property
+    def distillation_terms(self) -> list[str]:
+        """Names of the terms that are active and need a teacher."""
+        return [name for name in ("fd", "icl", "hrd", "vrd", "xrd", "mfd") if getattr(self, name)]
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -190,28 +197,32 @@ class Precision(StrEnum):
 class TrainingSpec(SpecModel):
     """Optimisation: AdamW with linear warm-up."""
 
-    epochs: int = Field(default=32, ge=1, le=10_000, description="Passes over the training pairs.")
-    global_batch_size: int = Field(
+    epochs: StrictInt = Field(default=32, ge=1, le=10_000, description="Passes over the training pairs.")
+    global_batch_size: StrictInt = Field(
         default=1024, ge=2, le=1_048_576, description="Pairs of one step over all processes; also the number of negatives."
     )
-    micro_batch_size: int | None = Field(
+    micro_batch_size: StrictInt | None = Field(
         default=None,
         ge=1,
         description="At most so many pairs per process in one forward and backward pass: less memory and more time, with all negatives of"
         " `global_batch_size`. Need not divide it. Null: the whole batch at once.",
     )
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="Peak learning rate.")
-    weight_decay: float = Field(default=0.1, ge=0, le=10, description="Decoupled; none on gains, biases, 1-d parameters and scales.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.98))
-    eps: float = Field(default=1e-6, gt=0, le=1)
-    warmup_steps: int = Field(default=10_000, ge=0, description="Steps of linear warm-up from 0 to `learning_rate`.")
+    learning_rate: StrictFloat = Field(default=1e-3, gt=0, le=1, description="Peak learning rate.")
+    weight_decay: StrictFloat = Field(default=0.1, ge=0, le=10, description="Decoupled; none on gains, biases, 1-d parameters and scales.")
+    betas: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], Annotated[StrictFloat, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.98))
+    eps: StrictFloat = Field(default=1e-6, gt=0, le=1)
+    warmup_steps: StrictInt = Field(default=10_000, ge=0, description="Steps of linear warm-up from 0 to `learning_rate`.")
     schedule: Schedule = Schedule.COSINE
-    grad_clip_norm: float | None = Field(default=None, gt=0, description="Clip the gradient's global L2 norm to this. Null: no clipping.")
+    grad_clip_norm: StrictFloat | None = Field(
+        default=None, gt=0, description="Clip the gradient's global L2 norm to this. Null: no clipping."
+    )
     precision: Precision = Precision.BF16
-    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Determines initial weights, order and crops.")
-    checkpoint_every_steps: int = Field(default=1000, ge=1, description="Steps between checkpoints; one more is saved when the run stops.")
-    log_every_steps: int = Field(default=10, ge=1, description="Steps between metric records.")
-    num_data_workers: int = Field(
+    seed: StrictInt = Field(default=0, ge=0, le=2**31 - 1, description="Determines initial weights, order and crops.")
+    checkpoint_every_steps: StrictInt = Field(
+        default=1000, ge=1, description="Steps between checkpoints; one more is saved when the run stops."
+    )
+    log_every_steps: StrictInt = Field(default=10, ge=1, description="Steps between metric records.")
+    num_data_workers: StrictInt = Field(
         default=2, ge=0, le=256, description="Data-loading processes per training process; 0 loads in the training process."
     )
 
@@ -241,7 +252,7 @@ EvaluationSetOrPath = Annotated[EvaluationSet, BeforeValidator(_path_only, json_
 class EvaluationSpec(SpecModel):
     """What is measured, and when. The last epoch is always evaluated."""
 
-    every_epochs: int = Field(default=1, ge=1, description="Epochs between evaluations.")
+    every_epochs: StrictInt = Field(default=1, ge=1, description="Epochs between evaluations.")
     zero_shot: list[EvaluationSetOrPath] = Field(
         default=[], max_length=MAX_LIST_LENGTH, description="Classification sets; a bare path will do."
     )
@@ -269,7 +280,7 @@ class Device(StrEnum):
 class ResourcesSpec(SpecModel):
     """What the job occupies."""
 
-    num_processes: int = Field(default=1, ge=1, le=64, description="Training processes on the worker's machine; one per GPU.")
+    num_processes: StrictInt = Field(default=1, ge=1, le=64, description="Training processes on the worker's machine; one per GPU.")
     device: Device = Device.AUTO
     queue: str = Field(
         default="default", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Workers subscribe to queues; the job waits in this one."
@@ -304,16 +315,17 @@ class JobSpec(SpecModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.recipe is Recipe.CLIP and self.teacher is not None and not self.objective.needs_teacher:
+            raise ValueError("`teacher` is set, but recipe `clip` trains without one; remove it, or use recipe `clip_kd` or `clip_rd`")
         if self.objective.needs_teacher and self.teacher is None:
-            raise ValueError(f"recipe `{self.recipe}` distils, so `teacher` must be set; for training without one use recipe `clip`")
+            terms = ", ".join(f"`objective.{name}`" for name in self.objective.distillation_terms)
+            raise ValueError(f"`teacher` is missing, which {terms} need; set it, or use recipe `clip` with those weights at 0")
         if self.teacher is not None and not self.objective.needs_teacher:
-            raise ValueError(
-                "every distillation weight in `objective` is 0, so `teacher` would not be used; remove it or set a weight above 0"
-            )
+            raise ValueError("`teacher` would not be used, as every distillation weight in `objective` is 0; remove it or raise a weight")
         if self.training.global_batch_size % self.resources.num_processes:
             raise ValueError(
                 f"`training.global_batch_size` ({self.training.global_batch_size}) must be a multiple of"
-                f" `resources.num_processes` ({self.resources.num_processes})"
+                f" `resources.num_processes` ({self.resources.num_processes}); change one of the two"
             )
         if self.training.precision is Precision.FP16 and self.resources.device is Device.CPU:
             raise ValueError("`training.precision` fp16 needs a GPU; use bf16 or fp32 with `resources.device` cpu")

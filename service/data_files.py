@@ -7,6 +7,7 @@ import glob
 import math
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ Look = Callable[[str], Found]
 
 MAX_SHARDS = 100_000
 MAX_HEADER_CHARACTERS = 1_000_000
+MAX_LOOKS_INSIDE = 64  # shards opened for a look at their first header
+MAX_BYTES_COUNTED = 64 * 2**20  # tars and tables that are larger together are not counted at submission
 CHECK_PATH = "Check the path; relative ones start from the service's data folder."
 
 _INT_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
@@ -60,10 +63,32 @@ def _files_problem(files: list[Path]) -> Found:
         return f"names more than {MAX_SHARDS} shards", "Use fewer and larger shards."
     bad = [file for file in files if not (is_file(file) and os.access(file, os.R_OK) and file.stat().st_size)]
     if not bad:
-        return None
+        return next((problem for file in files[:MAX_LOOKS_INSIDE] if (problem := _tar_problem(file)) is not None), None)
     what = "is no readable file with content" if is_file(bad[0]) or is_dir(bad[0]) else "is missing"
     others = f" (and {len(bad) - 1} more of {len(files)})" if len(bad) > 1 else ""
     return f"{bad[0]} {what}{others}", CHECK_PATH
+
+
+def _tar_problem(file: Path) -> Found:
+    """A shard begins with a tar header."""
+    with file.open("rb") as opened:
+        header = opened.read(tarfile.BLOCKSIZE)
+    if header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return f"{file} is compressed", "Unpack it to a plain tar: pairs are read at random places. Its images are compressed already."
+    try:
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return f"{file} is no tar file", "Give tar shards of KEY.png (or .jpg, .webp) and KEY.txt; a table of pairs has type `csv`."
+    return None
+
+
+def count_pairs(shard: Path) -> int | None:
+    """Captions in a tar, found by its headers alone. None: it is cut off or otherwise unreadable."""
+    try:
+        with tarfile.open(shard, mode="r:") as opened:
+            return sum(member.name.endswith(".txt") for member in opened)
+    except (OSError, tarfile.TarError):
+        return None
 
 
 def expand_shards(pattern: str) -> Iterator[Path]:
@@ -138,6 +163,14 @@ def _column_problems(field: str, source: CsvSource, header: list[str]) -> list[F
     return problems
 
 
+def _declared_type(folder: Path) -> str:
+    """What dataset_type.txt says; without one a set is for classification."""
+    try:
+        return (folder / "dataset_type.txt").read_text().strip()[:64] or "classification"
+    except (OSError, ValueError):
+        return "classification"
+
+
 def evaluation_problems(field: str, kind: str, one: EvaluationSet) -> list[FieldProblem]:
     """The layout of clip_benchmark's webdatasets: SPLIT/nshards.txt and SPLIT/0.tar …, and class names where classes are told apart."""
     folder, split = Path(one.path), Path(one.path) / one.split
@@ -151,6 +184,16 @@ def evaluation_problems(field: str, kind: str, one: EvaluationSet) -> list[Field
     if kind == "zero_shot" and not is_file(folder / "classnames.txt"):
         remedy = "Put one class name a line there; a set with captions instead of classes belongs under `evaluation.retrieval`."
         problems.append(problem("path", f"{folder} holds no classnames.txt", remedy))
+    elif kind == "zero_shot" and not is_file(folder / "zeroshot_classification_templates.txt"):
+        remedy = "Put one prompt a line there, such as `a photo of a {c}.`, where `{c}` stands for the class name."
+        problems.append(problem("path", f"{folder} holds no zeroshot_classification_templates.txt", remedy))
+    declared = _declared_type(folder)
+    if (declared == "retrieval") != (kind == "retrieval"):
+        belongs = "retrieval" if declared == "retrieval" else "zero_shot"
+        what = f"{folder} is a {declared} set, by its dataset_type.txt" + (", which is missing" if belongs == "zero_shot" else "")
+        if is_file(folder / "dataset_type.txt"):
+            what = what.removesuffix(", which is missing")
+        problems.append(problem("path", what, f"Move it to `evaluation.{belongs}`, or correct its dataset_type.txt."))
     if not is_dir(split):
         splits = sorted(inner.parent.name for inner in folder.glob("*/nshards.txt")) or ["none"]
         problems.append(problem("split", f"{folder} has no split `{one.split}`", f"Its splits are: {', '.join(splits)}."))

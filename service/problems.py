@@ -45,7 +45,16 @@ class SpecError(ValueError):
 def closest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
     """The known names most like `name`, best first; upper and lower case count as alike."""
     by_lower = {one.lower(): one for one in known}
-    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)]
+    name = name.lower()
+    parts = [
+        one for one in by_lower if len(name) > 1 and (name in one or _initials(one) == name)
+    ]  # `file` of filepath, `lr` of learning_rate
+    alike = difflib.get_close_matches(name, by_lower, n=count, cutoff=0.6)
+    return [by_lower[match] for match in dict.fromkeys([*parts, *alike])][:count]
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def problems_of(errors: Iterable[Mapping[str, Any]], model: type[BaseModel]) -> list[FieldProblem]:
@@ -128,7 +137,7 @@ def _tags(member: Any) -> tuple[Any, ...]:
     return tuple(value for literal in literals for value in get_args(literal))
 
 
-def _problem_of(error: Mapping[str, Any], location: Location, model: type[BaseModel]) -> FieldProblem:
+def _problem_of(error: Mapping[str, Any], location: Location, model: type[BaseModel]) -> FieldProblem:  # noqa: PLR0911  (one per kind)
     kind, context = error["type"], error.get("ctx", {})
     path = location.path
     if kind == "value_error":
@@ -144,17 +153,22 @@ def _problem_of(error: Mapping[str, Any], location: Location, model: type[BaseMo
         return FieldProblem(field=path, problem=f"is {_shown(error['input'])}, which is none of its choices", remedy=remedy)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = str(context["discriminator"]).strip("'")
-        expected = context.get("expected_tags", "'webdataset', 'csv'")
-        return FieldProblem(
-            field=f"{path}.{tag}", problem="does not say which kind this is", remedy=f"Set it to one of: {_quoted(expected)}."
-        )
+        remedy = f"Set it to one of: {_quoted(context.get('expected_tags', _TAGS))}."
+        problem = f"is {_shown(context['tag'])}, which is none of its choices" if "tag" in context else "does not say which kind this is"
+        return FieldProblem(field=f"{path}.{tag}", problem=problem, remedy=remedy)
+    if kind in ("model_attributes_type", "model_type", "dict_type") and path != BODY:
+        return FieldProblem(field=path, problem=f"must be an object, but is {_shown(error['input'])}", remedy="Write it as an object: {…}.")
     return FieldProblem(field=path, problem=_sentence(error), remedy=_remedy(kind, context))
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
     """pydantic's sentence, in our words and with the value that was given."""
     message = re.sub(r"^(Input|List|Dictionary|Tuple|String|Value) should ", "must ", str(error["msg"]))
-    message = message.replace("must have at most", "may have at most").replace(" after validation", "")
+    message = (
+        message.replace("must have at most", "may have at most").replace(" after validation", "").replace("1 characters", "1 character")
+    )
+    if error["type"].startswith("model_"):
+        message = "must be a JSON object"
     if isinstance(error.get("input"), bytes):
         return f"{message}, but is not JSON"
     return message if "must" not in message else f"{message}, but is {_shown(error.get('input'))}"
@@ -173,6 +187,8 @@ def _shown(value: Any) -> str:
     text = text or (f"`{value}`" if isinstance(value, str) else str(value))
     return text if len(text) <= 80 else f"{text[:77]}…"
 
+
+_TAGS = "'webdataset', 'csv'"
 
 _REMEDIES = {
     "string_pattern_mismatch": "Use only what the pattern {pattern} allows.",
@@ -203,7 +219,8 @@ _REMEDIES = {
 
 
 def _remedy(kind: str, context: Mapping[str, Any]) -> str:
-    return _REMEDIES[kind].format(**context) if kind in _REMEDIES else "Give a value that fits; the field is described in /docs."
+    plain = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
+    return _REMEDIES[kind].format(**plain) if kind in _REMEDIES else "Give a value that fits; the field is described in /docs."
 
 
 def _remedy_for_unknown(location: Location, model: type[BaseModel]) -> str:
@@ -241,6 +258,4 @@ def _own_problem(message: str, path: str, model: type[BaseModel]) -> FieldProble
         problem, found, remedy = message.partition(separator)
         if found:
             return FieldProblem(field=path, problem=problem, remedy=f"{remedy[0].upper()}{remedy[1:]}.")
-    if message.startswith("give "):
-        return FieldProblem(field=path, problem="its fields contradict each other", remedy=f"G{message[1:]}.")
-    return FieldProblem(field=path, problem=message, remedy="Change the value accordingly.")
+    return FieldProblem(field=path, problem=message, remedy="Correct the value; the field is described in /docs.")

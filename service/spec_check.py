@@ -8,15 +8,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cliprd_core.spec import CsvSource, DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service import data_files, model_names
-from service.problems import FieldProblem, SpecError
+from service.problems import FieldProblem, SpecError, closest
 
 MAX_CONFIG_DEPTH = 16
+
+_POSITIVE = frozenset({"layers", "width", "head_width", "patch_size", "image_size", "context_length", "vocab_size", "heads"})
+_KINDS: dict[str, Any] = {"integer": int, "number": int | float, "string": str, "boolean": bool, "object": dict, "list": list}
 
 ModelSpec = TypeVar("ModelSpec", StudentSpec, TeacherSpec)
 
@@ -98,6 +103,8 @@ class _Check:
 
     def _model(self, role: str, spec: ModelSpec) -> ModelSpec:
         update: dict[str, str] = {}
+        if spec.config is not None:
+            self.problems += model_config_problems(f"{role}.config", spec.config)
         if spec.model is not None and spec.model.startswith(model_names.LOCAL_DIR_PREFIX):
             folder = self._absolute(spec.model.removeprefix(model_names.LOCAL_DIR_PREFIX))
             update["model"] = f"{model_names.LOCAL_DIR_PREFIX}{folder}"
@@ -167,6 +174,57 @@ class _Check:
             self._add(field, *found)
 
 
+def model_config_problems(field: str, config: dict[str, Any]) -> list[FieldProblem]:
+    """Keys that open_clip's towers don't have, values of the wrong kind, and sizes that no model can have."""
+    problems: list[FieldProblem] = []
+    for tower, known in _config_keys().items():
+        given: dict[str, Any] = config[tower]
+        found = [
+            FieldProblem(field=f"{field}.{tower}.{key}", problem=problem, remedy=remedy)
+            for key, value in given.items()
+            for problem, remedy in _key_problems(key, value, known)
+        ]
+        problems += found or _head_problems(f"{field}.{tower}", given, known)
+    return problems
+
+
+@cache
+def _config_keys() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(files("cliprd_core").joinpath("known_config_keys.json").read_text())
+    return loaded
+
+
+def _key_problems(key: str, value: Any, known: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if key not in known:
+        near = closest(key, known, count=1)
+        yield "there is no such field", f"Did you mean `{near[0]}`? Otherwise remove it." if near else "Remove it."
+        return
+    kinds = known[key]["kinds"]
+    if not any(_is_kind(value, kind) for kind in kinds):
+        yield "is of the wrong type", f"Its type is: {' or '.join(kinds)}."
+        return
+    sizes = value if isinstance(value, list) else [value]
+    if key in _POSITIVE and not all(_is_kind(size, "integer") and size > 0 for size in sizes):
+        yield "must be above 0", "Use whole numbers of 1 or more."
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return value is None if kind == "null" else isinstance(value, _KINDS[kind])
+
+
+def _head_problems(field: str, given: dict[str, Any], known: dict[str, Any]) -> list[FieldProblem]:
+    """A transformer's heads share its width evenly; ResNets and towers of timm and Hugging Face have rules of their own."""
+    values = {key: given.get(key, about["default"]) for key, about in known.items()}
+    divisor = "head_width" if "head_width" in known else "heads"
+    is_other = values.get("timm_model_name") or values.get("hf_model_name") or isinstance(values["layers"], list)
+    if is_other or values["width"] % values[divisor] == 0:
+        return []
+    problem = f"is {values['width']}, which is no multiple of `{divisor}` ({values[divisor]})"
+    return [FieldProblem(field=f"{field}.width", problem=problem, remedy=f"Change `width` or `{divisor}`.")]
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
@@ -176,22 +234,38 @@ def _is_unicode(text: str) -> bool:
 
 
 def _at_most_num_pairs(source: DataSource) -> int | None:
-    """The pairs that a source has at most. None: unknown without reading it.
+    """The pairs that a source has at most. None: unknown without much reading.
 
-    img2dataset-like `sizes.json` files beside the shards give the number of samples of each shard.
+    `sizes.json` beside the shards, as webdataset's tools write it, gives the number of samples of each shard; small ones are counted.
     """
-    if isinstance(source, CsvSource):
-        return source.num_samples
+    counted = _rows_of(source) if isinstance(source, CsvSource) else _pairs_of(source)
+    known = [number for number in (counted, source.num_samples) if number is not None]
+    return min(known, default=None)
+
+
+def _rows_of(source: CsvSource) -> int | None:
+    """Lines below a small table's header: never fewer than its rows."""
+    table = Path(source.path)
+    if table.stat().st_size > data_files.MAX_BYTES_COUNTED:
+        return None
+    return max(0, len(table.read_bytes().splitlines()) - 1)
+
+
+def _pairs_of(source: WebDatasetSource) -> int | None:
+    shards = list(data_files.expand_shards(source.shards))
     sizes: dict[Path, dict[str, Any]] = {}
     total = 0
-    for shard in data_files.expand_shards(source.shards):
+    is_small = sum(shard.stat().st_size for shard in shards) <= data_files.MAX_BYTES_COUNTED
+    for shard in shards:
         if shard.parent not in sizes:
             sizes[shard.parent] = _read_sizes(shard.parent / "sizes.json")
         size = sizes[shard.parent].get(shard.name)
-        if not isinstance(size, int):
-            return source.num_samples
+        if not isinstance(size, int) or isinstance(size, bool):
+            size = data_files.count_pairs(shard) if is_small else None
+        if size is None:
+            return None
         total += size
-    return total if source.num_samples is None else min(total, source.num_samples)
+    return total
 
 
 def _read_sizes(path: Path) -> dict[str, Any]:

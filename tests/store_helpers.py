@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def spec_dict(**changes: Any) -> dict[str, Any]:
         "recipe": "clip",
         "student": {"config": TINY_CONFIG},
         "data": {"train": [{"type": "csv", "path": "pairs.tsv"}]},
+        "training": {"global_batch_size": 2, "warmup_steps": 1},
         **changes,
     }
 
@@ -44,6 +46,14 @@ def write_table(folder: Path, num_pairs: int = 4) -> None:
     """The table that `spec_dict` names."""
     rows = "".join(f"{index}.png\ta picture\n" for index in range(num_pairs))
     (folder / "pairs.tsv").write_text(f"filepath\ttitle\n{rows}")
+
+
+def write_tar(path: Path, num_pairs: int) -> None:
+    """A shard of pairs without content."""
+    with tarfile.open(path, "w") as shard:
+        for index in range(num_pairs):
+            for suffix in ("png", "txt"):
+                shard.addfile(tarfile.TarInfo(f"{index}.{suffix}"))
 
 
 def distilled_spec(teacher_job_id: str) -> JobSpec:

@@ -94,7 +94,7 @@ def test_a_failed_job_says_why(client: TestClient, sessions: Sessions) -> None:
     job = submit(client)
     finish(sessions, claim(sessions, job["id"]), FAILURE)
     failed = client.get(f"/jobs/{job['id']}").json()
-    assert failed["error"] == {"reason": "diverged", "message": FAILURE.message}
+    assert failed["error"] == {"reason": "diverged", "message": FAILURE.message, "detail": ""}
 
 
 def test_cancelling(client: TestClient, sessions: Sessions) -> None:

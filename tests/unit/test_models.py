@@ -146,7 +146,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
         ({"model": "ViT-B-16", "pretrained": "no_such_tag"}, "neither a file nor a tag of ViT-B-16 (its tags: openai, laion400m_e31"),
         ({"model": "local-dir:/does/not/exist"}, "has no open_clip_config.json"),
         ({"config": tiny_config(), "pretrained": "openai"}, "must be the path of a checkpoint file"),
-        ({"config": {**tiny_config(), "vision_cfg": {"layerz": 1}}}, "unexpected keyword argument 'layerz'"),
+        ({"config": {**tiny_config(), "vision_cfg": {"layerz": 1}}}, "`vision_cfg` got an unexpected keyword argument 'layerz'"),
         ({"config": {**tiny_config(), "nonsense": 1}}, "cannot build this model config"),
         ({"config": tiny_config() | {"multimodal_cfg": {}}}, "captioning decoder"),
         ({"config": tiny_config() | {"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}}, "`trust_remote_code` is not allowed"),

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from cliprd_core.spec import JobSpec
+from service import data_files
 from service.examples import EXAMPLES, QUICK_SPEC
 from service.problems import FieldProblem, SpecError
 from service.spec_check import check_spec
-from tests.store_helpers import TINY_CONFIG, spec_dict, write_table
+from tests.store_helpers import TINY_CONFIG, spec_dict, write_table, write_tar
 
 SMALL = {"global_batch_size": 2, "warmup_steps": 1}
 
@@ -22,15 +23,17 @@ def root(tmp_path: Path) -> Path:
     """Two shards of 10 pairs, a table, a zero-shot and a retrieval set, a checkpoint and a model folder."""
     (tmp_path / "train").mkdir()
     for name in ("00000.tar", "00001.tar"):
-        (tmp_path / "train" / name).write_bytes(b"tar")
+        write_tar(tmp_path / "train" / name, num_pairs=10)
     write_table(tmp_path)
     for name in ("classes", "captions"):
         split = tmp_path / "wds" / name / "test"
         split.mkdir(parents=True)
         (split / "nshards.txt").write_text("2\n")
         for shard in ("0.tar", "1.tar"):
-            (split / shard).write_bytes(b"tar")
+            write_tar(split / shard, num_pairs=1)
     (tmp_path / "wds/classes/classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "wds/classes/zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+    (tmp_path / "wds/captions/dataset_type.txt").write_text("retrieval\n")
     (tmp_path / "model.pt").write_bytes(b"weights")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported/open_clip_config.json").write_text("{}")
@@ -105,9 +108,18 @@ def test_a_pretrained_tag_is_left_alone_and_a_file_found(root: Path) -> None:
         ({"data": table(path="none.tsv")}, "data.train.0.path", "No such file", "Check"),
         ({"data": table(path="model.pt/x")}, "data.train.0.path", "Not a directory", "Check"),
         ({"data": table(image_root="none")}, "data.train.0.image_root", "no folder", "null"),
-        ({"evaluation": {"zero_shot": ["wds/captions"]}}, "evaluation.zero_shot.0.path", "classnames.txt", "retrieval"),
+        ({"evaluation": {"zero_shot": ["wds/captions"]}}, "evaluation.zero_shot.0.path", "is a retrieval set", "`evaluation.retrieval`"),
+        (
+            {"evaluation": {"retrieval": ["wds/classes"]}},
+            "evaluation.retrieval.0.path",
+            "is a classification set",
+            "`evaluation.zero_shot`",
+        ),
+        ({"data": shards("model.pt")}, "data.train.0.shards", "is no tar file", "Give tar shards"),
+        ({"data": shards("train/*.tar"), "training": {"global_batch_size": 21}}, "training.global_batch_size", "only 20", "Use 20 or less"),
+        ({"training": {"global_batch_size": 5}}, "training.global_batch_size", "only 4", "Use 4 or less"),
         ({"evaluation": {"zero_shot": ["none"]}}, "evaluation.zero_shot.0.path", "no folder", "Check"),
-        ({"evaluation": {"retrieval": [{"path": "wds/classes", "split": "tst"}]}}, "evaluation.retrieval.0.split", "`tst`", "are: test."),
+        ({"evaluation": {"retrieval": [{"path": "wds/captions", "split": "tst"}]}}, "evaluation.retrieval.0.split", "`tst`", "are: test."),
         ({"name": "a\0b"}, "name", "NUL", "Remove"),
         ({"student": {"config": {**TINY_CONFIG, "x": float("nan")}}}, "student.config.x", "nan", "finite"),
         ({"student": {"config": {**TINY_CONFIG, "x": ["\ud800"]}}}, "student.config.x.0", "surrogate", "Remove"),
@@ -177,7 +189,8 @@ def test_warm_up_and_batch_against_the_known_number_of_pairs(root: Path) -> None
     assert "only 20 training pairs" in found["training.global_batch_size"].problem
 
 
-def test_what_is_not_known_is_left_to_the_run(root: Path) -> None:
+def test_what_is_not_known_is_left_to_the_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_files, "MAX_BYTES_COUNTED", 0)
     check(root, data=shards("train/*.tar"), training={"warmup_steps": 10**6})
     (root / "train/sizes.json").write_text(json.dumps({"00000.tar": 10}))
     check(root, data=shards("train/*.tar"), training={"warmup_steps": 10**6})
