@@ -92,6 +92,30 @@ def hrd(
     return (kl_divergence(teacher_BB, student_BB) + kl_divergence(teacher_BB.T, student_BB.T)) / 2
 
 
+def soft_cross_entropy(target_logits_BB: Tensor, logits_BB: Tensor) -> Tensor:
+    """H(P, Q) = −Σ P log Q, each the row-wise softmax of (B, B) logits, averaged over rows. The target P carries no gradient."""
+    return F.cross_entropy(logits_BB, target_logits_BB.detach().softmax(dim=1))
+
+
+def soft(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    *,
+    student_logit_scale: Scale,
+    teacher_scale: Scale,
+) -> Tensor:
+    """Soft targets (MobileCLIP, arXiv 2311.17049, and open_clip's distillation loss): ½[H(T, S) + H(Tᵀ, Sᵀ)].
+
+    S = σ_s s_I s_Tᵀ, T = `teacher_scale` · t_I t_Tᵀ, and H as in :func:`soft_cross_entropy`. `teacher_scale` is σ_t, or one over a
+    temperature. With σ_t its gradient is `hrd`'s; its value is greater by the entropy of the teacher's distributions.
+    """
+    student_BB = student_logit_scale * student_image_BD @ student_text_BD.T
+    teacher_BB = teacher_scale * teacher_image_BD @ teacher_text_BD.T
+    return (soft_cross_entropy(teacher_BB, student_BB) + soft_cross_entropy(teacher_BB.T, student_BB.T)) / 2
+
+
 def vrd_kl(
     student_image_BD: Tensor,
     student_text_BD: Tensor,

@@ -140,6 +140,15 @@ class DataSpec(SpecModel):
         return value
 
 
+class ScaleMode(StrEnum):
+    """How the objective's own learned scales become factors of logits. All start at the parameter ln(1/0.07)."""
+
+    RAW = "raw"
+    """The parameter itself, as in the reference implementation: factors start at 2.66 and nothing bounds them."""
+    EXP = "exp"
+    """Its exponential, as CLIP does: factors start at 14.3; the parameter is kept within [0, ln 100]."""
+
+
 class ObjectiveSpec(SpecModel):
     """Weights of the loss terms; 0 leaves a term out and it costs nothing. Equations: docs/objective.md."""
 
@@ -149,10 +158,34 @@ class ObjectiveSpec(SpecModel):
     hrd: Weight = Field(default=1.0, description="Horizontal relational distillation (CLIP-KD's CRD).")
     vrd: Weight = Field(default=1.0, description="Vertical relational distillation.")
     xrd: Weight = Field(default=1.0, description="Cross relational distillation.")
+    soft: Weight = Field(default=0.0, description="Soft targets: cross-entropy with the teacher's distribution (MobileCLIP, open_clip).")
+    vrd_kl: Weight | None = Field(default=None, description="Weight of `vrd`'s agreement part. Null: `vrd`.")
+    vrd_ce_image: Weight | None = Field(default=None, description="Weight of `vrd`'s image part. Null: `vrd`.")
+    vrd_ce_text: Weight | None = Field(default=None, description="Weight of `vrd`'s text part. Null: `vrd`.")
+    soft_temperature: float | None = Field(
+        default=None, gt=0.0, le=1e3, description="Temperature of `soft`'s teacher logits. Null: the teacher's own."
+    )
+    scale_mode: ScaleMode = Field(default=ScaleMode.RAW, description="How the teacher-student scales become factors of logits.")
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """The weight of every term, with vrd's three parts in place of `vrd`."""
+        parts = {"vrd_kl": self.vrd_kl, "vrd_ce_image": self.vrd_ce_image, "vrd_ce_text": self.vrd_ce_text}
+        vertical = {part: self.vrd if weight is None else weight for part, weight in parts.items()}
+        return {
+            **{"task": self.task, "fd": self.fd, "icl": self.icl, "hrd": self.hrd},
+            **vertical,
+            **{"xrd": self.xrd, "soft": self.soft},
+        }
 
     @property
     def needs_teacher(self) -> bool:
-        return any((self.fd, self.icl, self.hrd, self.vrd, self.xrd))
+        return any(weight for part, weight in self.part_weights.items() if part != "task")
+
+    @property
+    def uses_student_logit_scale(self) -> bool:
+        """Whether a term depends on the student's own logit scale."""
+        return any((self.task, self.hrd, self.soft))
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:

@@ -26,6 +26,10 @@ class Variables:
     text_scale: float
     image_projection: Matrix | None = None
     text_projection: Matrix | None = None
+    exponentiated: bool = False
+
+    def factor(self, scale: float) -> float:
+        return float(np.exp(scale)) if self.exponentiated else scale
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Teacher:
     image: Matrix
     text: Matrix
     logit_scale: float
+    soft_temperature: float | None = None
 
 
 def normalize(rows: Matrix) -> Matrix:
@@ -49,6 +54,10 @@ def log_softmax(logits: Matrix) -> Matrix:
 
 def ce(logits: Matrix) -> float:
     return float(-np.diag(log_softmax(logits)).mean())
+
+
+def soft_ce(target: Matrix, logits: Matrix) -> float:
+    return float(-(np.exp(log_softmax(target)) * log_softmax(logits)).sum(axis=1).mean())
 
 
 def kl(target: Matrix, logits: Matrix) -> float:
@@ -76,10 +85,10 @@ def _matrices(v: Variables, t_i: Matrix, t_t: Matrix) -> _Matrices:
     s_i, s_t = _matched(v)
     return _Matrices(
         student=np.exp(v.log_student_logit_scale) * own_i @ own_t.T,
-        a=v.cross_scale * t_i @ s_t.T,
-        c=v.cross_scale * t_t @ s_i.T,
-        vertical_image=v.image_scale * t_i @ s_i.T,
-        vertical_text=v.text_scale * t_t @ s_t.T,
+        a=v.factor(v.cross_scale) * t_i @ s_t.T,
+        c=v.factor(v.cross_scale) * t_t @ s_i.T,
+        vertical_image=v.factor(v.image_scale) * t_i @ s_i.T,
+        vertical_text=v.factor(v.text_scale) * t_t @ s_t.T,
     )
 
 
@@ -90,15 +99,18 @@ def terms(moving: Variables, teacher: Teacher, frozen: Variables | None = None) 
     m = _matrices(moving, t_i, t_t)
     f = _matrices(frozen or moving, t_i, t_t)
     t = teacher.logit_scale * t_i @ t_t.T
+    t_soft = t if teacher.soft_temperature is None else t_i @ t_t.T / teacher.soft_temperature
+    cross = moving.factor(moving.cross_scale)
     parts = {
         "task": (ce(m.student) + ce(m.student.T)) / 2,
         "fd": float(((s_i - t_i) ** 2).mean() + ((s_t - t_t) ** 2).mean()),
-        "icl": (ce(moving.cross_scale * s_i @ t_t.T) + ce(moving.cross_scale * s_t @ t_i.T)) / 2,
+        "icl": (ce(cross * s_i @ t_t.T) + ce(cross * s_t @ t_i.T)) / 2,
         "hrd": (kl(t, m.student) + kl(t.T, m.student.T)) / 2,
         "vrd_kl": (kl(f.vertical_text, m.vertical_image) + kl(f.vertical_text.T, m.vertical_image.T)) / 2,
         "vrd_ce_image": (ce(m.vertical_image) + ce(m.vertical_image.T)) / 2,
         "vrd_ce_text": (ce(m.vertical_text) + ce(m.vertical_text.T)) / 2,
         "xrd": (kl(f.c, m.a) + kl(f.a, m.c) + kl(f.c.T, m.a.T) + kl(f.a.T, m.c.T)) / 4,
+        "soft": (soft_ce(t_soft, m.student) + soft_ce(t_soft.T, m.student.T)) / 2,
     }
     return parts | {"vrd": parts["vrd_kl"] + parts["vrd_ce_image"] + parts["vrd_ce_text"]}
 

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from cliprd_core import losses
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.objective_terms import Similarity
-from cliprd_core.spec import ObjectiveSpec
+from cliprd_core.spec import ObjectiveSpec, ScaleMode
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 PAPER = ObjectiveSpec()
-TERMS = tuple(ObjectiveSpec.model_fields)
+TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft")
+VERTICAL = ("vrd_kl", "vrd_ce_image", "vrd_ce_text")
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
 
 
@@ -96,6 +97,10 @@ def dense_terms(objective: Objective, features: dict[str, Tensor], scale: Tensor
     if weights.xrd:
         assert objective.cross_scale is not None
         terms["xrd"] = losses.xrd(*matched, *teacher, cross_scale=objective.cross_scale)
+    if weights.soft:
+        teacher_scale = objective.teacher_logit_scale if weights.soft_temperature is None else 1 / weights.soft_temperature
+        assert teacher_scale is not None
+        terms["soft"] = losses.soft(*own, *teacher, student_logit_scale=scale, teacher_scale=teacher_scale)
     if weights.vrd:
         assert objective.image_scale is not None
         assert objective.text_scale is not None
@@ -183,9 +188,16 @@ def problems(draw: st.DrawFn) -> Problem:
         *(draw(st.floats(-3.0, 15.0)) for _ in range(3)),
         *projections,
     )
+    variables.exponentiated = draw(st.booleans())
+    if variables.exponentiated:  # inside the clamp, also when moved a little
+        variables = replace(variables, **{name: draw(st.floats(0.1, 4.5)) for name in ("cross_scale", "image_scale", "text_scale")})
     weights = draw(st.fixed_dictionaries(dict.fromkeys(TERMS, weight)).filter(lambda drawn: any(drawn.values())))
+    if draw(st.booleans()):
+        weights |= {part: draw(weight) for part in VERTICAL}
+        weights["task"] = 1.0  # so that something is left where the parts are all 0
     teacher = generator.normal(size=(2, num_pairs, teacher_width))
-    return variables, oracle.Teacher(*teacher, draw(st.floats(1.0, 100.0))), weights, draw(st.integers(1, 60))
+    temperature = draw(st.none() | st.floats(0.01, 2.0))
+    return variables, oracle.Teacher(*teacher, draw(st.floats(1.0, 100.0)), temperature), weights, draw(st.integers(1, 60))
 
 
 def run_problem(
@@ -193,7 +205,9 @@ def run_problem(
 ) -> tuple[ObjectiveOutput, dict[str, Tensor]]:
     """Ours, with the gradient for each of the oracle's variables that has one."""
     objective = Objective(
-        ObjectiveSpec(**weights),
+        ObjectiveSpec(
+            **weights, soft_temperature=teacher.soft_temperature, scale_mode=ScaleMode.EXP if variables.exponentiated else ScaleMode.RAW
+        ),
         student_width=variables.student_image.shape[1],
         teacher_width=teacher.image.shape[1],
         teacher_logit_scale=teacher.logit_scale,
@@ -223,6 +237,8 @@ def test_equals_numpy(problem: Problem) -> None:
     variables, teacher, weights, max_block_elements = problem
     output, found = run_problem(variables, teacher, weights, max_block_elements)
     expected = oracle.terms(variables, teacher)
+    if any(weights.get(part) == 0 for part in VERTICAL):
+        expected["vrd"] = sum(expected[part] for part in VERTICAL if part in output.terms)
     for name, value in output.terms.items():
         assert value.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-10)
 
@@ -232,12 +248,62 @@ def test_equals_numpy(problem: Problem) -> None:
 
     def along(step: float) -> float:
         moved = replace(variables, **{name: getattr(variables, name) + step * one for name, one in direction.items()})
-        return oracle.total(moved, teacher, weights, frozen=variables)
+        return oracle.total(moved, teacher, part_weights, frozen=variables)
+
+    part_weights = ObjectiveSpec(**weights).part_weights
 
     step = 1e-5
     numeric = (along(step) - along(-step)) / (2 * step)
     analytic = sum(float((grad.numpy() * direction[name]).sum()) for name, grad in found.items())
     assert analytic == pytest.approx(numeric, rel=1e-4, abs=1e-5 * (1 + abs(output.total.item())))
+
+
+@pytest.mark.parametrize("active", [("vrd_kl",), ("vrd_ce_image",), ("vrd_ce_text",), ("vrd_kl", "vrd_ce_text"), VERTICAL])
+@pytest.mark.parametrize("teacher_width", [6, 9], ids=["equal_widths", "projected"])
+def test_parts_of_vrd_may_have_weights_of_their_own(active: tuple[str, ...], teacher_width: int) -> None:
+    own = {part: 0.5 + index if part in active else 0.0 for index, part in enumerate(VERTICAL)}
+    weights = ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | own))
+    objective = make_objective(weights, 6, teacher_width)
+    whole = make_objective(ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | {"vrd": 1.0})), 6, teacher_width)
+    whole.load_state_dict(objective.state_dict(), strict=False)
+    features, scale = make_features(11, 6, teacher_width), torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    output, dense = objective(**features, student_logit_scale=scale), dense_terms(whole, features, scale)
+    assert set(output.terms) == {"vrd", *active}
+    torch.testing.assert_close(output.terms["vrd"], sum((dense[part] for part in active), torch.zeros(())).detach())
+    total = sum((own[part] * dense[part] for part in active), torch.zeros(()))
+    torch.testing.assert_close(output.total, total.detach())
+    torch.testing.assert_close(output.weighted["vrd"], output.total)
+    found = gradients(output.loss, features, scale, objective)
+    expected = gradients(total, features, scale, whole)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)
+    objective(**features, student_logit_scale=scale).loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters()), "a data-parallel wrapper waits for each"
+
+
+def test_exponentiated_scales_are_kept_within_the_clamp() -> None:
+    objective = make_objective(ObjectiveSpec(scale_mode=ScaleMode.EXP), 6, 6)
+    assert all(value.item() == pytest.approx(1 / 0.07) for value in objective.scales().values())
+    assert objective.cross_scale is not None
+    assert objective.image_scale is not None
+    objective.cross_scale.data.fill_(7.0)
+    objective.image_scale.data.fill_(-1.0)
+    objective(**make_features(5, 6, 6), student_logit_scale=torch.tensor(10.0))
+    assert {name: value.item() for name, value in objective.scales().items()} == pytest.approx(
+        {"cross_scale": 100.0, "image_scale": 1.0, "text_scale": 1 / 0.07}
+    )
+
+
+def test_soft_has_the_gradient_of_hrd_and_a_temperature_of_its_own() -> None:
+    features, scale = make_features(9, 6, 6), torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    zero = dict.fromkeys(TERMS, 0.0)
+    found = []
+    for weights in ({"hrd": 1.0}, {"soft": 1.0}, {"soft": 1.0, "soft_temperature": 1 / 40}, {"soft": 1.0, "soft_temperature": 0.5}):
+        objective = make_objective(ObjectiveSpec(**(zero | weights)), 6, 6)
+        found.append(gradients(objective(**features, student_logit_scale=scale).loss, features, scale, objective))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[1], found[2])
+    assert not torch.allclose(found[2]["student_image_features"], found[3]["student_image_features"])
 
 
 def assert_finite(output: ObjectiveOutput, *leaves: Tensor) -> None:
@@ -353,7 +419,7 @@ def test_parameters_are_those_that_active_terms_use() -> None:
         return set(Objective(spec, student_width=4, teacher_width=6, teacher_logit_scale=1.0).state_dict())
 
     projections = {"image_projection.weight", "text_projection.weight"}
-    assert names(task=1) == names(hrd=1) == set()
+    assert names(task=1) == names(hrd=1) == names(soft=1) == set()
     assert names(fd=1) == projections
     assert names(icl=1) == names(xrd=1) == projections | {"cross_scale"}
     assert names(vrd=1) == projections | {"image_scale", "text_scale"}
@@ -364,7 +430,18 @@ def test_parameters_are_those_that_active_terms_use() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "num_similarities"),
-    [({"fd": 1}, 0), ({"task": 1}, 1), ({"hrd": 1}, 2), ({"icl": 1}, 2), ({"xrd": 1, "icl": 1}, 2), ({"vrd": 1}, 2), ({}, 6)],
+    [
+        ({"fd": 1}, 0),
+        ({"task": 1}, 1),
+        ({"hrd": 1}, 2),
+        ({"hrd": 1, "soft": 1}, 2),
+        ({"hrd": 1, "soft": 1, "soft_temperature": 0.1}, 3),
+        ({"icl": 1}, 2),
+        ({"xrd": 1, "icl": 1}, 2),
+        ({"vrd": 1}, 2),
+        ({"vrd_ce_text": 1}, 1),
+        ({}, 6),
+    ],
 )
 def test_shared_similarities_are_computed_once_and_inactive_ones_never(
     weights: dict[str, float], num_similarities: int, monkeypatch: pytest.MonkeyPatch
@@ -437,7 +514,7 @@ def peak_bytes(num_pairs: int, *, is_dense: bool) -> int:
     with PeakBytes() as measured:
         if is_dense:
             terms = dense_terms(objective, features, scale)
-            loss = sum((terms[name] for name in TERMS), torch.zeros(()))
+            loss = sum((terms[name] for name in terms if name in TERMS), torch.zeros(()))
         else:
             loss = objective(**features, student_logit_scale=scale).loss
         loss.backward()
