@@ -116,6 +116,15 @@ def soft(
     return (soft_cross_entropy(teacher_BB, student_BB) + soft_cross_entropy(teacher_BB.T, student_BB.T)) / 2
 
 
+def afd(fused_image_BD: Tensor, fused_text_BD: Tensor, *, fusion_scale: Scale) -> Tensor:
+    """Augmented feature distillation (arXiv 2307.12732): ½[CE(σ_f f_I f_Tᵀ) + CE(σ_f f_T f_Iᵀ)].
+
+    f = the normalised rows of W [s; t] + b, one learned linear map per modality of the student's own and the teacher's normalised
+    features, concatenated in that order, to the student's width. σ_f is learned.
+    """
+    return task(fused_image_BD, fused_text_BD, student_logit_scale=fusion_scale)
+
+
 def vrd_kl(
     student_image_BD: Tensor,
     student_text_BD: Tensor,

@@ -35,9 +35,9 @@ MAX_BLOCK_ELEMENTS = 2**21
 class ObjectiveOutput:
     """What one step's objective came to. B is the number of pairs over all ranks.
 
-    `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`, `soft`. With
-    `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0; they add up to it, weighted or
-    not: leave them out when adding terms up.
+    `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`, `soft`,
+    `afd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up to it,
+    weighted or not: leave them out when adding terms up.
     """
 
     loss: Tensor
@@ -61,7 +61,9 @@ class Objective(nn.Module):
       ``vrd_kl`` but without ``vrd_ce_text`` the text scale has a gradient of zero: it belongs to a target;
     - ``image_projection.weight`` and ``text_projection.weight`` (teacher_width, student_width), where the widths differ: they
       carry the student's raw features to the teacher's width for fd, icl, vrd and xrd. `task` and the student's side of `hrd`
-      always use the student's own features, those it is deployed with.
+      always use the student's own features, those it is deployed with;
+    - ``image_fusion`` and ``text_fusion`` (weights (student_width, student_width + teacher_width), biases) and ``fusion_scale`` (σ_f,
+      used as `scale_mode` says): afd.
 
     They must be in the optimiser, in the data-parallel wrapper and in the checkpoint like the student's own.
     """
@@ -102,6 +104,7 @@ class Objective(nn.Module):
         self.cross_scale = _scale() if weights.icl or weights.xrd else None
         self.image_scale = _scale() if self._uses("vrd_kl", "vrd_ce_image") else None
         self.text_scale = _scale() if self._uses("vrd_kl", "vrd_ce_text") else None
+        self.fusion_scale = _scale() if weights.afd else None
         self.image_projection: nn.Linear | None = None
         self.text_projection: nn.Linear | None = None
         if teacher_width is not None and teacher_width != student_width:
@@ -110,6 +113,12 @@ class Objective(nn.Module):
             if self._uses("fd", "icl", "xrd", "vrd_kl", "vrd_ce_text"):
                 self.text_projection = nn.Linear(student_width, teacher_width, bias=False)
 
+        self.image_fusion: nn.Linear | None = None
+        self.text_fusion: nn.Linear | None = None
+        if teacher_width is not None and weights.afd:
+            self.image_fusion = nn.Linear(student_width + teacher_width, student_width)
+            self.text_fusion = nn.Linear(student_width + teacher_width, student_width)
+
     def _uses(self, *parts: str) -> bool:
         """Whether one of `parts` is active."""
         weights = self.weights.part_weights
@@ -117,6 +126,7 @@ class Objective(nn.Module):
 
     def _parameters_of_scales(self) -> dict[str, nn.Parameter]:
         named = {"cross_scale": self.cross_scale, "image_scale": self.image_scale, "text_scale": self.text_scale}
+        named["fusion_scale"] = self.fusion_scale
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 
     def scales(self) -> dict[str, Tensor]:
@@ -215,6 +225,8 @@ class Objective(nn.Module):
             matched_text=matched_text,
             teacher_image_rows=images.teacher,
             teacher_text_rows=texts.teacher,
+            fused_image_rows=_fuse(images, self.image_fusion),
+            fused_text=None if (fused_text := _fuse(texts, self.text_fusion)) is None else gather_with_grad(fused_text, row_counts),
             teacher_text=gather_with_grad(texts.teacher, row_counts) if self._uses("hrd", "soft") and texts.teacher is not None else None,
         )
 
@@ -236,6 +248,14 @@ class _Side:
     own: Tensor  # (b, student_width)
     matched: Tensor  # (b, teacher_width), or `own` itself where the widths are equal
     teacher: Tensor | None  # (b, teacher_width)
+
+
+def _fuse(side: _Side, fusion: nn.Linear | None) -> Tensor | None:
+    """afd's features, (b, student_width)."""
+    if fusion is None or side.teacher is None:
+        return None
+    both = torch.cat((side.own, side.teacher), dim=1)
+    return unit_rows(F.linear(both, fusion.weight.to(both.dtype), fusion.bias.to(both.dtype)))
 
 
 def _scale() -> nn.Parameter:

@@ -7,7 +7,7 @@ every term but `fd` is a cross-entropy or a divergence over the rows and the col
     A   = σ_x t_I s_Tᵀ   cross                      C   = σ_x t_T s_Iᵀ   cross
     V_I = σ_I t_I s_Iᵀ   vertical, image            V_T = σ_T t_T s_Tᵀ   vertical, text
 
-and, for `soft` with a temperature of its own, a second T.
+and, for `soft` with a temperature of its own, a second T; for `afd`, F = σ_f f_I f_Tᵀ of fused features f.
 
 Each rank holds the rows of its own pairs against all columns. Rows are the teacher's wherever a teacher is, so that only the
 student's features have to be gathered, and the teacher's texts for T.
@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
     cross_scale: Tensor | None = None
     image_scale: Tensor | None = None
     text_scale: Tensor | None = None
+    fusion_scale: Tensor | None = None
     student_image_rows: Tensor | None = None
     student_text: Tensor | None = None
     matched_image_rows: Tensor | None = None
@@ -54,6 +55,8 @@ class Inputs(NamedTuple):
     teacher_image_rows: Tensor | None = None
     teacher_text_rows: Tensor | None = None
     teacher_text: Tensor | None = None
+    fused_image_rows: Tensor | None = None
+    fused_text: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -208,10 +211,17 @@ def _vertical(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group
     return Group(tuple(similarities), tuple(contrast), relation)
 
 
+def _fused(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+    """`afd`, on F."""
+    fused = Similarity(_given(inputs.fused_image_rows), _given(inputs.fused_text), _given(inputs.fusion_scale), gradients)
+    return Group((fused,), (CrossEntropy("afd", fused, settings.weights["afd"]),), ())
+
+
 _GROUPS = {
     _horizontal: ("task", "hrd", "soft"),
     _cross: ("icl", "xrd"),
     _vertical: ("vrd_kl", "vrd_ce_image", "vrd_ce_text"),
+    _fused: ("afd",),
 }
 
 

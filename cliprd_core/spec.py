@@ -159,6 +159,7 @@ class ObjectiveSpec(SpecModel):
     vrd: Weight = Field(default=1.0, description="Vertical relational distillation.")
     xrd: Weight = Field(default=1.0, description="Cross relational distillation.")
     soft: Weight = Field(default=0.0, description="Soft targets: cross-entropy with the teacher's distribution (MobileCLIP, open_clip).")
+    afd: Weight = Field(default=0.0, description="Augmented feature distillation (CLIP-KD): contrast of fused student-teacher features.")
     vrd_kl: Weight | None = Field(default=None, description="Weight of `vrd`'s agreement part. Null: `vrd`.")
     vrd_ce_image: Weight | None = Field(default=None, description="Weight of `vrd`'s image part. Null: `vrd`.")
     vrd_ce_text: Weight | None = Field(default=None, description="Weight of `vrd`'s text part. Null: `vrd`.")
@@ -175,7 +176,7 @@ class ObjectiveSpec(SpecModel):
         return {
             **{"task": self.task, "fd": self.fd, "icl": self.icl, "hrd": self.hrd},
             **vertical,
-            **{"xrd": self.xrd, "soft": self.soft},
+            **{"xrd": self.xrd, "soft": self.soft, "afd": self.afd},
         }
 
     @property

@@ -27,6 +27,11 @@ class Variables:
     image_projection: Matrix | None = None
     text_projection: Matrix | None = None
     exponentiated: bool = False
+    fusion_scale: float = 0.0
+    image_fusion: Matrix | None = None
+    text_fusion: Matrix | None = None
+    image_fusion_bias: Matrix | None = None
+    text_fusion_bias: Matrix | None = None
 
     def factor(self, scale: float) -> float:
         return float(np.exp(scale)) if self.exponentiated else scale
@@ -112,6 +117,12 @@ def terms(moving: Variables, teacher: Teacher, frozen: Variables | None = None) 
         "xrd": (kl(f.c, m.a) + kl(f.a, m.c) + kl(f.c.T, m.a.T) + kl(f.a.T, m.c.T)) / 4,
         "soft": (soft_ce(t_soft, m.student) + soft_ce(t_soft.T, m.student.T)) / 2,
     }
+    if moving.image_fusion is not None and moving.text_fusion is not None:
+        own_i, own_t = normalize(moving.student_image), normalize(moving.student_text)
+        f_i = normalize(np.hstack([own_i, t_i]) @ moving.image_fusion.T + moving.image_fusion_bias)
+        f_t = normalize(np.hstack([own_t, t_t]) @ moving.text_fusion.T + moving.text_fusion_bias)
+        fused = moving.factor(moving.fusion_scale) * f_i @ f_t.T
+        parts["afd"] = (ce(fused) + ce(fused.T)) / 2
     return parts | {"vrd": parts["vrd_kl"] + parts["vrd_ce_image"] + parts["vrd_ce_text"]}
 
 

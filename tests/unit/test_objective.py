@@ -27,7 +27,7 @@ from cliprd_core.spec import ObjectiveSpec, ScaleMode
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 PAPER = ObjectiveSpec()
-TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft")
+TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft", "afd")
 VERTICAL = ("vrd_kl", "vrd_ce_image", "vrd_ce_text")
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
 
@@ -101,6 +101,13 @@ def dense_terms(objective: Objective, features: dict[str, Tensor], scale: Tensor
         teacher_scale = objective.teacher_logit_scale if weights.soft_temperature is None else 1 / weights.soft_temperature
         assert teacher_scale is not None
         terms["soft"] = losses.soft(*own, *teacher, student_logit_scale=scale, teacher_scale=teacher_scale)
+    if weights.afd:
+        assert objective.image_fusion is not None
+        assert objective.text_fusion is not None
+        assert objective.fusion_scale is not None
+        fused_image = losses.unit_rows(objective.image_fusion(torch.cat((own[0], teacher[0]), dim=1)))
+        fused_text = losses.unit_rows(objective.text_fusion(torch.cat((own[1], teacher[1]), dim=1)))
+        terms["afd"] = losses.afd(fused_image, fused_text, fusion_scale=objective.fusion_scale)
     if weights.vrd:
         assert objective.image_scale is not None
         assert objective.text_scale is not None
@@ -188,6 +195,10 @@ def problems(draw: st.DrawFn) -> Problem:
         *(draw(st.floats(-3.0, 15.0)) for _ in range(3)),
         *projections,
     )
+    variables.fusion_scale = draw(st.floats(0.1, 4.5))
+    fusions = generator.normal(size=(2, student_width, student_width + teacher_width + 1))
+    variables.image_fusion, variables.text_fusion = fusions[:, :, 1:]
+    variables.image_fusion_bias, variables.text_fusion_bias = fusions[:, :, 0]
     variables.exponentiated = draw(st.booleans())
     if variables.exponentiated:  # inside the clamp, also when moved a little
         variables = replace(variables, **{name: draw(st.floats(0.1, 4.5)) for name in ("cross_scale", "image_scale", "text_scale")})
@@ -213,7 +224,7 @@ def run_problem(
         teacher_logit_scale=teacher.logit_scale,
         max_block_elements=max_block_elements,
     ).double()
-    learned = {name.removesuffix(".weight"): parameter for name, parameter in objective.named_parameters()}
+    learned = {name.removesuffix(".weight").replace(".", "_"): parameter for name, parameter in objective.named_parameters()}
     for name, parameter in learned.items():
         parameter.data.copy_(torch.as_tensor(getattr(variables, name), dtype=torch.float64))
     student = {name: torch.from_numpy(getattr(variables, name)).clone().requires_grad_() for name in ("student_image", "student_text")}
@@ -423,6 +434,8 @@ def test_parameters_are_those_that_active_terms_use() -> None:
     assert names(fd=1) == projections
     assert names(icl=1) == names(xrd=1) == projections | {"cross_scale"}
     assert names(vrd=1) == projections | {"image_scale", "text_scale"}
+    fusions = {f"{modality}_fusion.{one}" for modality in ("image", "text") for one in ("weight", "bias")}
+    assert names(afd=1) == {"fusion_scale"} | fusions
     equal = Objective(PAPER, student_width=6, teacher_width=6, teacher_logit_scale=1.0)
     assert set(equal.state_dict()) == set(equal.scales()) == {"cross_scale", "image_scale", "text_scale"}
     assert all(scale.ndim == 0 and scale.item() == pytest.approx(math.log(1 / 0.07)) for scale in equal.scales().values())
@@ -440,6 +453,7 @@ def test_parameters_are_those_that_active_terms_use() -> None:
         ({"xrd": 1, "icl": 1}, 2),
         ({"vrd": 1}, 2),
         ({"vrd_ce_text": 1}, 1),
+        ({"afd": 1}, 1),
         ({}, 6),
     ],
 )
