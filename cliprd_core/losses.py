@@ -116,6 +116,37 @@ def soft(
     return (soft_cross_entropy(teacher_BB, student_BB) + soft_cross_entropy(teacher_BB.T, student_BB.T)) / 2
 
 
+def contrastive_gradients(image_BD: Tensor, text_BD: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Gradients of B · :func:`task` with respect to normalised image and text features: σ E text and σ Eᵀ image, (B, D) each.
+
+    E = ½[softmax of the rows of Z + softmax of its columns] − 1, with Z = σ image textᵀ. They are differentiable.
+    """
+    logits_BB = scale * image_BD @ text_BD.T
+    error_BB = (logits_BB.softmax(dim=1) + logits_BB.softmax(dim=0)) / 2 - torch.eye(len(logits_BB)).to(logits_BB)
+    return scale * error_BB @ text_BD, scale * error_BB.T @ image_BD
+
+
+def gd(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    *,
+    student_logit_scale: Scale,
+    teacher_logit_scale: Scale,
+) -> Tensor:
+    """Gradient distillation (arXiv 2307.12732): mean((G_I − H_I)²) + mean((G_T − H_T)²), means over all B·D elements.
+
+    G are the student's :func:`contrastive_gradients` at σ_s, H the teacher's at σ_t. From the paper comes that the gradients of the
+    whole CLIP loss with respect to both features are matched by squared error, and that the student's are differentiated. Ours are
+    of the loss summed over pairs, so that the weight needs no adjustment to the batch: averaged as in CLIP-KD's code, the value
+    would be B² times smaller. Both models' features must be of one width.
+    """
+    student = contrastive_gradients(student_image_BD, student_text_BD, student_logit_scale)
+    teacher = contrastive_gradients(teacher_image_BD, teacher_text_BD, teacher_logit_scale)
+    return F.mse_loss(student[0], teacher[0].detach()) + F.mse_loss(student[1], teacher[1].detach())
+
+
 def afd(fused_image_BD: Tensor, fused_text_BD: Tensor, *, fusion_scale: Scale) -> Tensor:
     """Augmented feature distillation (arXiv 2307.12732): ½[CE(σ_f f_I f_Tᵀ) + CE(σ_f f_T f_Iᵀ)].
 

@@ -36,7 +36,7 @@ class ObjectiveOutput:
     """What one step's objective came to. B is the number of pairs over all ranks.
 
     `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`, `soft`,
-    `afd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up to it,
+    `gd`, `afd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up to it,
     weighted or not: leave them out when adding terms up.
     """
 
@@ -60,7 +60,7 @@ class Objective(nn.Module):
     - ``cross_scale`` (σ_x: icl, xrd), ``image_scale`` and ``text_scale`` (σ_I, σ_T: vrd): 0-d, used as `scale_mode` says. With
       ``vrd_kl`` but without ``vrd_ce_text`` the text scale has a gradient of zero: it belongs to a target;
     - ``image_projection.weight`` and ``text_projection.weight`` (teacher_width, student_width), where the widths differ: they
-      carry the student's raw features to the teacher's width for fd, icl, vrd and xrd. `task` and the student's side of `hrd`
+      carry the student's raw features to the teacher's width for fd, gd, icl, vrd and xrd. `task` and the student's side of `hrd`
       always use the student's own features, those it is deployed with;
     - ``image_fusion`` and ``text_fusion`` (weights (student_width, student_width + teacher_width), biases) and ``fusion_scale`` (σ_f,
       used as `scale_mode` says): afd.
@@ -82,7 +82,7 @@ class Objective(nn.Module):
             weights: the terms' weights.
             student_width: D of the student's features.
             teacher_width: D of the teacher's; needed by every term but `task`.
-            teacher_logit_scale: σ_t, exponentiated; needed by hrd, and by soft without a temperature.
+            teacher_logit_scale: σ_t, exponentiated; needed by hrd and gd, and by soft without a temperature.
             max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed.
 
         Raises:
@@ -91,7 +91,7 @@ class Objective(nn.Module):
         super().__init__()
         if weights.needs_teacher and teacher_width is None:
             raise ValueError("the objective has terms that need a teacher: give `teacher_width`, or set all weights but `task` to 0")
-        for part, is_needed in (("hrd", weights.hrd), ("soft", weights.soft and weights.soft_temperature is None)):
+        for part, is_needed in (("hrd", weights.hrd), ("gd", weights.gd), ("soft", weights.soft and weights.soft_temperature is None)):
             if is_needed and teacher_logit_scale is None:
                 raise ValueError(f"`{part}` compares with the teacher's own logits: give `teacher_logit_scale`, or set its weight to 0")
         if max_block_elements < 1:
@@ -108,9 +108,9 @@ class Objective(nn.Module):
         self.image_projection: nn.Linear | None = None
         self.text_projection: nn.Linear | None = None
         if teacher_width is not None and teacher_width != student_width:
-            if self._uses("fd", "icl", "xrd", "vrd_kl", "vrd_ce_image"):
+            if self._uses("fd", "gd", "icl", "xrd", "vrd_kl", "vrd_ce_image"):
                 self.image_projection = nn.Linear(student_width, teacher_width, bias=False)
-            if self._uses("fd", "icl", "xrd", "vrd_kl", "vrd_ce_text"):
+            if self._uses("fd", "gd", "icl", "xrd", "vrd_kl", "vrd_ce_text"):
                 self.text_projection = nn.Linear(student_width, teacher_width, bias=False)
 
         self.image_fusion: nn.Linear | None = None
@@ -209,25 +209,27 @@ class Objective(nn.Module):
         """Gather what active terms need of the other ranks, once each."""
         horizontal = self._uses("task", "hrd", "soft")
         matched_image = gather_with_grad(images.matched, row_counts) if self._uses("icl", "xrd", "vrd_kl", "vrd_ce_image") else None
-        matched_text = gather_with_grad(texts.matched, row_counts) if self._uses("icl", "xrd", "vrd_kl", "vrd_ce_text") else None
+        matched_text = gather_with_grad(texts.matched, row_counts) if self._uses("gd", "icl", "xrd", "vrd_kl", "vrd_ce_text") else None
         student_text = matched_text
         if horizontal and (matched_text is None or texts.own is not texts.matched):
             student_text = gather_with_grad(texts.own, row_counts)
         dtype = images.own.dtype
         return Inputs(
-            student_logit_scale=student_logit_scale.to(dtype) if horizontal else None,
+            student_logit_scale=student_logit_scale.to(dtype) if self.weights.uses_student_logit_scale else None,
             **{name: self._factor(parameter.to(dtype)) for name, parameter in self._parameters_of_scales().items()},
             student_image_rows=images.own if horizontal else None,
             student_text=student_text if horizontal else None,
-            matched_image_rows=images.matched if self._uses("fd") else None,
-            matched_text_rows=texts.matched if self._uses("fd") else None,
+            matched_image_rows=images.matched if self._uses("fd", "gd") else None,
+            matched_text_rows=texts.matched if self._uses("fd", "gd") else None,
             matched_image=matched_image,
             matched_text=matched_text,
             teacher_image_rows=images.teacher,
             teacher_text_rows=texts.teacher,
             fused_image_rows=_fuse(images, self.image_fusion),
             fused_text=None if (fused_text := _fuse(texts, self.text_fusion)) is None else gather_with_grad(fused_text, row_counts),
-            teacher_text=gather_with_grad(texts.teacher, row_counts) if self._uses("hrd", "soft") and texts.teacher is not None else None,
+            teacher_text=gather_with_grad(texts.teacher, row_counts)
+            if self._uses("hrd", "soft", "gd") and texts.teacher is not None
+            else None,
         )
 
     def _output(self, loss: Tensor, values: Tensor) -> ObjectiveOutput:

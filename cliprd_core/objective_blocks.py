@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cliprd_core.distributed import all_reduce_logsumexp
+from cliprd_core.objective_gradients import add_gradient_distillation
 from cliprd_core.objective_terms import PARTS, Gradients, Group, Inputs, Settings, Similarity, active_groups
 
 
@@ -84,6 +85,8 @@ class _Pass:
             value.mul_(mean)
         if settings.weights["fd"]:
             self._add_fd()
+        if settings.weights["gd"]:
+            self._values["gd"] += add_gradient_distillation(settings, self._inputs, self._gradients, blocks)
         return self._values
 
     def _sum_columns(self, similarities: list[Similarity], blocks: list[slice]) -> None:

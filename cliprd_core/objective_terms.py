@@ -1,7 +1,7 @@
 """Which similarity matrices the objective has, and which terms rest on them.
 
 What belongs here is the translation of the equations (``cliprd_core.losses``) into what ``cliprd_core.objective_blocks`` computes:
-every term but `fd` is a cross-entropy or a divergence over the rows and the columns of similarity matrices, (B, B) each.
+every term but `fd` and `gd` is a cross-entropy or a divergence over the rows and the columns of similarity matrices, (B, B) each.
 
     S   = σ_s s_I s_Tᵀ   student, horizontal        T   = σ_t t_I t_Tᵀ   teacher, horizontal
     A   = σ_x t_I s_Tᵀ   cross                      C   = σ_x t_T s_Iᵀ   cross
@@ -105,6 +105,10 @@ class Similarity:
         self._grad_scale = gradients.of(scale)
         self._only_block: Tensor | None = None
         self.column_logsumexp_B: Tensor  # over all ranks' rows; set between the passes
+
+    @property
+    def scale(self) -> Tensor:
+        return self._scale
 
     @property
     def needs_gradient(self) -> bool:

@@ -159,6 +159,9 @@ class ObjectiveSpec(SpecModel):
     vrd: Weight = Field(default=1.0, description="Vertical relational distillation.")
     xrd: Weight = Field(default=1.0, description="Cross relational distillation.")
     soft: Weight = Field(default=0.0, description="Soft targets: cross-entropy with the teacher's distribution (MobileCLIP, open_clip).")
+    gd: Weight = Field(
+        default=0.0, description="Gradient distillation (CLIP-KD), of losses summed over pairs: CLIP-KD's weight is 1e8 / batch²."
+    )
     afd: Weight = Field(default=0.0, description="Augmented feature distillation (CLIP-KD): contrast of fused student-teacher features.")
     vrd_kl: Weight | None = Field(default=None, description="Weight of `vrd`'s agreement part. Null: `vrd`.")
     vrd_ce_image: Weight | None = Field(default=None, description="Weight of `vrd`'s image part. Null: `vrd`.")
@@ -176,7 +179,7 @@ class ObjectiveSpec(SpecModel):
         return {
             **{"task": self.task, "fd": self.fd, "icl": self.icl, "hrd": self.hrd},
             **vertical,
-            **{"xrd": self.xrd, "soft": self.soft, "afd": self.afd},
+            **{"xrd": self.xrd, "soft": self.soft, "gd": self.gd, "afd": self.afd},
         }
 
     @property
@@ -186,7 +189,7 @@ class ObjectiveSpec(SpecModel):
     @property
     def uses_student_logit_scale(self) -> bool:
         """Whether a term depends on the student's own logit scale."""
-        return any((self.task, self.hrd, self.soft))
+        return any((self.task, self.hrd, self.soft, self.gd))
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:

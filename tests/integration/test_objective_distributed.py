@@ -24,7 +24,7 @@ PLAIN_CLIP = ObjectiveSpec(task=1, fd=0, icl=0, hrd=0, vrd=0, xrd=0)
 CLIP_KD = ObjectiveSpec(vrd=0, xrd=0)
 NO_CONTRAST = ObjectiveSpec(task=0, fd=1, icl=0, hrd=1, vrd=0, xrd=0)
 FD_ONLY = ObjectiveSpec(task=0, fd=1, icl=0, hrd=0, vrd=0, xrd=0)
-WIDENED = ObjectiveSpec(vrd_kl=3, vrd_ce_image=0.5, vrd_ce_text=0, soft=2, soft_temperature=0.1, afd=3, scale_mode=ScaleMode.EXP)
+WIDENED = ObjectiveSpec(vrd_kl=3, vrd_ce_image=0.5, vrd_ce_text=0, soft=2, soft_temperature=0.1, gd=2, afd=3, scale_mode=ScaleMode.EXP)
 STUDENT_WIDTH, RAW_WIDTH = 6, 5
 
 

@@ -65,6 +65,18 @@ def soft_ce(target: Matrix, logits: Matrix) -> float:
     return float(-(np.exp(log_softmax(target)) * log_softmax(logits)).sum(axis=1).mean())
 
 
+def contrastive_gradients(image: Matrix, text: Matrix, scale: float) -> tuple[Matrix, Matrix]:
+    """Pair by pair: each pulls at its own partner, and is pushed from all by their probabilities, once as anchor, once as candidate."""
+    by_image, by_text = np.exp(log_softmax(scale * image @ text.T)), np.exp(log_softmax(scale * text @ image.T))
+    image_grad, text_grad = np.zeros_like(image), np.zeros_like(text)
+    for i in range(len(image)):
+        for j in range(len(text)):
+            error = (by_image[i, j] + by_text[j, i]) / 2 - (i == j)
+            image_grad[i] += scale * error * text[j]
+            text_grad[j] += scale * error * image[i]
+    return image_grad, text_grad
+
+
 def kl(target: Matrix, logits: Matrix) -> float:
     log_p, log_q = log_softmax(target), log_softmax(logits)
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
@@ -117,6 +129,9 @@ def terms(moving: Variables, teacher: Teacher, frozen: Variables | None = None) 
         "xrd": (kl(f.c, m.a) + kl(f.a, m.c) + kl(f.c.T, m.a.T) + kl(f.a.T, m.c.T)) / 4,
         "soft": (soft_ce(t_soft, m.student) + soft_ce(t_soft.T, m.student.T)) / 2,
     }
+    student_grads = contrastive_gradients(s_i, s_t, np.exp(moving.log_student_logit_scale))
+    teacher_grads = contrastive_gradients(t_i, t_t, teacher.logit_scale)
+    parts["gd"] = sum(float(((one - other) ** 2).mean()) for one, other in zip(student_grads, teacher_grads, strict=True))
     if moving.image_fusion is not None and moving.text_fusion is not None:
         own_i, own_t = normalize(moving.student_image), normalize(moving.student_text)
         f_i = normalize(np.hstack([own_i, t_i]) @ moving.image_fusion.T + moving.image_fusion_bias)

@@ -27,7 +27,7 @@ from cliprd_core.spec import ObjectiveSpec, ScaleMode
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 PAPER = ObjectiveSpec()
-TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft", "afd")
+TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft", "gd", "afd")
 VERTICAL = ("vrd_kl", "vrd_ce_image", "vrd_ce_text")
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
 
@@ -101,6 +101,9 @@ def dense_terms(objective: Objective, features: dict[str, Tensor], scale: Tensor
         teacher_scale = objective.teacher_logit_scale if weights.soft_temperature is None else 1 / weights.soft_temperature
         assert teacher_scale is not None
         terms["soft"] = losses.soft(*own, *teacher, student_logit_scale=scale, teacher_scale=teacher_scale)
+    if weights.gd:
+        assert objective.teacher_logit_scale is not None
+        terms["gd"] = losses.gd(*matched, *teacher, student_logit_scale=scale, teacher_logit_scale=objective.teacher_logit_scale)
     if weights.afd:
         assert objective.image_fusion is not None
         assert objective.text_fusion is not None
@@ -431,7 +434,7 @@ def test_parameters_are_those_that_active_terms_use() -> None:
 
     projections = {"image_projection.weight", "text_projection.weight"}
     assert names(task=1) == names(hrd=1) == names(soft=1) == set()
-    assert names(fd=1) == projections
+    assert names(fd=1) == names(gd=1) == projections
     assert names(icl=1) == names(xrd=1) == projections | {"cross_scale"}
     assert names(vrd=1) == projections | {"image_scale", "text_scale"}
     fusions = {f"{modality}_fusion.{one}" for modality in ("image", "text") for one in ("weight", "bias")}
@@ -521,9 +524,9 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def peak_bytes(num_pairs: int, *, is_dense: bool) -> int:
+def peak_bytes(num_pairs: int, *, is_dense: bool, weights: ObjectiveSpec = PAPER) -> int:
     features = make_features(num_pairs, 8, 8)
-    objective = make_objective(PAPER, 8, 8, max_block_elements=2**13)
+    objective = make_objective(weights, 8, 8, max_block_elements=2**13)
     scale = torch.tensor(10.0, dtype=torch.float64)
     with PeakBytes() as measured:
         if is_dense:
@@ -541,3 +544,10 @@ def test_peak_memory_is_linear() -> None:
     assert large < 600 * 600 * 8 / 2, "not even half of one similarity matrix"
     dense_small, dense_large = (peak_bytes(num_pairs, is_dense=True) for num_pairs in (300, 600))
     assert dense_large > 3.5 * dense_small, "the measure sees quadratic growth where there is some"
+
+
+def test_peak_memory_is_linear_with_every_term() -> None:
+    weights = ObjectiveSpec(**dict.fromkeys(TERMS, 1.0))
+    small, large = (peak_bytes(num_pairs, is_dense=False, weights=weights) for num_pairs in (300, 600))
+    assert large < 2.2 * small
+    assert large < 600 * 600 * 8 / 2, "not even half of one similarity matrix"
