@@ -101,6 +101,70 @@ def hrd(
     return (kl_divergence(teacher_BB, student_BB) + kl_divergence(teacher_BB.T, student_BB.T)) / 2
 
 
+def soft_cross_entropy(target_logits_BB: Tensor, logits_BB: Tensor) -> Tensor:
+    """H(P, Q) = −Σ P log Q, each the row-wise softmax of (B, B) logits, averaged over rows. The target P carries no gradient."""
+    return F.cross_entropy(logits_BB, target_logits_BB.detach().softmax(dim=1))
+
+
+def soft(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    *,
+    student_logit_scale: Scale,
+    teacher_scale: Scale,
+) -> Tensor:
+    """Soft targets (MobileCLIP, arXiv 2311.17049, and open_clip's distillation loss): ½[H(T, S) + H(Tᵀ, Sᵀ)].
+
+    S = σ_s s_I s_Tᵀ, T = `teacher_scale` · t_I t_Tᵀ, and H as in :func:`soft_cross_entropy`. `teacher_scale` is σ_t, or one over a
+    temperature. With σ_t its gradient is `hrd`'s; its value is greater by the entropy of the teacher's distributions.
+    """
+    student_BB = student_logit_scale * student_image_BD @ student_text_BD.T
+    teacher_BB = teacher_scale * teacher_image_BD @ teacher_text_BD.T
+    return (soft_cross_entropy(teacher_BB, student_BB) + soft_cross_entropy(teacher_BB.T, student_BB.T)) / 2
+
+
+def contrastive_gradients(image_BD: Tensor, text_BD: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Gradients of B · :func:`task` with respect to normalised image and text features: σ E text and σ Eᵀ image, (B, D) each.
+
+    E = ½[softmax of the rows of Z + softmax of its columns] − 1, with Z = σ image textᵀ. They are differentiable.
+    """
+    logits_BB = scale * image_BD @ text_BD.T
+    error_BB = (logits_BB.softmax(dim=1) + logits_BB.softmax(dim=0)) / 2 - torch.eye(len(logits_BB)).to(logits_BB)
+    return scale * error_BB @ text_BD, scale * error_BB.T @ image_BD
+
+
+def gd(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    *,
+    student_logit_scale: Scale,
+    teacher_logit_scale: Scale,
+) -> Tensor:
+    """Gradient distillation (arXiv 2307.12732): mean((G_I − H_I)²) + mean((G_T − H_T)²), means over all B·D elements.
+
+    G are the student's :func:`contrastive_gradients` at σ_s, H the teacher's at σ_t. From the paper comes that the gradients of the
+    whole CLIP loss with respect to both features are matched by squared error, and that the student's are differentiated. Ours are
+    of the loss summed over pairs, so that the weight needs no adjustment to the batch: averaged as in CLIP-KD's code, the value
+    would be B² times smaller. Both models' features must be of one width.
+    """
+    student = contrastive_gradients(student_image_BD, student_text_BD, student_logit_scale)
+    teacher = contrastive_gradients(teacher_image_BD, teacher_text_BD, teacher_logit_scale)
+    return F.mse_loss(student[0], teacher[0].detach()) + F.mse_loss(student[1], teacher[1].detach())
+
+
+def afd(fused_image_BD: Tensor, fused_text_BD: Tensor, *, fusion_scale: Scale) -> Tensor:
+    """Augmented feature distillation (arXiv 2307.12732): ½[CE(σ_f f_I f_Tᵀ) + CE(σ_f f_T f_Iᵀ)].
+
+    f = the normalised rows of W [s; t] + b, one learned linear map per modality of the student's own and the teacher's normalised
+    features, concatenated in that order, to the student's width. σ_f is learned.
+    """
+    return task(fused_image_BD, fused_text_BD, student_logit_scale=fusion_scale)
+
+
 def vrd_kl(
     student_image_BD: Tensor,
     student_text_BD: Tensor,

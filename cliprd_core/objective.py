@@ -18,10 +18,14 @@ from cliprd_core.distributed import all_reduce_sum, gather_row_counts, gather_wi
 from cliprd_core.losses import compute_dtype, unit_rows
 from cliprd_core.objective_blocks import blocked_objective
 from cliprd_core.objective_terms import PARTS, Inputs, Settings
-from cliprd_core.spec import ObjectiveSpec
+from cliprd_core.spec import ObjectiveSpec, ScaleMode
 
 INITIAL_SCALE = math.log(1 / 0.07)
-"""Start of the cross, image and text scales, which are used as they are: the published numbers were made so, not with its exponential."""
+"""Start of the parameters of the cross, image and text scales. By default they are used as they are: the published numbers were
+made so, not with its exponential."""
+
+MAX_LOG_SCALE = math.log(100)
+"""Where `scale_mode` is `exp`, the parameters are kept within 0 and this, as CLIP keeps its own."""
 
 MAX_BLOCK_ELEMENTS = 2**21
 """Elements of one block of similarities; about eight such blocks are alive at once, 67 MB in float32."""
@@ -31,8 +35,10 @@ MAX_BLOCK_ELEMENTS = 2**21
 class ObjectiveOutput:
     """What one step's objective came to. B is the number of pairs over all ranks.
 
-    `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`,
-    `mfd`. With `vrd` come its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text`, which add up to it: leave them out when adding terms up.
+    `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`, `soft`,
+    `gd`, `afd`,
+    `mfd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up to it,
+    weighted or not: leave them out when adding terms up.
     """
 
     loss: Tensor
@@ -44,7 +50,7 @@ class ObjectiveOutput:
     terms: dict[str, Tensor]
     """0-d, detached, unweighted, over the global batch, equal on all ranks."""
     weighted: dict[str, Tensor]
-    """`terms` times their weights."""
+    """`terms` times their weights; `vrd` the sum of its weighted parts."""
 
 
 class Objective(nn.Module):
@@ -52,10 +58,14 @@ class Objective(nn.Module):
 
     Parameters, each there only if an active term uses it, so that none is ever without a gradient:
 
-    - ``cross_scale`` (σ_x: icl, xrd), ``image_scale`` and ``text_scale`` (σ_I, σ_T: vrd): 0-d, used as they are;
+    - ``cross_scale`` (σ_x: icl, xrd), ``image_scale`` and ``text_scale`` (σ_I, σ_T: vrd): 0-d, used as `scale_mode` says. With
+      ``vrd_kl`` but without ``vrd_ce_text`` the text scale has a gradient of zero: it belongs to a target;
     - ``image_projection.weight`` and ``text_projection.weight`` (teacher_width, student_width), where the widths differ: they
-      carry the student's raw features to the teacher's width for fd, icl, vrd and xrd (the images' alone for mfd). `task`
-      and the student's side of `hrd` always use the student's own features, those it is deployed with.
+      carry the student's raw features to the teacher's width for fd, gd, icl, vrd and xrd (the images' alone for mfd). `task` and the student's side
+      of `hrd`
+      always use the student's own features, those it is deployed with;
+    - ``image_fusion`` and ``text_fusion`` (weights (student_width, student_width + teacher_width), biases) and ``fusion_scale`` (σ_f,
+      used as `scale_mode` says): afd.
 
     They must be in the optimiser, in the data-parallel wrapper and in the checkpoint like the student's own.
     """
@@ -73,8 +83,8 @@ class Objective(nn.Module):
         Args:
             weights: the terms' weights.
             student_width: D of the student's features.
-            teacher_width: D of the teacher's; needed by fd, icl, hrd, vrd, xrd and mfd.
-            teacher_logit_scale: σ_t, exponentiated; needed by hrd.
+            teacher_width: D of the teacher's; needed by every term but `task`.
+            teacher_logit_scale: σ_t, exponentiated; needed by hrd and gd, and by soft without a temperature.
             max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed.
 
         Raises:
@@ -83,8 +93,9 @@ class Objective(nn.Module):
         super().__init__()
         if weights.needs_teacher and teacher_width is None:
             raise ValueError("the objective has terms that need a teacher: give `teacher_width`, or set all weights but `task` to 0")
-        if weights.hrd and teacher_logit_scale is None:
-            raise ValueError("`hrd` compares with the teacher's own logits: give `teacher_logit_scale`, or set the weight `hrd` to 0")
+        for part, is_needed in (("hrd", weights.hrd), ("gd", weights.gd), ("soft", weights.soft and weights.soft_temperature is None)):
+            if is_needed and teacher_logit_scale is None:
+                raise ValueError(f"`{part}` compares with the teacher's own logits: give `teacher_logit_scale`, or set its weight to 0")
         if max_block_elements < 1:
             raise ValueError(f"`max_block_elements` must be at least 1, not {max_block_elements}")
         self.weights = weights
@@ -93,26 +104,46 @@ class Objective(nn.Module):
         self.teacher_logit_scale = teacher_logit_scale
         self.max_block_elements = max_block_elements
         self.cross_scale = _scale() if weights.icl or weights.xrd else None
-        self.image_scale = _scale() if weights.vrd else None
-        self.text_scale = _scale() if weights.vrd else None
+        self.image_scale = _scale() if self._uses("vrd_kl", "vrd_ce_image") else None
+        self.text_scale = _scale() if self._uses("vrd_kl", "vrd_ce_text") else None
+        self.fusion_scale = _scale() if weights.afd else None
         self.image_projection: nn.Linear | None = None
         self.text_projection: nn.Linear | None = None
         if teacher_width is not None and teacher_width != student_width:
-            if self._meets_teacher or weights.mfd:
+            if self._uses("fd", "gd", "icl", "xrd", "vrd_kl", "vrd_ce_image") or weights.mfd:
                 self.image_projection = nn.Linear(student_width, teacher_width, bias=False)
-            if self._meets_teacher:
+            if self._uses("fd", "gd", "icl", "xrd", "vrd_kl", "vrd_ce_text"):
                 self.text_projection = nn.Linear(student_width, teacher_width, bias=False)
 
-    @property
-    def _meets_teacher(self) -> bool:
-        """Whether a term compares the student's features with the teacher's in one space; `mfd`, of images alone, aside."""
-        weights = self.weights
-        return any((weights.fd, weights.icl, weights.vrd, weights.xrd))
+        self.image_fusion: nn.Linear | None = None
+        self.text_fusion: nn.Linear | None = None
+        if teacher_width is not None and weights.afd:
+            self.image_fusion = nn.Linear(student_width + teacher_width, student_width)
+            self.text_fusion = nn.Linear(student_width + teacher_width, student_width)
+
+    def _uses(self, *parts: str) -> bool:
+        """Whether one of `parts` is active."""
+        weights = self.weights.part_weights
+        return any(weights[part] for part in parts)
+
+    def _parameters_of_scales(self) -> dict[str, nn.Parameter]:
+        named = {"cross_scale": self.cross_scale, "image_scale": self.image_scale, "text_scale": self.text_scale}
+        named["fusion_scale"] = self.fusion_scale
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
 
     def scales(self) -> dict[str, Tensor]:
-        """The learned scales that active terms use, 0-d and detached, for diagnostics."""
-        named = {"cross_scale": self.cross_scale, "image_scale": self.image_scale, "text_scale": self.text_scale}
-        return {name: scale.detach() for name, scale in named.items() if scale is not None}
+        """The learned scales that active terms use, as factors of logits, 0-d and detached, for diagnostics."""
+        return {name: self._factor(parameter).detach() for name, parameter in self._parameters_of_scales().items()}
+
+    def _factor(self, parameter: Tensor) -> Tensor:
+        return parameter if self.weights.scale_mode is ScaleMode.RAW else parameter.exp()
+
+    @torch.no_grad()
+    def _clamp_scales(self) -> None:
+        """CLIP clamps its logarithm after each step; before the next forward pass is the same, and needs no help of the trainer."""
+        if self.weights.scale_mode is ScaleMode.EXP:
+            for parameter in self._parameters_of_scales().values():
+                parameter.clamp_(0.0, MAX_LOG_SCALE)
 
     def forward(
         self,
@@ -151,6 +182,7 @@ class Objective(nn.Module):
             _check_shapes(teacher, len(student_image_features), self.teacher_width)
         features = [*student.values(), *teacher.values()]
         dtype = compute_dtype(*(tensor for tensor in features if tensor is not None))
+        self._clamp_scales()
         with torch.autocast(student_image_features.device.type, enabled=False):
             row_counts = gather_row_counts(len(student_image_features))
             images = self._side(student_image_features, teacher.get("teacher_image_features"), self.image_projection, dtype)
@@ -173,8 +205,9 @@ class Objective(nn.Module):
 
     def _settings(self, row_counts: list[int]) -> Settings:
         return Settings(
-            weights=self.weights,
+            weights=self.weights.part_weights,
             teacher_logit_scale=self.teacher_logit_scale,
+            soft_scale=self.teacher_logit_scale if self.weights.soft_temperature is None else 1 / self.weights.soft_temperature,
             first_row=sum(row_counts[: rank()]),
             num_rows=row_counts[rank()],
             num_columns=sum(row_counts),
@@ -190,40 +223,40 @@ class Objective(nn.Module):
 
     def _inputs(self, images: _Side, texts: _Side, student_logit_scale: Tensor, row_counts: list[int]) -> Inputs:
         """Gather what active terms need of the other ranks, once each."""
-        weights = self.weights
-        horizontal, relational = bool(weights.task or weights.hrd), bool(weights.icl or weights.vrd or weights.xrd)
-        matched_image = gather_with_grad(images.matched, row_counts) if relational else None
-        matched_text = gather_with_grad(texts.matched, row_counts) if relational else None
+        horizontal = self._uses("task", "hrd", "soft")
+        matched_image = gather_with_grad(images.matched, row_counts) if self._uses("icl", "xrd", "vrd_kl", "vrd_ce_image") else None
+        matched_text = gather_with_grad(texts.matched, row_counts) if self._uses("gd", "icl", "xrd", "vrd_kl", "vrd_ce_text") else None
         student_text = matched_text
         if horizontal and (matched_text is None or texts.own is not texts.matched):
             student_text = gather_with_grad(texts.own, row_counts)
         dtype = images.own.dtype
         return Inputs(
-            student_logit_scale=student_logit_scale.to(dtype) if horizontal else None,
-            cross_scale=None if self.cross_scale is None else self.cross_scale.to(dtype),
-            image_scale=None if self.image_scale is None else self.image_scale.to(dtype),
-            text_scale=None if self.text_scale is None else self.text_scale.to(dtype),
+            student_logit_scale=student_logit_scale.to(dtype) if self.weights.uses_student_logit_scale else None,
+            **{name: self._factor(parameter.to(dtype)) for name, parameter in self._parameters_of_scales().items()},
             student_image_rows=images.own if horizontal else None,
             student_text=student_text if horizontal else None,
-            matched_image_rows=images.matched if weights.fd else None,
-            matched_text_rows=texts.matched if weights.fd else None,
+            matched_image_rows=images.matched if self._uses("fd", "gd") else None,
+            matched_text_rows=texts.matched if self._uses("fd", "gd") else None,
             matched_image=matched_image,
             matched_text=matched_text,
             teacher_image_rows=images.teacher,
             teacher_text_rows=texts.teacher,
-            teacher_text=gather_with_grad(texts.teacher, row_counts) if weights.hrd and texts.teacher is not None else None,
+            fused_image_rows=_fuse(images, self.image_fusion),
+            fused_text=None if (fused_text := _fuse(texts, self.text_fusion)) is None else gather_with_grad(fused_text, row_counts),
+            teacher_text=gather_with_grad(texts.teacher, row_counts)
+            if self._uses("hrd", "soft", "gd") and texts.teacher is not None
+            else None,
         )
 
     def _output(self, loss: Tensor, values: Tensor) -> ObjectiveOutput:
-        weights: dict[str, float] = self.weights.model_dump()
-        terms: dict[str, Tensor] = {}
-        for part, value in zip((*PARTS, "mfd") if weights["mfd"] else PARTS, values, strict=True):
-            if weights[part.partition("_")[0]]:
-                terms[part] = value
-        if weights["vrd"]:
-            terms["vrd"] = terms["vrd_kl"] + terms["vrd_ce_image"] + terms["vrd_ce_text"]
-        weighted = {name: value * weights[name.partition("_")[0]] for name, value in terms.items()}
-        total = torch.stack([value for name, value in weighted.items() if name in weights]).sum()
+        weights = {**self.weights.part_weights, "mfd": self.weights.mfd}
+        parts = (*PARTS, "mfd") if self.weights.mfd else PARTS
+        terms = {part: value for part, value in zip(parts, values, strict=True) if weights[part]}
+        weighted = {part: value * weights[part] for part, value in terms.items()}
+        total = torch.stack(list(weighted.values())).sum()
+        if vertical := [part for part in terms if part.startswith("vrd_")]:
+            terms["vrd"] = torch.stack([terms[part] for part in vertical]).sum()
+            weighted["vrd"] = torch.stack([weighted[part] for part in vertical]).sum()
         return ObjectiveOutput(loss, total, terms, weighted)
 
 
@@ -234,6 +267,14 @@ class _Side:
     own: Tensor  # (b, student_width)
     matched: Tensor  # (b, teacher_width), or `own` itself where the widths are equal
     teacher: Tensor | None  # (b, teacher_width)
+
+
+def _fuse(side: _Side, fusion: nn.Linear | None) -> Tensor | None:
+    """afd's features, (b, student_width)."""
+    if fusion is None or side.teacher is None:
+        return None
+    both = torch.cat((side.own, side.teacher), dim=1)
+    return unit_rows(F.linear(both, fusion.weight.to(both.dtype), fusion.bias.to(both.dtype)))
 
 
 def _scale() -> nn.Parameter:

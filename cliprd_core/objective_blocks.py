@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cliprd_core.distributed import all_reduce_logsumexp
+from cliprd_core.objective_gradients import add_gradient_distillation
 from cliprd_core.objective_terms import PARTS, Gradients, Group, Inputs, Settings, Similarity, active_groups
 
 
@@ -47,8 +48,7 @@ class _BlockedObjective(torch.autograd.Function):
         gradients = Gradients(tensors, ctx.needs_input_grad[1:])
         values = _Pass(settings, Inputs(*tensors), gradients).run()
         ctx.save_for_backward(*gradients.in_order())
-        weights = settings.weights.model_dump()
-        share = sum(weights[part.split("_")[0]] * values[part] for part in PARTS)
+        share = sum(settings.weights[part] * values[part] for part in PARTS)
         assert isinstance(share, Tensor)
         stacked = torch.stack([values[part] for part in PARTS])
         ctx.mark_non_differentiable(stacked)
@@ -83,8 +83,10 @@ class _Pass:
         self._gradients.multiply_(mean)
         for value in self._values.values():
             value.mul_(mean)
-        if settings.weights.fd:
+        if settings.weights["fd"]:
             self._add_fd()
+        if settings.weights["gd"]:
+            self._values["gd"] += add_gradient_distillation(settings, self._inputs, self._gradients, blocks)
         return self._values
 
     def _sum_columns(self, similarities: list[Similarity], blocks: list[slice]) -> None:
@@ -115,7 +117,10 @@ class _Pass:
         cross_entropies = [term for term in group.cross_entropies if is_columns or not term.columns_only]
         for term in cross_entropies:
             self._values[term.part] -= self._diagonal(log_p[term.logits], block).sum()
-        differences = [log_p[relation.target] - log_p[relation.logits] for relation in group.divergences]
+        differences = [
+            -log_p[relation.logits] if relation.with_entropy else log_p[relation.target] - log_p[relation.logits]
+            for relation in group.divergences
+        ]
         p = {similarity: log_p_rB.exp_() for similarity, log_p_rB in log_p.items()}  # in place: one block less, and log_p is done with
         for term in cross_entropies:
             if term.logits in grads:
@@ -147,7 +152,7 @@ class _Pass:
                 difference_rD = student_bD[block] - teacher_bD[block]
                 self._values["fd"] += difference_rD.square().sum() * mean
                 if grad_bD is not None:
-                    grad_bD[block].add_(difference_rD, alpha=2 * mean * settings.weights.fd)
+                    grad_bD[block].add_(difference_rD, alpha=2 * mean * settings.weights["fd"])
 
 
 def _blocks(num_rows: int, num_block_rows: int) -> Iterator[slice]:

@@ -1,11 +1,13 @@
 """Which similarity matrices the objective has, and which terms rest on them.
 
 What belongs here is the translation of the equations (``cliprd_core.losses``) into what ``cliprd_core.objective_blocks`` computes:
-every term but `fd` is a cross-entropy or a divergence over the rows and the columns of six similarity matrices, (B, B) each.
+every term but `fd` and `gd` is a cross-entropy or a divergence over the rows and the columns of similarity matrices, (B, B) each.
 
     S   = σ_s s_I s_Tᵀ   student, horizontal        T   = σ_t t_I t_Tᵀ   teacher, horizontal
     A   = σ_x t_I s_Tᵀ   cross                      C   = σ_x t_T s_Iᵀ   cross
     V_I = σ_I t_I s_Iᵀ   vertical, image            V_T = σ_T t_T s_Tᵀ   vertical, text
+
+and, for `soft` with a temperature of its own, a second T; for `afd`, F = σ_f f_I f_Tᵀ of fused features f.
 
 Each rank holds the rows of its own pairs against all columns. Rows are the teacher's wherever a teacher is, so that only the
 student's features have to be gathered, and the teacher's texts for T.
@@ -25,7 +27,7 @@ from cliprd_core.spec import ObjectiveSpec
 
 T = TypeVar("T")
 
-PARTS = ("task", "fd", "icl", "hrd", "vrd_kl", "vrd_ce_image", "vrd_ce_text", "xrd")
+PARTS = tuple(ObjectiveSpec().part_weights)
 """The terms, with vrd's three apart, in the order of :func:`blocked_objective`'s values."""
 
 _SMALLEST_SCALE = 1e-12
@@ -43,6 +45,7 @@ class Inputs(NamedTuple):
     cross_scale: Tensor | None = None
     image_scale: Tensor | None = None
     text_scale: Tensor | None = None
+    fusion_scale: Tensor | None = None
     student_image_rows: Tensor | None = None
     student_text: Tensor | None = None
     matched_image_rows: Tensor | None = None
@@ -52,14 +55,17 @@ class Inputs(NamedTuple):
     teacher_image_rows: Tensor | None = None
     teacher_text_rows: Tensor | None = None
     teacher_text: Tensor | None = None
+    fused_image_rows: Tensor | None = None
+    fused_text: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is to be computed, beside the tensors."""
 
-    weights: ObjectiveSpec
+    weights: dict[str, float]  # of each of PARTS
     teacher_logit_scale: float | None
+    soft_scale: float | None  # factor of soft's teacher logits
     first_row: int  # position of this rank's first pair in the global batch
     num_rows: int  # b
     num_columns: int  # B
@@ -99,6 +105,10 @@ class Similarity:
         self._grad_scale = gradients.of(scale)
         self._only_block: Tensor | None = None
         self.column_logsumexp_B: Tensor  # over all ranks' rows; set between the passes
+
+    @property
+    def scale(self) -> Tensor:
+        return self._scale
 
     @property
     def needs_gradient(self) -> bool:
@@ -142,13 +152,14 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class Divergence:
-    """`factor` · ½[KL(target ‖ logits) + KL(targetᵀ ‖ logitsᵀ)]."""
+    """`factor` · ½[KL(target ‖ logits) + KL(targetᵀ ‖ logitsᵀ)], or the same with the cross-entropy H(P, Q) for KL(P ‖ Q)."""
 
     part: str
     target: Similarity
     logits: Similarity
     weight: float
     factor: float = 1.0
+    with_entropy: bool = False  # cross-entropy: the target has no gradient, so its entropy adds to the value alone
 
 
 @dataclass(frozen=True)
@@ -161,42 +172,67 @@ class Group:
 
 
 def _horizontal(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
-    """`task` and `hrd`, on S and T."""
+    """`task`, `hrd` and `soft`, on S and T."""
     weights = settings.weights
     student = Similarity(_given(inputs.student_image_rows), _given(inputs.student_text), _given(inputs.student_logit_scale), gradients)
-    contrast = (CrossEntropy("task", student, weights.task),) if weights.task else ()
-    if not weights.hrd:
-        return Group((student,), contrast, ())
-    teacher_text = _given(inputs.teacher_text)
-    scale = teacher_text.new_full((), _given(settings.teacher_logit_scale))
-    teacher = Similarity(_given(inputs.teacher_image_rows), teacher_text, scale, gradients)
-    return Group((student, teacher), contrast, (Divergence("hrd", teacher, student, weights.hrd),))
+    contrast = (CrossEntropy("task", student, weights["task"]),) if weights["task"] else ()
+    teachers: dict[float, Similarity] = {}  # by scale
+    relations = []
+    for part, factor in (("hrd", settings.teacher_logit_scale), ("soft", settings.soft_scale)):
+        if not weights[part]:
+            continue
+        key = _given(factor)
+        if key not in teachers:
+            teacher_text = _given(inputs.teacher_text)
+            teachers[key] = Similarity(_given(inputs.teacher_image_rows), teacher_text, teacher_text.new_full((), key), gradients)
+        relations.append(Divergence(part, teachers[key], student, weights[part], with_entropy=part == "soft"))
+    return Group((student, *teachers.values()), contrast, tuple(relations))
 
 
 def _cross(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
     """`icl` and `xrd`, on A and C. The rows of icl's σ_x s_I t_Tᵀ are the columns of C, those of its σ_x s_T t_Iᵀ the columns of A."""
-    weights = settings.weights
+    icl, xrd = settings.weights["icl"], settings.weights["xrd"]
     a = Similarity(_given(inputs.teacher_image_rows), _given(inputs.matched_text), _given(inputs.cross_scale), gradients)
     c = Similarity(_given(inputs.teacher_text_rows), _given(inputs.matched_image), _given(inputs.cross_scale), gradients)
-    contrast = tuple(CrossEntropy("icl", one, weights.icl, columns_only=True) for one in (a, c)) if weights.icl else ()
-    relation = (Divergence("xrd", c, a, weights.xrd, factor=0.5), Divergence("xrd", a, c, weights.xrd, factor=0.5))
-    return Group((a, c), contrast, relation if weights.xrd else ())
+    contrast = tuple(CrossEntropy("icl", one, icl, columns_only=True) for one in (a, c)) if icl else ()
+    relation = (Divergence("xrd", c, a, xrd, factor=0.5), Divergence("xrd", a, c, xrd, factor=0.5))
+    return Group((a, c), contrast, relation if xrd else ())
 
 
 def _vertical(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
-    """`vrd`, on V_I and V_T."""
-    weight = settings.weights.vrd
-    image = Similarity(_given(inputs.teacher_image_rows), _given(inputs.matched_image), _given(inputs.image_scale), gradients)
-    text = Similarity(_given(inputs.teacher_text_rows), _given(inputs.matched_text), _given(inputs.text_scale), gradients)
-    contrast = (CrossEntropy("vrd_ce_image", image, weight), CrossEntropy("vrd_ce_text", text, weight))
-    return Group((image, text), contrast, (Divergence("vrd_kl", text, image, weight),))
+    """vrd's parts, on V_I and V_T."""
+    kl, ce_image, ce_text = (settings.weights[part] for part in ("vrd_kl", "vrd_ce_image", "vrd_ce_text"))
+    similarities, contrast = [], []
+    if kl or ce_image:
+        image = Similarity(_given(inputs.teacher_image_rows), _given(inputs.matched_image), _given(inputs.image_scale), gradients)
+        similarities.append(image)
+        contrast += [CrossEntropy("vrd_ce_image", image, ce_image)] if ce_image else []
+    if kl or ce_text:
+        text = Similarity(_given(inputs.teacher_text_rows), _given(inputs.matched_text), _given(inputs.text_scale), gradients)
+        similarities.append(text)
+        contrast += [CrossEntropy("vrd_ce_text", text, ce_text)] if ce_text else []
+    relation = (Divergence("vrd_kl", text, image, kl),) if kl else ()
+    return Group(tuple(similarities), tuple(contrast), relation)
+
+
+def _fused(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+    """`afd`, on F."""
+    fused = Similarity(_given(inputs.fused_image_rows), _given(inputs.fused_text), _given(inputs.fusion_scale), gradients)
+    return Group((fused,), (CrossEntropy("afd", fused, settings.weights["afd"]),), ())
+
+
+_GROUPS = {
+    _horizontal: ("task", "hrd", "soft"),
+    _cross: ("icl", "xrd"),
+    _vertical: ("vrd_kl", "vrd_ce_image", "vrd_ce_text"),
+    _fused: ("afd",),
+}
 
 
 def active_groups(settings: Settings, inputs: Inputs, gradients: Gradients) -> list[Group]:
     """The similarities and terms whose weights are not 0."""
-    weights = settings.weights
-    wanted = ((weights.task or weights.hrd, _horizontal), (weights.icl or weights.xrd, _cross), (weights.vrd, _vertical))
-    return [build(settings, inputs, gradients) for weight, build in wanted if weight]
+    wanted = [build for build, parts in _GROUPS.items() if any(settings.weights[part] for part in parts)]
+    return [build(settings, inputs, gradients) for build in wanted]
 
 
 def _given(value: T | None) -> T:

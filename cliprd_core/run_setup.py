@@ -222,7 +222,7 @@ def _mask_patch_size(student: LoadedModel) -> int:
 
 def _build_objective(spec: JobSpec, student: LoadedModel, teacher: LoadedModel | None) -> Objective:
     """The objective, its projections initialised from `training.seed`."""
-    if not (spec.objective.task or spec.objective.hrd):
+    if not spec.objective.uses_student_logit_scale:
         student.model.logit_scale.requires_grad_(False)  # no term uses it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.training.seed)

@@ -142,6 +142,15 @@ class DataSpec(SpecModel):
         return value
 
 
+class ScaleMode(StrEnum):
+    """How the objective's own learned scales become factors of logits. All start at the parameter ln(1/0.07)."""
+
+    RAW = "raw"
+    """The parameter itself, as in the reference implementation: factors start at 2.66 and nothing bounds them."""
+    EXP = "exp"
+    """Its exponential, as CLIP does: factors start at 14.3; the parameter is kept within [0, ln 100]."""
+
+
 class ObjectiveSpec(SpecModel):
     """Weights of the loss terms; 0 leaves a term out and it costs nothing. Equations: docs/objective.md."""
 
@@ -156,22 +165,51 @@ class ObjectiveSpec(SpecModel):
         description="Masked feature distillation: the student's features of a masked image follow the teacher's of the whole one."
         " Costs one more pass through the student's image encoder. CLIP-KD's weight is 2000.",
     )
-    mfd_mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="Fraction of an image's patches that `mfd` masks.")
+    mfd_mask_ratio: StrictFloat = Field(default=0.75, gt=0, lt=1, description="Fraction of an image's patches that `mfd` masks.")
+    soft: Weight = Field(default=0.0, description="Soft targets: cross-entropy with the teacher's distribution (MobileCLIP, open_clip).")
+    gd: Weight = Field(
+        default=0.0, description="Gradient distillation (CLIP-KD), of losses summed over pairs: CLIP-KD's weight is 1e8 / batch²."
+    )
+    afd: Weight = Field(default=0.0, description="Augmented feature distillation (CLIP-KD): contrast of fused student-teacher features.")
+    vrd_kl: Weight | None = Field(default=None, description="Weight of `vrd`'s agreement part. Null: `vrd`.")
+    vrd_ce_image: Weight | None = Field(default=None, description="Weight of `vrd`'s image part. Null: `vrd`.")
+    vrd_ce_text: Weight | None = Field(default=None, description="Weight of `vrd`'s text part. Null: `vrd`.")
+    soft_temperature: StrictFloat | None = Field(
+        default=None, gt=0.0, le=1e3, description="Temperature of `soft`'s teacher logits. Null: the teacher's own."
+    )
+    scale_mode: ScaleMode = Field(default=ScaleMode.RAW, description="How the teacher-student scales become factors of logits.")
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """The weight of every term, with vrd's three parts in place of `vrd`."""
+        parts = {"vrd_kl": self.vrd_kl, "vrd_ce_image": self.vrd_ce_image, "vrd_ce_text": self.vrd_ce_text}
+        vertical = {part: self.vrd if weight is None else weight for part, weight in parts.items()}
+        return {
+            **{"task": self.task, "fd": self.fd, "icl": self.icl, "hrd": self.hrd},
+            **vertical,
+            **{"xrd": self.xrd, "soft": self.soft, "gd": self.gd, "afd": self.afd},
+        }
+
+    @property
+    def distillation_terms(self) -> list[str]:
+        """Names of the terms that are active and need a teacher; vrd's parts stand for it."""
+        weights = {**self.part_weights, "mfd": self.mfd}
+        return [part for part, weight in weights.items() if weight and part != "task"]
 
     @property
     def needs_teacher(self) -> bool:
         return bool(self.distillation_terms)
 
     @property
-    def distillation_terms(self) -> list[str]:
-        """Names of the terms that are active and need a teacher."""
-        return [name for name in ("fd", "icl", "hrd", "vrd", "xrd", "mfd") if getattr(self, name)]
+    def uses_student_logit_scale(self) -> bool:
+        """Whether a term depends on the student's own logit scale."""
+        return any((self.task, self.hrd, self.soft, self.gd))
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
         if not (self.task or self.needs_teacher):
             raise ValueError("every weight is 0, so there is nothing to learn; set at least one above 0")
-        if self.mfd and not any((self.task, self.fd, self.icl, self.hrd, self.vrd, self.xrd)):
+        if self.distillation_terms == ["mfd"] and not self.task:
             raise ValueError("`mfd` alone teaches images and leaves the text encoder untrained; set another weight above 0")
         return self
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
 from cliprd_core.objective import Objective, ObjectiveOutput
-from cliprd_core.spec import ObjectiveSpec
+from cliprd_core.spec import ObjectiveSpec, ScaleMode
 
 PAPER = ObjectiveSpec()
 UNEQUAL_WEIGHTS = ObjectiveSpec(task=0.5, fd=20, icl=2, hrd=3, vrd=0.25, xrd=4)
@@ -24,6 +24,7 @@ PLAIN_CLIP = ObjectiveSpec(task=1, fd=0, icl=0, hrd=0, vrd=0, xrd=0)
 CLIP_KD = ObjectiveSpec(vrd=0, xrd=0)
 NO_CONTRAST = ObjectiveSpec(task=0, fd=1, icl=0, hrd=1, vrd=0, xrd=0)
 FD_ONLY = ObjectiveSpec(task=0, fd=1, icl=0, hrd=0, vrd=0, xrd=0)
+WIDENED = ObjectiveSpec(vrd_kl=3, vrd_ce_image=0.5, vrd_ce_text=0, soft=2, soft_temperature=0.1, gd=2, afd=3, scale_mode=ScaleMode.EXP)
 STUDENT_WIDTH, RAW_WIDTH = 6, 5
 
 
@@ -35,7 +36,7 @@ class TrainedModules(nn.Module):
         torch.manual_seed(0)
         self.image = nn.Linear(RAW_WIDTH, STUDENT_WIDTH)
         self.text = nn.Linear(RAW_WIDTH, STUDENT_WIDTH)
-        self.log_logit_scale = nn.Parameter(torch.tensor(2.5)) if weights.task or weights.hrd else torch.tensor(2.5)
+        self.log_logit_scale = nn.Parameter(torch.tensor(2.5)) if weights.uses_student_logit_scale else torch.tensor(2.5)
         self.objective = Objective(
             weights, student_width=STUDENT_WIDTH, teacher_width=teacher_width, teacher_logit_scale=40.0, max_block_elements=50
         )
@@ -81,7 +82,7 @@ def check_objective(rank: int, num_processes: int, port: int) -> None:
     """What each process runs: first alone on the whole batch, then its share in a group, wrapped as training wraps it."""
     cases = [
         (weights, teacher_width, row_counts)
-        for weights in (PAPER, UNEQUAL_WEIGHTS, PLAIN_CLIP, CLIP_KD, NO_CONTRAST, FD_ONLY)
+        for weights in (PAPER, UNEQUAL_WEIGHTS, PLAIN_CLIP, CLIP_KD, NO_CONTRAST, FD_ONLY, WIDENED)
         for teacher_width in (STUDENT_WIDTH, 8)
         for row_counts in row_counts_of(num_processes)
     ]

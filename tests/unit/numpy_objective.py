@@ -26,6 +26,15 @@ class Variables:
     text_scale: float
     image_projection: Matrix | None = None
     text_projection: Matrix | None = None
+    exponentiated: bool = False
+    fusion_scale: float = 0.0
+    image_fusion: Matrix | None = None
+    text_fusion: Matrix | None = None
+    image_fusion_bias: Matrix | None = None
+    text_fusion_bias: Matrix | None = None
+
+    def factor(self, scale: float) -> float:
+        return float(np.exp(scale)) if self.exponentiated else scale
 
 
 @dataclass
@@ -35,6 +44,7 @@ class Teacher:
     image: Matrix
     text: Matrix
     logit_scale: float
+    soft_temperature: float | None = None
 
 
 def normalize(rows: Matrix) -> Matrix:
@@ -49,6 +59,22 @@ def log_softmax(logits: Matrix) -> Matrix:
 
 def ce(logits: Matrix) -> float:
     return float(-np.diag(log_softmax(logits)).mean())
+
+
+def soft_ce(target: Matrix, logits: Matrix) -> float:
+    return float(-(np.exp(log_softmax(target)) * log_softmax(logits)).sum(axis=1).mean())
+
+
+def contrastive_gradients(image: Matrix, text: Matrix, scale: float) -> tuple[Matrix, Matrix]:
+    """Pair by pair: each pulls at its own partner, and is pushed from all by their probabilities, once as anchor, once as candidate."""
+    by_image, by_text = np.exp(log_softmax(scale * image @ text.T)), np.exp(log_softmax(scale * text @ image.T))
+    image_grad, text_grad = np.zeros_like(image), np.zeros_like(text)
+    for i in range(len(image)):
+        for j in range(len(text)):
+            error = (by_image[i, j] + by_text[j, i]) / 2 - (i == j)
+            image_grad[i] += scale * error * text[j]
+            text_grad[j] += scale * error * image[i]
+    return image_grad, text_grad
 
 
 def kl(target: Matrix, logits: Matrix) -> float:
@@ -76,10 +102,10 @@ def _matrices(v: Variables, t_i: Matrix, t_t: Matrix) -> _Matrices:
     s_i, s_t = _matched(v)
     return _Matrices(
         student=np.exp(v.log_student_logit_scale) * own_i @ own_t.T,
-        a=v.cross_scale * t_i @ s_t.T,
-        c=v.cross_scale * t_t @ s_i.T,
-        vertical_image=v.image_scale * t_i @ s_i.T,
-        vertical_text=v.text_scale * t_t @ s_t.T,
+        a=v.factor(v.cross_scale) * t_i @ s_t.T,
+        c=v.factor(v.cross_scale) * t_t @ s_i.T,
+        vertical_image=v.factor(v.image_scale) * t_i @ s_i.T,
+        vertical_text=v.factor(v.text_scale) * t_t @ s_t.T,
     )
 
 
@@ -90,16 +116,28 @@ def terms(moving: Variables, teacher: Teacher, frozen: Variables | None = None) 
     m = _matrices(moving, t_i, t_t)
     f = _matrices(frozen or moving, t_i, t_t)
     t = teacher.logit_scale * t_i @ t_t.T
+    t_soft = t if teacher.soft_temperature is None else t_i @ t_t.T / teacher.soft_temperature
+    cross = moving.factor(moving.cross_scale)
     parts = {
         "task": (ce(m.student) + ce(m.student.T)) / 2,
         "fd": float(((s_i - t_i) ** 2).mean() + ((s_t - t_t) ** 2).mean()),
-        "icl": (ce(moving.cross_scale * s_i @ t_t.T) + ce(moving.cross_scale * s_t @ t_i.T)) / 2,
+        "icl": (ce(cross * s_i @ t_t.T) + ce(cross * s_t @ t_i.T)) / 2,
         "hrd": (kl(t, m.student) + kl(t.T, m.student.T)) / 2,
         "vrd_kl": (kl(f.vertical_text, m.vertical_image) + kl(f.vertical_text.T, m.vertical_image.T)) / 2,
         "vrd_ce_image": (ce(m.vertical_image) + ce(m.vertical_image.T)) / 2,
         "vrd_ce_text": (ce(m.vertical_text) + ce(m.vertical_text.T)) / 2,
         "xrd": (kl(f.c, m.a) + kl(f.a, m.c) + kl(f.c.T, m.a.T) + kl(f.a.T, m.c.T)) / 4,
+        "soft": (soft_ce(t_soft, m.student) + soft_ce(t_soft.T, m.student.T)) / 2,
     }
+    student_grads = contrastive_gradients(s_i, s_t, np.exp(moving.log_student_logit_scale))
+    teacher_grads = contrastive_gradients(t_i, t_t, teacher.logit_scale)
+    parts["gd"] = sum(float(((one - other) ** 2).mean()) for one, other in zip(student_grads, teacher_grads, strict=True))
+    if moving.image_fusion is not None and moving.text_fusion is not None:
+        own_i, own_t = normalize(moving.student_image), normalize(moving.student_text)
+        f_i = normalize(np.hstack([own_i, t_i]) @ moving.image_fusion.T + moving.image_fusion_bias)
+        f_t = normalize(np.hstack([own_t, t_t]) @ moving.text_fusion.T + moving.text_fusion_bias)
+        fused = moving.factor(moving.fusion_scale) * f_i @ f_t.T
+        parts["afd"] = (ce(fused) + ce(fused.T)) / 2
     return parts | {"vrd": parts["vrd_kl"] + parts["vrd_ce_image"] + parts["vrd_ce_text"]}
 
 

@@ -49,7 +49,9 @@ def test_a_submitted_job_is_answered_whole_and_can_be_read(client: TestClient, s
     assert (job["state"], job["attempt"], job["recipe"], job["labels"]) == ("queued", 0, "clip", {"team": "a"})
     assert job["created_at"].endswith("Z")
     assert job["spec"]["data"]["train"][0]["path"] == f"{tmp_path}/pairs.tsv"
-    assert job["spec"]["objective"] == {"task": 1, "fd": 0, "icl": 0, "hrd": 0, "vrd": 0, "xrd": 0, "mfd": 0, "mfd_mask_ratio": 0.75}
+    objective = job["spec"]["objective"]
+    assert [objective[name] for name in ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft")] == [1, 0, 0, 0, 0, 0, 0]
+    assert objective["scale_mode"] == "raw"
     assert [job[name] for name in ("started_at", "finished_at", "progress", "error", "result")] == [None] * 5
     assert job["metrics"] == {}
     assert client.get(job["links"]["self"]).json() == job

@@ -38,6 +38,17 @@ def test_kl_is_zero_only_for_equal_softmaxes_and_its_target_has_no_gradient() ->
     assert q.grad is not None
 
 
+def test_soft_cross_entropy_by_hand() -> None:
+    p, q = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, math.log(4.0)]])
+    assert losses.soft_cross_entropy(p, q).item() == pytest.approx(-(0.75 * math.log(1 / 5) + 0.25 * math.log(4 / 5)))
+
+
+def test_contrastive_gradients_are_those_of_the_loss() -> None:
+    image, text = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = torch.autograd.grad(6 * losses.task(image, text, student_logit_scale=3.0), (image, text))
+    torch.testing.assert_close(losses.contrastive_gradients(image, text, 3.0), expected)
+
+
 def test_unit_rows_of_a_zero_vector_is_zero_with_zero_gradient() -> None:
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     unit = losses.unit_rows(x)
@@ -72,6 +83,8 @@ def _dense(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], stude
         "vrd_ce_image": losses.vrd_ce_image(image, teacher[0], image_scale=scale),
         "vrd_ce_text": losses.vrd_ce_text(text, teacher[1], text_scale=scale),
         "xrd": losses.xrd(image, text, *teacher, cross_scale=scale),
+        "gd": losses.gd(image, text, *teacher, **hrd_scales),
+        "soft": losses.soft(image, text, *teacher, student_logit_scale=student_scale, teacher_scale=meta["teacher_logit_scale"]),
     }
 
 
@@ -84,7 +97,8 @@ def test_golden(path: Path) -> None:
     teacher = (features["teacher_image_features"], features["teacher_text_features"])
     log_scale = torch.tensor(meta["student_logit_scale"], dtype=torch.float64).log().requires_grad_()
     weights = {"task": 1.0} | meta["weights"]
-    weighted = {part: weights[part.split("_")[0]] * value for part, value in _dense(student, teacher, log_scale.exp(), meta).items()}
+    dense = _dense(student, teacher, log_scale.exp(), meta)
+    weighted = {part: weights[part.split("_")[0]] * dense[part] for part in meta["weighted_losses"]}
     assert {part: value.item() for part, value in weighted.items()} == pytest.approx(meta["weighted_losses"], rel=1e-6)
     sum(weighted.values(), torch.zeros(())).backward()
     for feature, name in zip(student, ("grad_student_image_features", "grad_student_text_features"), strict=True):

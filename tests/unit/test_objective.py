@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from cliprd_core import losses
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.objective_terms import Similarity
-from cliprd_core.spec import ObjectiveSpec
+from cliprd_core.spec import ObjectiveSpec, ScaleMode
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 PAPER = ObjectiveSpec()
-TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd")
+TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft", "gd", "afd")
+VERTICAL = ("vrd_kl", "vrd_ce_image", "vrd_ce_text")
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
 
 
@@ -96,6 +97,20 @@ def dense_terms(objective: Objective, features: dict[str, Tensor], scale: Tensor
     if weights.xrd:
         assert objective.cross_scale is not None
         terms["xrd"] = losses.xrd(*matched, *teacher, cross_scale=objective.cross_scale)
+    if weights.soft:
+        teacher_scale = objective.teacher_logit_scale if weights.soft_temperature is None else 1 / weights.soft_temperature
+        assert teacher_scale is not None
+        terms["soft"] = losses.soft(*own, *teacher, student_logit_scale=scale, teacher_scale=teacher_scale)
+    if weights.gd:
+        assert objective.teacher_logit_scale is not None
+        terms["gd"] = losses.gd(*matched, *teacher, student_logit_scale=scale, teacher_logit_scale=objective.teacher_logit_scale)
+    if weights.afd:
+        assert objective.image_fusion is not None
+        assert objective.text_fusion is not None
+        assert objective.fusion_scale is not None
+        fused_image = losses.unit_rows(objective.image_fusion(torch.cat((own[0], teacher[0]), dim=1)))
+        fused_text = losses.unit_rows(objective.text_fusion(torch.cat((own[1], teacher[1]), dim=1)))
+        terms["afd"] = losses.afd(fused_image, fused_text, fusion_scale=objective.fusion_scale)
     if weights.vrd:
         assert objective.image_scale is not None
         assert objective.text_scale is not None
@@ -183,9 +198,20 @@ def problems(draw: st.DrawFn) -> Problem:
         *(draw(st.floats(-3.0, 15.0)) for _ in range(3)),
         *projections,
     )
+    variables.fusion_scale = draw(st.floats(0.1, 4.5))
+    fusions = generator.normal(size=(2, student_width, student_width + teacher_width + 1))
+    variables.image_fusion, variables.text_fusion = fusions[:, :, 1:]
+    variables.image_fusion_bias, variables.text_fusion_bias = fusions[:, :, 0]
+    variables.exponentiated = draw(st.booleans())
+    if variables.exponentiated:  # inside the clamp, also when moved a little
+        variables = replace(variables, **{name: draw(st.floats(0.1, 4.5)) for name in ("cross_scale", "image_scale", "text_scale")})
     weights = draw(st.fixed_dictionaries(dict.fromkeys(TERMS, weight)).filter(lambda drawn: any(drawn.values())))
+    if draw(st.booleans()):
+        weights |= {part: draw(weight) for part in VERTICAL}
+        weights["task"] = 1.0  # so that something is left where the parts are all 0
     teacher = generator.normal(size=(2, num_pairs, teacher_width))
-    return variables, oracle.Teacher(*teacher, draw(st.floats(1.0, 100.0))), weights, draw(st.integers(1, 60))
+    temperature = draw(st.none() | st.floats(0.01, 2.0))
+    return variables, oracle.Teacher(*teacher, draw(st.floats(1.0, 100.0)), temperature), weights, draw(st.integers(1, 60))
 
 
 def run_problem(
@@ -193,13 +219,15 @@ def run_problem(
 ) -> tuple[ObjectiveOutput, dict[str, Tensor]]:
     """Ours, with the gradient for each of the oracle's variables that has one."""
     objective = Objective(
-        ObjectiveSpec(**weights),
+        ObjectiveSpec(
+            **weights, soft_temperature=teacher.soft_temperature, scale_mode=ScaleMode.EXP if variables.exponentiated else ScaleMode.RAW
+        ),
         student_width=variables.student_image.shape[1],
         teacher_width=teacher.image.shape[1],
         teacher_logit_scale=teacher.logit_scale,
         max_block_elements=max_block_elements,
     ).double()
-    learned = {name.removesuffix(".weight"): parameter for name, parameter in objective.named_parameters()}
+    learned = {name.removesuffix(".weight").replace(".", "_"): parameter for name, parameter in objective.named_parameters()}
     for name, parameter in learned.items():
         parameter.data.copy_(torch.as_tensor(getattr(variables, name), dtype=torch.float64))
     student = {name: torch.from_numpy(getattr(variables, name)).clone().requires_grad_() for name in ("student_image", "student_text")}
@@ -223,6 +251,8 @@ def test_equals_numpy(problem: Problem) -> None:
     variables, teacher, weights, max_block_elements = problem
     output, found = run_problem(variables, teacher, weights, max_block_elements)
     expected = oracle.terms(variables, teacher)
+    if any(weights.get(part) == 0 for part in VERTICAL):
+        expected["vrd"] = sum(expected[part] for part in VERTICAL if part in output.terms)
     for name, value in output.terms.items():
         assert value.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-10)
 
@@ -232,12 +262,62 @@ def test_equals_numpy(problem: Problem) -> None:
 
     def along(step: float) -> float:
         moved = replace(variables, **{name: getattr(variables, name) + step * one for name, one in direction.items()})
-        return oracle.total(moved, teacher, weights, frozen=variables)
+        return oracle.total(moved, teacher, part_weights, frozen=variables)
+
+    part_weights = ObjectiveSpec(**weights).part_weights
 
     step = 1e-5
     numeric = (along(step) - along(-step)) / (2 * step)
     analytic = sum(float((grad.numpy() * direction[name]).sum()) for name, grad in found.items())
     assert analytic == pytest.approx(numeric, rel=1e-4, abs=1e-5 * (1 + abs(output.total.item())))
+
+
+@pytest.mark.parametrize("active", [("vrd_kl",), ("vrd_ce_image",), ("vrd_ce_text",), ("vrd_kl", "vrd_ce_text"), VERTICAL])
+@pytest.mark.parametrize("teacher_width", [6, 9], ids=["equal_widths", "projected"])
+def test_parts_of_vrd_may_have_weights_of_their_own(active: tuple[str, ...], teacher_width: int) -> None:
+    own = {part: 0.5 + index if part in active else 0.0 for index, part in enumerate(VERTICAL)}
+    weights = ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | own))
+    objective = make_objective(weights, 6, teacher_width)
+    whole = make_objective(ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | {"vrd": 1.0})), 6, teacher_width)
+    whole.load_state_dict(objective.state_dict(), strict=False)
+    features, scale = make_features(11, 6, teacher_width), torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    output, dense = objective(**features, student_logit_scale=scale), dense_terms(whole, features, scale)
+    assert set(output.terms) == {"vrd", *active}
+    torch.testing.assert_close(output.terms["vrd"], sum((dense[part] for part in active), torch.zeros(())).detach())
+    total = sum((own[part] * dense[part] for part in active), torch.zeros(()))
+    torch.testing.assert_close(output.total, total.detach())
+    torch.testing.assert_close(output.weighted["vrd"], output.total)
+    found = gradients(output.loss, features, scale, objective)
+    expected = gradients(total, features, scale, whole)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)
+    objective(**features, student_logit_scale=scale).loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters()), "a data-parallel wrapper waits for each"
+
+
+def test_exponentiated_scales_are_kept_within_the_clamp() -> None:
+    objective = make_objective(ObjectiveSpec(scale_mode=ScaleMode.EXP), 6, 6)
+    assert all(value.item() == pytest.approx(1 / 0.07) for value in objective.scales().values())
+    assert objective.cross_scale is not None
+    assert objective.image_scale is not None
+    objective.cross_scale.data.fill_(7.0)
+    objective.image_scale.data.fill_(-1.0)
+    objective(**make_features(5, 6, 6), student_logit_scale=torch.tensor(10.0))
+    assert {name: value.item() for name, value in objective.scales().items()} == pytest.approx(
+        {"cross_scale": 100.0, "image_scale": 1.0, "text_scale": 1 / 0.07}
+    )
+
+
+def test_soft_has_the_gradient_of_hrd_and_a_temperature_of_its_own() -> None:
+    features, scale = make_features(9, 6, 6), torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    zero = dict.fromkeys(TERMS, 0.0)
+    found = []
+    for weights in ({"hrd": 1.0}, {"soft": 1.0}, {"soft": 1.0, "soft_temperature": 1 / 40}, {"soft": 1.0, "soft_temperature": 0.5}):
+        objective = make_objective(ObjectiveSpec(**(zero | weights)), 6, 6)
+        found.append(gradients(objective(**features, student_logit_scale=scale).loss, features, scale, objective))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[1], found[2])
+    assert not torch.allclose(found[2]["student_image_features"], found[3]["student_image_features"])
 
 
 def assert_finite(output: ObjectiveOutput, *leaves: Tensor) -> None:
@@ -353,10 +433,12 @@ def test_parameters_are_those_that_active_terms_use() -> None:
         return set(Objective(spec, student_width=4, teacher_width=6, teacher_logit_scale=1.0).state_dict())
 
     projections = {"image_projection.weight", "text_projection.weight"}
-    assert names(task=1) == names(hrd=1) == set()
-    assert names(fd=1) == projections
+    assert names(task=1) == names(hrd=1) == names(soft=1) == set()
+    assert names(fd=1) == names(gd=1) == projections
     assert names(icl=1) == names(xrd=1) == projections | {"cross_scale"}
     assert names(vrd=1) == projections | {"image_scale", "text_scale"}
+    fusions = {f"{modality}_fusion.{one}" for modality in ("image", "text") for one in ("weight", "bias")}
+    assert names(afd=1) == {"fusion_scale"} | fusions
     equal = Objective(PAPER, student_width=6, teacher_width=6, teacher_logit_scale=1.0)
     assert set(equal.state_dict()) == set(equal.scales()) == {"cross_scale", "image_scale", "text_scale"}
     assert all(scale.ndim == 0 and scale.item() == pytest.approx(math.log(1 / 0.07)) for scale in equal.scales().values())
@@ -364,7 +446,19 @@ def test_parameters_are_those_that_active_terms_use() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "num_similarities"),
-    [({"fd": 1}, 0), ({"task": 1}, 1), ({"hrd": 1}, 2), ({"icl": 1}, 2), ({"xrd": 1, "icl": 1}, 2), ({"vrd": 1}, 2), ({}, 6)],
+    [
+        ({"fd": 1}, 0),
+        ({"task": 1}, 1),
+        ({"hrd": 1}, 2),
+        ({"hrd": 1, "soft": 1}, 2),
+        ({"hrd": 1, "soft": 1, "soft_temperature": 0.1}, 3),
+        ({"icl": 1}, 2),
+        ({"xrd": 1, "icl": 1}, 2),
+        ({"vrd": 1}, 2),
+        ({"vrd_ce_text": 1}, 1),
+        ({"afd": 1}, 1),
+        ({}, 6),
+    ],
 )
 def test_shared_similarities_are_computed_once_and_inactive_ones_never(
     weights: dict[str, float], num_similarities: int, monkeypatch: pytest.MonkeyPatch
@@ -430,14 +524,14 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def peak_bytes(num_pairs: int, *, is_dense: bool) -> int:
+def peak_bytes(num_pairs: int, *, is_dense: bool, weights: ObjectiveSpec = PAPER) -> int:
     features = make_features(num_pairs, 8, 8)
-    objective = make_objective(PAPER, 8, 8, max_block_elements=2**13)
+    objective = make_objective(weights, 8, 8, max_block_elements=2**13)
     scale = torch.tensor(10.0, dtype=torch.float64)
     with PeakBytes() as measured:
         if is_dense:
             terms = dense_terms(objective, features, scale)
-            loss = sum((terms[name] for name in TERMS), torch.zeros(()))
+            loss = sum((terms[name] for name in terms if name in TERMS), torch.zeros(()))
         else:
             loss = objective(**features, student_logit_scale=scale).loss
         loss.backward()
@@ -450,3 +544,10 @@ def test_peak_memory_is_linear() -> None:
     assert large < 600 * 600 * 8 / 2, "not even half of one similarity matrix"
     dense_small, dense_large = (peak_bytes(num_pairs, is_dense=True) for num_pairs in (300, 600))
     assert dense_large > 3.5 * dense_small, "the measure sees quadratic growth where there is some"
+
+
+def test_peak_memory_is_linear_with_every_term() -> None:
+    weights = ObjectiveSpec(**dict.fromkeys(TERMS, 1.0))
+    small, large = (peak_bytes(num_pairs, is_dense=False, weights=weights) for num_pairs in (300, 600))
+    assert large < 2.2 * small
+    assert large < 600 * 600 * 8 / 2, "not even half of one similarity matrix"
