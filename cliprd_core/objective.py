@@ -61,9 +61,8 @@ class Objective(nn.Module):
     - ``cross_scale`` (σ_x: icl, xrd), ``image_scale`` and ``text_scale`` (σ_I, σ_T: vrd): 0-d, used as `scale_mode` says. With
       ``vrd_kl`` but without ``vrd_ce_text`` the text scale has a gradient of zero: it belongs to a target;
     - ``image_projection.weight`` and ``text_projection.weight`` (teacher_width, student_width), where the widths differ: they
-      carry the student's raw features to the teacher's width for fd, gd, icl, vrd and xrd (the images' alone for mfd). `task` and the student's side
-      of `hrd`
-      always use the student's own features, those it is deployed with;
+      carry the student's raw features to the teacher's width for fd, gd, icl, vrd and xrd (the images' alone for mfd). `task`
+      and the student's side of `hrd` always use the student's own features, those it is deployed with;
     - ``image_fusion`` and ``text_fusion`` (weights (student_width, student_width + teacher_width), biases) and ``fusion_scale`` (σ_f,
       used as `scale_mode` says): afd.
 
