@@ -54,7 +54,8 @@ def _keys_of(config: type[Any]) -> dict[str, Any]:
 def _kinds_of(annotation: Any) -> set[str]:
     if typing.get_origin(annotation) is typing.Union:
         return {kind for member in typing.get_args(annotation) for kind in _kinds_of(member)}
-    return {_KINDS[typing.get_origin(annotation) or annotation]}
+    kind = _KINDS[typing.get_origin(annotation) or annotation]
+    return {kind, "null"} if kind == "string" else {kind}  # open_clip's own configs write null where it declares a string
 
 
 def render_keys(towers: dict[str, dict[str, Any]]) -> str:

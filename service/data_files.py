@@ -190,10 +190,9 @@ def evaluation_problems(field: str, kind: str, one: EvaluationSet) -> list[Field
     declared = _declared_type(folder)
     if (declared == "retrieval") != (kind == "retrieval"):
         belongs = "retrieval" if declared == "retrieval" else "zero_shot"
-        what = f"{folder} is a {declared} set, by its dataset_type.txt" + (", which is missing" if belongs == "zero_shot" else "")
-        if is_file(folder / "dataset_type.txt"):
-            what = what.removesuffix(", which is missing")
-        problems.append(problem("path", what, f"Move it to `evaluation.{belongs}`, or correct its dataset_type.txt."))
+        source = "by its dataset_type.txt" if is_file(folder / "dataset_type.txt") else "as it has no dataset_type.txt"
+        what = f"{folder} is a {declared} set, {source}"
+        problems.append(problem("path", what, f"Move it to `evaluation.{belongs}`, or write its type into dataset_type.txt."))
     if not is_dir(split):
         splits = sorted(inner.parent.name for inner in folder.glob("*/nshards.txt")) or ["none"]
         problems.append(problem("split", f"{folder} has no split `{one.split}`", f"Its splits are: {', '.join(splits)}."))

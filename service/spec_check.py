@@ -199,6 +199,8 @@ def _key_problems(key: str, value: Any, known: dict[str, Any]) -> Iterator[tuple
         near = closest(key, known, count=1)
         yield "there is no such field", f"Did you mean `{near[0]}`? Otherwise remove it." if near else "Remove it."
         return
+    if key == "patch_size" and value is None:
+        return  # as open_clip's own ResNet configs have it
     kinds = known[key]["kinds"]
     if not any(_is_kind(value, kind) for kind in kinds):
         yield "is of the wrong type", f"Its type is: {' or '.join(kinds)}."
@@ -219,7 +221,7 @@ def _head_problems(field: str, given: dict[str, Any], known: dict[str, Any]) -> 
     values = {key: given.get(key, about["default"]) for key, about in known.items()}
     divisor = "head_width" if "head_width" in known else "heads"
     is_other = values.get("timm_model_name") or values.get("hf_model_name") or isinstance(values["layers"], list)
-    if is_other or values["width"] % values[divisor] == 0:
+    if is_other or divisor not in given or values["width"] % values[divisor] == 0:
         return []
     problem = f"is {values['width']}, which is no multiple of `{divisor}` ({values[divisor]})"
     return [FieldProblem(field=f"{field}.width", problem=problem, remedy=f"Change `width` or `{divisor}`.")]

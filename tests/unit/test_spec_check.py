@@ -212,3 +212,33 @@ def test_the_documented_examples_are_valid_specs(name: str) -> None:
 
 def test_the_quick_example_runs_in_a_checkout() -> None:
     check_spec(JobSpec.model_validate(QUICK_SPEC), data_root=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"# Read me\n" * 100, "is no tar file"), (b"\x1f\x8b\x08" + bytes(600), "is compressed"), (b"short", "is no tar file")],
+)
+def test_a_shard_that_is_no_plain_tar(root: Path, content: bytes, words: str) -> None:
+    (root / "train/00000.tar").write_bytes(content)
+    assert words in problems(root, data=shards("train/00000.tar"))["data.train.0.shards"].problem
+
+
+def test_pairs_are_counted_where_no_sizes_are_given(root: Path) -> None:
+    both = shards("train/{00000..00001}.tar")
+    found = problems(root, data=both, training={"global_batch_size": 21, "warmup_steps": 0})
+    assert "only 20 training pairs" in found["training.global_batch_size"].problem
+    found = problems(root, data=both, training={"global_batch_size": 10, "warmup_steps": 2, "epochs": 1})
+    assert "only 2 steps" in found["training.warmup_steps"].problem
+
+
+def test_an_evaluation_set_of_the_other_kind(root: Path) -> None:
+    found = problems(root, evaluation={"retrieval": ["wds/classes"]})
+    assert "Move it to `evaluation.zero_shot`" in found["evaluation.retrieval.0.path"].remedy
+    (root / "wds/classes/dataset_type.txt").write_text("retrieval")
+    found = problems(root, evaluation={"zero_shot": ["wds/classes"]})
+    assert "Move it to `evaluation.retrieval`" in found["evaluation.zero_shot.0.path"].remedy
+
+
+def test_a_wrong_key_of_a_config_is_named(root: Path) -> None:
+    config = {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], "widht": 8}}
+    assert "`width`" in problems(root, student={"config": config})["student.config.vision_cfg.widht"].remedy

@@ -31,7 +31,7 @@ def test_every_config_of_open_clip_is_accepted() -> None:
         ("vision_cfg", {"widht": 64}, "widht", "Did you mean `width`?"),
         ("vision_cfg", {"width": "64"}, "width", "integer"),
         ("vision_cfg", {"layers": True}, "layers", "integer or list"),
-        ("vision_cfg", {"width": 100}, "width", "`head_width`"),
+        ("vision_cfg", {"width": 100, "head_width": 64}, "width", "`head_width`"),
         ("vision_cfg", {"image_size": [32, 0]}, "image_size", "1 or more"),
         ("vision_cfg", {"patch_size": 0}, "patch_size", "1 or more"),
         ("text_cfg", {"context_length": -1}, "context_length", "1 or more"),
