@@ -50,7 +50,8 @@ def up(
     """Run the whole service on this machine, with nothing else to install. Ctrl-C stops it."""
     from service.embedded import EmbeddedError, EmbeddedStack
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell without job control starts its background processes deaf to SIGINT
+        signal.signal(number, _interrupt)
     try:
         with EmbeddedStack(home, port) as stack:
             out.print(f"cliprd is up: {stack.url} (API reference: {stack.url}/docs)")

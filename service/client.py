@@ -29,6 +29,8 @@ from service.store.states import JobState
 TIMEOUT_SECONDS = 30.0
 PAGE_SIZE = 100
 NUM_DOWNLOAD_ATTEMPTS = 5
+PATIENCE_SECONDS = 120.0
+"""How long `wait` bears a service that does not answer."""
 
 AnyView = TypeVar("AnyView", bound=BaseModel)
 
@@ -43,6 +45,10 @@ class CliprdError(Exception):
     def __init__(self, message: str, problem: Problem | None = None) -> None:
         super().__init__(message)
         self.problem = problem
+
+
+class UnreachableError(CliprdError):
+    """Nothing answers at the service's address."""
 
 
 class Client:
@@ -118,13 +124,23 @@ class Client:
             params["cursor"] = page.next_cursor
 
     def wait(self, job_id: str, *, poll_seconds: float = 1.0, on_poll: Callable[[JobView], None] | None = None) -> JobView:
-        """Wait until the job has finished, whichever way; `on_poll` sees it each time it is looked at."""
+        """Wait until the job has finished, whichever way; `on_poll` sees it each time it is looked at.
+
+        A service that restarts meanwhile is waited for, up to `PATIENCE_SECONDS`.
+        """
+        last_seen = float("-inf")
         while True:
-            job = self.job(job_id)
-            if on_poll is not None:
-                on_poll(job)
-            if job.state.is_finished:
-                return job
+            try:
+                job = self.job(job_id)
+            except UnreachableError:
+                if time.monotonic() - last_seen > PATIENCE_SECONDS:
+                    raise
+            else:
+                last_seen = time.monotonic()
+                if on_poll is not None:
+                    on_poll(job)
+                if job.state.is_finished:
+                    return job
             time.sleep(poll_seconds)
 
     def download_model(self, job_id: str, folder: Path) -> list[Path]:
@@ -176,7 +192,7 @@ class Client:
             response = self._http.request(method, path, **arguments)
         except httpx.TransportError as error:
             message = f"no answer from {self.url} ({error}); is the service running there? `cliprd up` starts one on this machine"
-            raise CliprdError(message) from error
+            raise UnreachableError(message) from error
         if response.is_error:
             raise _error_of(response)
         try:
