@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -202,7 +201,7 @@ def _check_config(field: str, config: dict[str, Any]) -> None:
         open_clip.CLIPVisionCfg(**config["vision_cfg"])
         open_clip.CLIPTextCfg(**config["text_cfg"])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"`{field}`: the model config {re.sub(r'^[A-Za-z]+[.]__init__[(][)] ', '', str(error))}") from error
+        raise ValueError(f"`{field}`: {_of_config(error)}") from error
     forbidden = sorted(_keys(config) & FORBIDDEN_CONFIG_KEYS)
     if forbidden:
         raise ValueError(f"`{field}`: `{forbidden[0]}` is not allowed in a model config; remove it")
@@ -283,9 +282,9 @@ def _build(role: str, config: dict[str, Any]) -> ClipModel:
     custom_class = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
     try:
         return cast(ClipModel, (custom_class if has_custom_text else open_clip.CLIP)(**options))
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError, ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):  # the GPU's, or the CPU's, which has no type of its own
+            raise
         raise ValueError(f"`{role}`: open_clip cannot build this model config: {error!r}") from error
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 from pathlib import Path
 
 import torch
@@ -94,7 +93,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], *, origin: str, res
 def _read_pickle(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # bytes that are no pickle fail in whatever way they happen to be read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as plain weights ({reason}); a file that needs unpickling is refused because that runs code from it:"

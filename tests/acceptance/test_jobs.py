@@ -13,6 +13,7 @@ from cliprd_core.run_dir import ErrorReason
 from service.store.models import ArtifactKind
 from service.store.states import JobState
 from tests.acceptance.conftest import Service, eventually, processes_of
+from tests.tiny import tiny_config
 
 LOAD_WITH_OPEN_CLIP = """
 import json, sys
@@ -78,9 +79,11 @@ def test_duplicate_messages_run_a_job_once(service: Service) -> None:
     assert service.steps_of_attempt(service.run_dir(job_id), 1) == list(range(1, 81))
 
 
-def test_a_failed_job_says_why(service: Service) -> None:
-    job_id = service.submit(epochs=1, training={"global_batch_size": 64})
+def test_a_failed_job_says_why(service: Service, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "student.pt"
+    checkpoint.write_bytes(b"these are no weights")
+    job_id = service.submit(epochs=1, student={"config": tiny_config(), "pretrained": str(checkpoint)})
     job = service.wait_for(job_id, JobState.FAILED)
     assert job.error is not None
     assert job.error.reason is ErrorReason.INVALID_SPEC
-    assert "64" in job.error.message
+    assert str(checkpoint) in job.error.message

@@ -91,7 +91,7 @@ def test_a_stopped_run_with_patch_dropout_resumes_to_the_same_weights(folder: Pa
     config = tiny_config()
     config["vision_cfg"]["patch_dropout"] = 0.3
     spec = make_spec(folder, student={"config": config}, training={"micro_batch_size": 3, "epochs": 6})
-    assert run_here(tmp_path / "reference", spec) == 0
+    assert start(tmp_path / "reference", spec).wait(TIMEOUT_SECONDS) == 0
     process = start(tmp_path / "stopped", spec)
     wait_for_step(tmp_path / "stopped", 2, process)
     process.send_signal(signal.SIGTERM)
@@ -99,7 +99,8 @@ def test_a_stopped_run_with_patch_dropout_resumes_to_the_same_weights(folder: Pa
     assert metrics(tmp_path / "stopped")[-1].step < 24, "it was stopped on the way"
     process = start(tmp_path / "stopped", spec, attempt=2)
     assert process.wait(TIMEOUT_SECONDS) == 0, (tmp_path / "stopped" / "log.txt").read_text()
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "reference")
+    # Reported sums may differ in their last bit; weights may not.
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "reference"), rel=1e-6)
     assert_same_weights(tmp_path / "stopped", tmp_path / "reference")
 
 

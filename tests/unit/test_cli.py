@@ -41,7 +41,7 @@ class Bench:
         self.url = url
         self.settings = settings
         self.spec_file = settings.data_root / "spec.json"
-        spec = tiny_spec(write_shards(settings.data_root / "shards", 8)).model_dump(mode="json")
+        spec = tiny_spec(write_shards(settings.data_root / "shards", 32)).model_dump(mode="json")
         self.spec_file.write_text(json.dumps(spec))
 
     @contextmanager
