@@ -20,14 +20,13 @@ from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
 from cliprd_core.data.transforms import center_crop, decode_rgb, normalise
 from cliprd_core.evaluation.datasets import ImageSet, Truth
 from cliprd_core.spec import Precision
+from cliprd_core.step_module import AUTOCAST_TYPES
 
 log = logging.getLogger(__name__)
 
 CPU_BATCH_SIZE = 64  # a small ViT is half as fast again at 64 as at 256, where its activations leave the cache
 GPU_BATCH_SIZE = 256
 MAX_THREADS = 16
-
-AUTOCAST_DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 class ClipModel(Protocol):
@@ -73,7 +72,7 @@ class Evaluator:
         return torch.cat([self._encode(self.model.encode_text, self.tokenizer(batch)) for batch in batches])
 
     def _encode(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        dtype = AUTOCAST_DTYPES.get(self.precision)
+        dtype = AUTOCAST_TYPES.get(self.precision)
         with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             features = encode(inputs.to(self.device), normalize=False)
         return F.normalize(features.float(), dim=-1)  # in fp32, not in the model's arithmetic
