@@ -26,9 +26,10 @@ from cliprd_core.metrics_log import MetricsLog, Stopwatch
 from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
+from cliprd_core.precision import autocast, autocast_type
 from cliprd_core.run_dir import ATTEMPT_VARIABLE
 from cliprd_core.spec import Device, JobSpec, Precision
-from cliprd_core.step_module import AUTOCAST_TYPES, MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch, autocast
+from cliprd_core.step_module import MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Run:
         return TrainedParts(self.student.model, self.objective, self.optimizer, self.scaler)
 
     def autocast(self) -> AbstractContextManager[None]:
-        return autocast(self.device, AUTOCAST_TYPES.get(self.spec.training.precision))
+        return autocast(self.device, autocast_type(self.spec.training.precision, self.device))
 
     def state_at(self, step: int) -> TrainingState:
         return training_state(self.spec, self.loader, self.scaler, self.teacher, step=step, attempt=self.attempt)
@@ -138,8 +139,8 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     check_schedule(spec.training, num_steps)
 
     objective = _build_objective(spec, student, teacher)
-    autocast_type = AUTOCAST_TYPES.get(spec.training.precision)
-    module = StudentWithObjective(student.model, objective, autocast_type, _mask_patch_size(student)).to(device)
+    computed_in = autocast_type(spec.training.precision, device)
+    module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student)).to(device)
     if teacher is not None:
         teacher.model.to(device)
     if distributed.world_size() > 1:
@@ -283,6 +284,8 @@ def _freeze_unused(student: LoadedModel, device: torch.device) -> None:
 
 def _announce(run: Run) -> None:
     """One line on what is about to happen."""
+    if run.spec.training.precision is Precision.BF16 and autocast_type(Precision.BF16, run.device) is None:
+        logger.warning("this CPU has no fast bf16 arithmetic, so everything is computed in fp32 (`training.precision` is bf16)")
     teacher = "no teacher" if run.teacher is None else f"teacher {num_parameters(run.teacher.model) / 1e6:.1f} M parameters"
     logger.info(
         "student %.1f M parameters, %s, %d pairs, %d steps of %d on %d x %s; %s",

@@ -227,6 +227,7 @@ class Precision(StrEnum):
     """Arithmetic of the forward and backward passes; master weights and the losses' softmaxes are always fp32."""
 
     BF16 = "bf16"
+    """On a CPU without instructions for it, computed in fp32."""
     FP16 = "fp16"
     """With a gradient scaler; CUDA only."""
     FP32 = "fp32"

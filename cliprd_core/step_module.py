@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Protocol, TypedDict
 
 import torch
@@ -16,12 +16,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from cliprd_core.losses import compute_dtype
 from cliprd_core.models import ClipModel
 from cliprd_core.objective import Objective
-from cliprd_core.spec import Precision
+from cliprd_core.precision import autocast
 
 MASK_PATCH_SIZE = 16
 """Pixels; of what `mfd` masks where the student has no patches of its own. CLIP-KD's ViTs have these."""
-
-AUTOCAST_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 class StepLosses(TypedDict):
@@ -142,9 +140,3 @@ def without_running_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in tracking:
             layer.track_running_stats = True
-
-
-def autocast(device: torch.device, autocast_type: torch.dtype | None) -> AbstractContextManager[None]:
-    """torch's autocast to `autocast_type`; None: fp32 throughout."""
-    context: AbstractContextManager[None] = torch.autocast(device.type, dtype=autocast_type, enabled=autocast_type is not None)
-    return context

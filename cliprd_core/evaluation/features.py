@@ -19,8 +19,8 @@ from cliprd_core.data.batch import Preprocess, Tokenizer
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
 from cliprd_core.data.transforms import center_crop, decode_rgb, normalise
 from cliprd_core.evaluation.datasets import ImageSet, Truth
+from cliprd_core.precision import autocast, autocast_type
 from cliprd_core.spec import Precision
-from cliprd_core.step_module import AUTOCAST_TYPES
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ class Evaluator:
         return torch.cat([self._encode(self.model.encode_text, self.tokenizer(batch)) for batch in batches])
 
     def _encode(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        dtype = AUTOCAST_TYPES.get(self.precision)
-        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.no_grad(), autocast(self.device, autocast_type(self.precision, self.device)):
             features = encode(inputs.to(self.device), normalize=False)
         return F.normalize(features.float(), dim=-1)  # in fp32, not in the model's arithmetic
 

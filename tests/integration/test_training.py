@@ -25,7 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cliprd_core import train
+from cliprd_core import precision, train
 from cliprd_core.models import load_student
 from cliprd_core.run_dir import (
     ERROR_FILE,
@@ -302,12 +302,22 @@ def test_resuming_under_another_spec_is_refused(straight: Path, inputs: Inputs, 
     assert "`objective.fd` (2000.0 then, 1000.0 now)" in error.message
 
 
-def test_bf16_trains_close_to_fp32(straight: Path, inputs: Inputs, tmp_path: Path) -> None:
+def test_bf16_trains_close_to_fp32(straight: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 has 8 bits of mantissa: losses within 2 %, but not equal. (fp16 needs a GPU.)"""
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)  # it is slow where it is not so, but it runs
     assert run_here(tmp_path / "run", inputs.spec(training={"precision": "bf16"})) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=0.02)
     assert losses(tmp_path / "run") != losses(straight)
     assert {value.dtype for value in load_file(tmp_path / "run" / WEIGHTS).values()} == {torch.float32}
+
+
+def test_bf16_is_fp32_where_the_cpu_lacks_it(
+    straight: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    assert run_here(tmp_path / "run", inputs.spec(training={"precision": "bf16"})) == 0
+    assert losses(tmp_path / "run") == losses(straight)
+    assert "this CPU has no fast bf16 arithmetic" in caplog.text
 
 
 def test_plain_clip_without_a_teacher_and_gradient_clipping(inputs: Inputs, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cliprd_core import precision
 from cliprd_core.data.batch import Preprocess
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.sources import open_sources
@@ -194,6 +195,7 @@ class TestModelHandling:
         spec = EvaluationSpec(zero_shot=[str(write_classification(tmp_path, [0, 1, 2, 3, 4, 5]))])
         seen: list[Tensor] = []
         original = zero_shot.relevant_ranks
+        monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
         monkeypatch.setattr(zero_shot, "relevant_ranks", lambda scores, relevant: (seen.append(scores), original(scores, relevant))[1])
         run(spec, model=model, precision=Precision.BF16)
         assert model.dtypes == {torch.bfloat16}

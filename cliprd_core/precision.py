@@ -1,0 +1,35 @@
+"""What a spec's `training.precision` means on the device at hand; the only place that knows of autocast."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import cache
+
+import torch
+
+from cliprd_core.spec import Precision
+
+_AUTOCAST_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+
+
+def autocast_type(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The type that matrix products are computed in; None: fp32 throughout.
+
+    bf16 is a matter of speed, so a CPU without instructions for it computes in fp32 instead: emulated, each product takes eighty times
+    as long.
+    """
+    if precision is Precision.BF16 and device.type == "cpu" and not cpu_has_bf16():
+        return None
+    return _AUTOCAST_TYPES.get(precision)
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether torch's CPU library has fast bf16 matrix products here (AVX-512, AMX, or Arm's bf16 extension)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """torch's autocast to `dtype`; None: fp32 throughout."""
+    context: AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return context
