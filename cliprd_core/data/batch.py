@@ -39,17 +39,30 @@ class Batch:
     sample_indices: Tensor  # (B,) int64, position of each pair in the training set
     student_images: Tensor  # (B, 3, H, W) float32, normalised
     student_tokens: Tensor  # (B, context) int64
-    teacher_images: Tensor | None  # None: there is no teacher, or it sees student_images
-    teacher_tokens: Tensor | None  # None: there is no teacher, or it reads student_tokens
+    teacher_images: tuple[Tensor | None, ...] = ()  # one per teacher; None: it sees student_images
+    teacher_tokens: tuple[Tensor | None, ...] = ()  # one per teacher; None: it reads student_tokens
 
     def to(self, device: torch.device) -> Batch:
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        """Everything but the indices on `device`, without waiting for the copies."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Everything but the indices in memory from which copies to a GPU overlap with computing."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def inputs_of_teacher(self, index: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) and tokens (B, context) of one teacher."""
+        images, tokens = self.teacher_images[index], self.teacher_tokens[index]
+        return self.student_images if images is None else images, self.student_tokens if tokens is None else tokens
+
+    def _with(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        def each(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            return tuple(None if tensor is None else move(tensor) for tensor in tensors)
 
         return Batch(
-            self.sample_indices,
-            self.student_images.to(device, non_blocking=True),
-            self.student_tokens.to(device, non_blocking=True),
-            move(self.teacher_images),
-            move(self.teacher_tokens),
+            sample_indices=self.sample_indices,
+            student_images=move(self.student_images),
+            student_tokens=move(self.student_tokens),
+            teacher_images=each(self.teacher_images),
+            teacher_tokens=each(self.teacher_tokens),
         )
