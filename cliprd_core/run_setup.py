@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cliprd_core import distributed
 from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, latest_valid, load_checkpoint, read_state, spec_as_json
 from cliprd_core.control import ControlGroup
-from cliprd_core.data.batch import ModelInput
+from cliprd_core.data.batch import FeatureStore, ModelInput
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
@@ -27,11 +26,12 @@ from cliprd_core.metrics_log import MetricsLog, Stopwatch
 from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
-from cliprd_core.precision import autocast, autocast_type
+from cliprd_core.precision import autocast_type
 from cliprd_core.run_dir import ATTEMPT_VARIABLE
 from cliprd_core.spec import Device, JobSpec, Precision
 from cliprd_core.step_module import MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch
 from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
+from cliprd_core.teacher_features import TeacherFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Run:
     device: torch.device
     student: LoadedModel
     teachers: list[LoadedModel]
+    teacher_features: TeacherFeatures
     objective: Objective | TeacherEnsemble
     passes: Passes  # forward and backward over the student and the objective
     trainable: list[nn.Parameter]
@@ -69,9 +70,6 @@ class Run:
     @property
     def parts(self) -> TrainedParts:
         return TrainedParts(self.student.model, self.objective, self.optimizer, self.scaler)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return autocast(self.device, autocast_type(self.spec.training.precision, self.device))
 
     def state_at(self, step: int) -> TrainingState:
         return training_state(self.spec, self.loader, self.scaler, self.teachers, step=step, attempt=self.attempt)
@@ -136,6 +134,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     control = ControlGroup()
     student = load_student(spec.student, seed=spec.training.seed)
     teachers = [load_teacher(teacher, field) for field, teacher in spec.teacher_fields.items()]
+    stores: list[FeatureStore | None] = [None] * len(teachers)
     loader, validation = _open_data(spec, run_dir, student, teachers, control)
     num_steps = loader.num_steps_per_epoch * spec.training.epochs
     check_schedule(spec.training, num_steps)
@@ -143,8 +142,6 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     objective = _build_objective(spec, student, teachers)
     computed_in = autocast_type(spec.training.precision, device)
     module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student)).to(device)
-    for teacher in teachers:
-        teacher.model.to(device)
     if distributed.world_size() > 1:
         _freeze_unused(student, device)
     optimizer = build_optimizer(module, spec.training)
@@ -166,6 +163,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         device=device,
         student=student,
         teachers=teachers,
+        teacher_features=TeacherFeatures(teachers, stores, device, computed_in, spec.training.micro_batch_size),
         objective=objective,
         passes=_build_passes(module, spec, device),
         trainable=[parameter for parameter in module.parameters() if parameter.requires_grad],

@@ -135,6 +135,13 @@ class DataSpec(SpecModel):
         default=[], max_length=MAX_LIST_LENGTH, description="Held-out pairs: the job reports retrieval on them."
     )
     crop_scale: tuple[Fraction, Fraction] = Field(default=(0.9, 1.0), description="RandomResizedCrop's area range, fractions of the image.")
+    teacher_views: StrictInt = Field(
+        default=4,
+        ge=0,
+        le=10_000,
+        description="Different crops of each image, which epochs take in turn: the teacher sees each once, and its features are kept"
+        " for later epochs, jobs and restarts. 0: a new crop every epoch, and the teacher runs in every step, as in the papers.",
+    )
 
     @field_validator("crop_scale")
     @classmethod

@@ -23,7 +23,6 @@ from cliprd_core.data.batch import Batch
 from cliprd_core.evaluation.run import evaluate
 from cliprd_core.export import export_model
 from cliprd_core.failures import DivergedError
-from cliprd_core.grad_cache import encode_in_micro_batches
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
 from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, write_atomically
@@ -91,7 +90,7 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
 
     if run.passes.micro_batch_size is None:
         batch = batch.to(run.device)  # else each micro batch goes there in its turn
-    teacher_image_features, teacher_text_features = _teacher_features(run, batch)
+    teacher_image_features, teacher_text_features = run.teacher_features.of(batch)
     losses = run.passes.forward(batch.student_images, batch.student_tokens, teacher_image_features, teacher_text_features)
 
     run.passes.backward(run.scaler.scale(losses["loss"]))
@@ -101,28 +100,8 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     run.scaler.update()
     run.optimizer.zero_grad()
     _clamp_logit_scale(run.student.model)
+    run.teacher_features.flush()
     return StepOutput(losses, grad_norm, learning_rate)
-
-
-def _teacher_features(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """The teachers' image and text features of the batch, (B, Dt) each, fp32, side by side; None where there is no teacher."""
-    if not run.teachers:
-        return None, None
-    with torch.no_grad(), run.autocast():  # not inference_mode: the loss keeps these for its backward pass
-        features = [_features_of(run, teacher.model, *batch.inputs_of_teacher(index)) for index, teacher in enumerate(run.teachers)]
-    images, texts = zip(*features, strict=True)
-    return torch.cat(images, dim=1), torch.cat(texts, dim=1)
-
-
-def _features_of(run: Run, model: ClipModel, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    """One teacher's image and text features, (B, D) each, fp32."""
-
-    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return model.encode_image(images).float(), model.encode_text(tokens).float()
-
-    if run.passes.micro_batch_size is None:
-        return encode(images, tokens)
-    return encode_in_micro_batches(encode, images, tokens, run.passes.micro_batch_size, run.device)
 
 
 def _clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

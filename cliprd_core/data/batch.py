@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -33,14 +36,51 @@ class ModelInput:
 
 
 @dataclass(frozen=True)
+class StoredFeatures:
+    """What a store holds of one teacher's features for the pairs of a batch: rows that are not present are arbitrary."""
+
+    image: Tensor  # (B, D), L2-normalised
+    image_present: Tensor  # (B,) bool
+    text: Tensor  # (B, D), L2-normalised
+    text_present: Tensor  # (B,) bool
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.image_present.all()) and bool(self.text_present.all())
+
+
+class FeatureReader(Protocol):
+    """Where a teacher's features may be found that were computed before. Used by several processes at once."""
+
+    def read(self, indices: NDArray[np.int64], view: int) -> StoredFeatures:
+        """Features of the samples `indices` (B,), of their images as cropped in `view` and of their captions."""
+
+
+class FeatureStore(FeatureReader, Protocol):
+    """Keeps what it is given, and gives back the same bits."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What features are kept in."""
+
+    def write_images(self, indices: NDArray[np.int64], view: int, features: Tensor) -> None:
+        """Keep (b, D) features in `dtype`, L2-normalised, of the images of samples `indices` (b,) as cropped in `view`."""
+
+    def write_texts(self, indices: NDArray[np.int64], features: Tensor) -> None:
+        """Keep (b, D) features in `dtype`, L2-normalised, of the captions of samples `indices` (b,)."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """One process's share of a step. B is the number of pairs in it."""
 
     sample_indices: Tensor  # (B,) int64, position of each pair in the training set
+    view: int  # which crop of each image this is; without a limit on their number, the epoch
     student_images: Tensor  # (B, 3, H, W) float32, normalised
     student_tokens: Tensor  # (B, context) int64
     teacher_images: tuple[Tensor | None, ...] = ()  # one per teacher; None: it sees student_images
     teacher_tokens: tuple[Tensor | None, ...] = ()  # one per teacher; None: it reads student_tokens
+    stored_features: tuple[StoredFeatures | None, ...] = ()  # one per teacher, as they were when the batch was prepared; None: no store
 
     def to(self, device: torch.device) -> Batch:
         """Everything but the indices on `device`, without waiting for the copies."""
@@ -51,7 +91,9 @@ class Batch:
         return self._with(lambda tensor: tensor.pin_memory())
 
     def inputs_of_teacher(self, index: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and tokens (B, context) of one teacher."""
+        """Images (B, 3, H, W) and tokens (B, context) of one teacher whose features are not all stored."""
+        stored = self.stored_features[index] if self.stored_features else None
+        assert stored is None or not stored.is_complete, "its inputs were not prepared"
         images, tokens = self.teacher_images[index], self.teacher_tokens[index]
         return self.student_images if images is None else images, self.student_tokens if tokens is None else tokens
 
@@ -61,8 +103,10 @@ class Batch:
 
         return Batch(
             sample_indices=self.sample_indices,
+            view=self.view,
             student_images=move(self.student_images),
             student_tokens=move(self.student_tokens),
             teacher_images=each(self.teacher_images),
             teacher_tokens=each(self.teacher_tokens),
+            stored_features=self.stored_features,
         )
