@@ -31,6 +31,7 @@ from cliprd_core.run_setup import CACHE_DIR, Run, prepare_run
 from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import StepLosses
 from cliprd_core.stopping import StopRequest
+from cliprd_core.text_encoding import encode_text
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     torch.manual_seed(_step_seed(run.spec.training.seed, step, distributed.rank()))
 
     if run.passes.micro_batch_size is None:
-        batch = batch.to(run.device)  # else each micro batch goes there in its turn
+        batch = batch.to(run.device)  # else each micro batch's images go there in their turn
     teacher_image_features, teacher_text_features = _teacher_features(run, batch)
     losses = run.passes.forward(batch.student_images, batch.student_tokens, teacher_image_features, teacher_text_features)
 
@@ -111,7 +112,7 @@ def _teacher_features(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor | N
     model = run.teacher.model
 
     def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return model.encode_image(images).float(), model.encode_text(tokens).float()
+        return model.encode_image(images).float(), encode_text(model, tokens, run.device).float()
 
     images = batch.student_images if batch.teacher_images is None else batch.teacher_images
     tokens = batch.student_tokens if batch.teacher_tokens is None else batch.teacher_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,13 +43,7 @@ class Batch:
     teacher_tokens: Tensor | None  # None: there is no teacher, or it reads student_tokens
 
     def to(self, device: torch.device) -> Batch:
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return Batch(
-            self.sample_indices,
-            self.student_images.to(device, non_blocking=True),
-            self.student_tokens.to(device, non_blocking=True),
-            move(self.teacher_images),
-            move(self.teacher_tokens),
-        )
+        """Images on `device`; tokens stay on the host, where `text_encoding.encode_text` reads off their lengths."""
+        teacher_images = None if self.teacher_images is None else self.teacher_images.to(device, non_blocking=True)
+        student_images = self.student_images.to(device, non_blocking=True)
+        return replace(self, student_images=student_images, teacher_images=teacher_images)
