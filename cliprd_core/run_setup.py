@@ -250,19 +250,19 @@ def _build_passes(module: StudentWithObjective, spec: JobSpec, device: torch.dev
     batch_size = spec.training.global_batch_size // distributed.world_size()
     micro_batch_size = spec.training.micro_batch_size
     if micro_batch_size is None or micro_batch_size >= batch_size:
-        return WholeBatch(_data_parallel(module, device))
-    return GradCache(module, _data_parallel(FeatureEncoder(module), device), micro_batch_size, device)
+        return WholeBatch(_data_parallel(module))
+    return GradCache(module, _data_parallel(FeatureEncoder(module)), micro_batch_size, device)
 
 
-def _data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+def _data_parallel(module: nn.Module) -> nn.Module:
     """Wrap for several processes; alone, the module itself.
 
     A student with batch normalisation (`RN50`, …) normalises over each process's share, and rank 0's running statistics are kept.
     """
     if distributed.world_size() == 1:
         return module
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Without `device_ids`, so that the wrapper leaves its inputs where they are: the tokens on the host.
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def _freeze_unused(student: LoadedModel, device: torch.device) -> None:

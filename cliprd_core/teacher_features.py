@@ -18,12 +18,13 @@ from cliprd_core.data.batch import Batch, FeatureStore
 from cliprd_core.losses import unit_rows
 from cliprd_core.models import LoadedModel
 from cliprd_core.precision import autocast
+from cliprd_core.text_encoding import encode_text
 
 CPU_CHUNK_ROWS = 64
 GPU_CHUNK_ROWS = 256
 
 Encode = Callable[[Tensor], Tensor]
-"""Inputs (b, …) on the device to features (b, D)."""
+"""Inputs (b, …), on the host or on the device, to features (b, D), fp32, on the device."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TeacherFeatures:
     def of(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Image and text features, (B, sum of the teachers' widths) each, fp32, on the device; None without teachers.
 
-        Inputs may be on the host or on the device. Call `flush` before the end of the step.
+        Images may be on the host or on the device. Call `flush` before the end of the step.
         """
         if not self._teachers:
             return None, None
@@ -89,8 +90,8 @@ class TeacherFeatures:
     def _online(self, index: int, teacher: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         images, tokens = batch.inputs_of_teacher(index)
         rows = self._micro_batch_size or len(images)
-        encode_image, encode_text = self._encoders(teacher)
-        return _in_chunks(encode_image, images, rows, self._device), _in_chunks(encode_text, tokens, rows, self._device)
+        of_images, of_texts = self._encoders(teacher)
+        return _in_chunks(of_images, images, rows), _in_chunks(of_texts, tokens, rows)
 
     def _stored(self, index: int, teacher: LoadedModel, store: FeatureStore, batch: Batch) -> tuple[Tensor, Tensor]:
         indices = batch.sample_indices.numpy()
@@ -101,7 +102,7 @@ class TeacherFeatures:
         image, text = (one.to(self._device, non_blocking=True) for one in (found.image, found.text))
         if not found.is_complete:
             images, tokens = batch.inputs_of_teacher(index)
-            encode_image, encode_text = self._encoders(teacher)
+            of_images, of_texts = self._encoders(teacher)
 
             def keep_images(rows: Tensor) -> Callable[[Tensor], None]:
                 return lambda features: store.write_images(indices[rows.numpy()], batch.view, features)
@@ -109,8 +110,8 @@ class TeacherFeatures:
             def keep_texts(rows: Tensor) -> Callable[[Tensor], None]:
                 return lambda features: store.write_texts(indices[rows.numpy()], features)
 
-            image = self._completed(image, found.image_present, images, encode_image, keep_images)
-            text = self._completed(text, found.text_present, tokens, encode_text, keep_texts)
+            image = self._completed(image, found.image_present, images, of_images, keep_images)
+            text = self._completed(text, found.text_present, tokens, of_texts, keep_texts)
         return image.float(), text.float()
 
     def _completed(
@@ -123,7 +124,7 @@ class TeacherFeatures:
             missing = (~present_B[chunk]).nonzero().flatten()
             part_bD = stored_BD[chunk]
             if len(missing):
-                computed_bD = unit_rows(encode(inputs[chunk].to(self._device, non_blocking=True))).to(stored_BD.dtype)
+                computed_bD = unit_rows(encode(inputs[chunk])).to(stored_BD.dtype)
                 present_b1 = present_B[chunk, None].to(self._device, non_blocking=True)
                 part_bD = torch.where(present_b1, part_bD, computed_bD)
                 self._keep_later(computed_bD[missing.to(self._device)], keep(start + missing))
@@ -143,18 +144,17 @@ class TeacherFeatures:
     def _encoders(self, teacher: LoadedModel) -> tuple[Encode, Encode]:
         model = teacher.model.to(self._device)  # a look at its parameters, if it is there
 
-        def encode_image(images: Tensor) -> Tensor:
+        def of_images(images: Tensor) -> Tensor:
             with autocast(self._device, self._autocast_type):
-                return model.encode_image(images).float()
+                return model.encode_image(images.to(self._device, non_blocking=True)).float()
 
-        def encode_text(tokens: Tensor) -> Tensor:
+        def of_texts(tokens: Tensor) -> Tensor:
             with autocast(self._device, self._autocast_type):
-                return model.encode_text(tokens).float()
+                return encode_text(model, tokens, self._device).float()
 
-        return encode_image, encode_text
+        return of_images, of_texts
 
 
-def _in_chunks(encode: Encode, inputs: Tensor, num_rows: int, device: torch.device) -> Tensor:
+def _in_chunks(encode: Encode, inputs: Tensor, num_rows: int) -> Tensor:
     """Features (B, D) of inputs (B, …), as few rows at a time as `num_rows` allows, as even as can be."""
-    parts = inputs.tensor_split(-(-len(inputs) // num_rows))
-    return torch.cat([encode(part.to(device, non_blocking=True)) for part in parts])
+    return torch.cat([encode(part) for part in inputs.tensor_split(-(-len(inputs) // num_rows))])

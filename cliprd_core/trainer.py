@@ -89,7 +89,7 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     torch.manual_seed(_step_seed(run.spec.training.seed, step, distributed.rank()))
 
     if run.passes.micro_batch_size is None:
-        batch = batch.to(run.device)  # else each micro batch goes there in its turn
+        batch = batch.to(run.device)  # else each micro batch's images go there in their turn
     teacher_image_features, teacher_text_features = run.teacher_features.of(batch)
     losses = run.passes.forward(batch.student_images, batch.student_tokens, teacher_image_features, teacher_text_features)
 

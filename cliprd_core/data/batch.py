@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -83,30 +83,20 @@ class Batch:
     stored_features: tuple[StoredFeatures | None, ...] = ()  # one per teacher, as they were when the batch was prepared; None: no store
 
     def to(self, device: torch.device) -> Batch:
-        """Everything but the indices on `device`, without waiting for the copies."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        """Images on `device`, without waiting for the copies; tokens stay on the host, where `encode_text` reads off their lengths."""
+        return self._with_images(lambda images: images.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Everything but the indices in memory from which copies to a GPU overlap with computing."""
-        return self._with(lambda tensor: tensor.pin_memory())
+        """Images in memory from which copies to a GPU overlap with computing."""
+        return self._with_images(lambda images: images.pin_memory())
 
     def inputs_of_teacher(self, index: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and tokens (B, context) of one teacher whose features are not all stored."""
+        """Images (B, 3, H, W) and tokens (B, context), these on the host, of one teacher whose features are not all stored."""
         stored = self.stored_features[index] if self.stored_features else None
         assert stored is None or not stored.is_complete, "its inputs were not prepared"
         images, tokens = self.teacher_images[index], self.teacher_tokens[index]
         return self.student_images if images is None else images, self.student_tokens if tokens is None else tokens
 
-    def _with(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        def each(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            return tuple(None if tensor is None else move(tensor) for tensor in tensors)
-
-        return Batch(
-            sample_indices=self.sample_indices,
-            view=self.view,
-            student_images=move(self.student_images),
-            student_tokens=move(self.student_tokens),
-            teacher_images=each(self.teacher_images),
-            teacher_tokens=each(self.teacher_tokens),
-            stored_features=self.stored_features,
-        )
+    def _with_images(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        teacher_images = tuple(None if images is None else move(images) for images in self.teacher_images)
+        return replace(self, student_images=move(self.student_images), teacher_images=teacher_images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol
@@ -21,6 +21,7 @@ from cliprd_core.data.transforms import center_crop, decode_rgb, normalise
 from cliprd_core.evaluation.datasets import ImageSet, Truth
 from cliprd_core.precision import autocast, autocast_type
 from cliprd_core.spec import Precision
+from cliprd_core.text_encoding import encode_text
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +63,28 @@ class Evaluator:
                 log.warning("an image of evaluation set %s is left out: %s", name, error)
             if batch.truths:
                 num_read += len(batch.truths)
-                yield self._encode(self.model.encode_image, batch.pixels), batch.truths
+                yield self._encode_images(batch.pixels), batch.truths
         if 2 * num_read < images.num_images:
             raise InvalidDataError(f"{images.num_images - num_read} of the {images.num_images} images of {name} cannot be read")
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Features (len(texts), D)."""
         batches = [list(texts[start : start + self.batch_size]) for start in range(0, len(texts), self.batch_size)]
-        return torch.cat([self._encode(self.model.encode_text, self.tokenizer(batch)) for batch in batches])
+        return torch.cat([self._encode_texts(self.tokenizer(batch)) for batch in batches])
 
-    def _encode(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+    def _encode_images(self, pixels: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.device, autocast_type(self.precision, self.device)):
-            features = encode(inputs.to(self.device), normalize=False)
-        return F.normalize(features.float(), dim=-1)  # in fp32, not in the model's arithmetic
+            features = self.model.encode_image(pixels.to(self.device), normalize=False)
+        return _unit_rows(features)
+
+    def _encode_texts(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(self.device, autocast_type(self.precision, self.device)):
+            features = encode_text(self.model, tokens, self.device)
+        return _unit_rows(features)
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1)  # in fp32, not in the model's arithmetic
 
 
 @dataclass(frozen=True)
