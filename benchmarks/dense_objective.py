@@ -15,7 +15,8 @@ class DenseObjective(nn.Module):
 
     def __init__(self, weights: ObjectiveSpec, *, student_width: int, teacher_width: int, teacher_logit_scale: float) -> None:
         super().__init__()
-        assert student_width == teacher_width, "the dense form has no projections"
+        if student_width != teacher_width:
+            raise ValueError(f"the dense form has no projections: widths must be equal, not {student_width} and {teacher_width}")
         self.weights = weights
         self.teacher_logit_scale = teacher_logit_scale
         self.cross_scale, self.image_scale, self.text_scale = (nn.Parameter(torch.tensor(INITIAL_SCALE)) for _ in range(3))

@@ -5,8 +5,8 @@ AdamW without its fused kernel. Then each improvement alone, all together with t
 the student trained with no teacher at all, which is the bound. Images and captions are made up; captions have the lengths of web
 captions (log-normal, `--mean-tokens` on average with both end tokens). Loading data is not part of it: see benchmarks/data.py.
 
-All ways take the same batches in the same process, in turn, round by round; a way's time is its median over the rounds, after a first one that
-is not counted. `--compile` adds `torch.compile` of the student.
+All ways take the same batches in the same process, in turn, round by round; a way's time is its median over the rounds, after a first one
+that is not counted. `--compile` adds `torch.compile` of the student.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cliprd_core.data.batch import Batch, StoredFeatures
+from cliprd_core.losses import unit_rows
 from cliprd_core.models import LoadedModel, load_student
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer
@@ -90,25 +91,28 @@ class WholeContext(nn.Module):
 class Store:
     """A store in memory: full, or forgetting all it is given, as an empty one seems in its first epoch."""
 
-    dtype = torch.float16
-
     def __init__(self, width: int, *, is_full: bool) -> None:
         self._width, self._is_full = width, is_full
         self._kept: list[Tensor] = []
 
-    def read(self, indices: NDArray[np.int64], view: int) -> StoredFeatures:
+    def read_images(self, indices: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
         del view
+        return self.read_texts(indices)
+
+    def read_texts(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         rows = torch.randn(len(indices), self._width, generator=torch.Generator().manual_seed(0)).half()
-        present = torch.full((len(indices),), self._is_full)
-        return StoredFeatures(rows, present, rows, present)
+        return rows, torch.full((len(indices),), self._is_full)
 
-    def write_images(self, indices: NDArray[np.int64], view: int, features: Tensor) -> None:
-        del indices, view
-        self._kept = [features.clone()]
+    def rounded(self, features_bD: Tensor) -> Tensor:
+        return unit_rows(features_bD).half()
 
-    def write_texts(self, indices: NDArray[np.int64], features: Tensor) -> None:
+    def write_images(self, indices: NDArray[np.int64], view: int, features_bD: Tensor) -> None:
+        del view
+        self.write_texts(indices, features_bD)
+
+    def write_texts(self, indices: NDArray[np.int64], features_bD: Tensor) -> None:
         del indices
-        self._kept = [features.clone()]
+        self._kept = [features_bD.clone()]
 
 
 def make_batches(args: argparse.Namespace, student: LoadedModel, teacher: LoadedModel) -> list[Batch]:
@@ -142,7 +146,7 @@ def _image_sizes(student: LoadedModel, teacher: LoadedModel) -> list[int]:
     return sizes if sizes[0] != sizes[1] else sizes[:1]
 
 
-def make_step(way: Way, student: LoadedModel, teacher: LoadedModel, args: argparse.Namespace) -> Callable[[Batch], None]:
+def make_step(way: Way, teacher: LoadedModel, args: argparse.Namespace) -> Callable[[Batch], None]:
     """One training step in this way, with models of its own."""
     device = torch.device(args.device)
     dtype = autocast_type(Precision(args.precision), device)
@@ -166,7 +170,7 @@ def make_step(way: Way, student: LoadedModel, teacher: LoadedModel, args: argpar
     passes = WholeBatch(module)
 
     def step(batch: Batch) -> None:
-        stored = None if store is None else store.read(batch.sample_indices.numpy(), 0)
+        stored = None if store is None else StoredFeatures.read(store, batch.sample_indices.numpy(), 0)
         batch = replace(batch, stored_features=(stored,)).to(device)
         image_features, text_features = features.of(batch)
         losses = passes.forward(batch.student_images, batch.student_tokens, image_features, text_features)
@@ -186,7 +190,7 @@ def measure(args: argparse.Namespace) -> dict[Way, float]:
     teacher.model.requires_grad_(False).eval()
     student = load_student(StudentSpec(model=args.student), seed=0)
     batches = make_batches(args, student, teacher)
-    steps = {way: make_step(way, student, teacher, args) for way in ways(args.compile)}
+    steps = {way: make_step(way, teacher, args) for way in ways(args.compile)}
     times: dict[Way, list[float]] = {way: [] for way in steps}
     for round_number in range(args.rounds + 1):
         for way, step in steps.items():

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cliprd_core.data.batch import Batch, FeatureStore
-from cliprd_core.losses import unit_rows
+from cliprd_core.data.batch import Batch, FeatureStore, StoredFeatures
 from cliprd_core.models import LoadedModel
 from cliprd_core.precision import autocast
 from cliprd_core.text_encoding import encode_text
@@ -31,7 +30,8 @@ Encode = Callable[[Tensor], Tensor]
 class _Write:
     """Features on their way to the host."""
 
-    keep: Callable[[Tensor], None]
+    keep: Callable[[Tensor, Tensor], None]
+    rows: Tensor  # (b,) places in the batch
     features: Tensor  # on the host, complete once `copied` has happened
     copied: torch.cuda.Event | None  # None: complete already
 
@@ -85,7 +85,7 @@ class TeacherFeatures:
         for write in writes:
             if write.copied is not None:
                 write.copied.synchronize()
-            write.keep(write.features)
+            write.keep(write.rows, write.features)
 
     def _online(self, index: int, teacher: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         images, tokens = batch.inputs_of_teacher(index)
@@ -98,48 +98,48 @@ class TeacherFeatures:
         found = batch.stored_features[index]
         assert found is not None, "the loader was given another set of stores"
         if not found.is_complete:
-            found = store.read(indices, batch.view)  # with what has been written since the batch was prepared
+            found = StoredFeatures.read(store, indices, batch.view)  # with what has been written since the batch was prepared
         image, text = (one.to(self._device, non_blocking=True) for one in (found.image, found.text))
         if not found.is_complete:
             images, tokens = batch.inputs_of_teacher(index)
             of_images, of_texts = self._encoders(teacher)
 
-            def keep_images(rows: Tensor) -> Callable[[Tensor], None]:
-                return lambda features: store.write_images(indices[rows.numpy()], batch.view, features)
+            def keep_images(rows: Tensor, features: Tensor) -> None:
+                store.write_images(indices[rows.numpy()], batch.view, features)
 
-            def keep_texts(rows: Tensor) -> Callable[[Tensor], None]:
-                return lambda features: store.write_texts(indices[rows.numpy()], features)
+            def keep_texts(rows: Tensor, features: Tensor) -> None:
+                store.write_texts(indices[rows.numpy()], features)
 
-            image = self._completed(image, found.image_present, images, of_images, keep_images)
-            text = self._completed(text, found.text_present, tokens, of_texts, keep_texts)
+            image = self._completed(image, found.image_present, images, lambda part: store.rounded(of_images(part)), keep_images)
+            text = self._completed(text, found.text_present, tokens, lambda part: store.rounded(of_texts(part)), keep_texts)
         return image.float(), text.float()
 
     def _completed(
-        self, stored_BD: Tensor, present_B: Tensor, inputs: Tensor, encode: Encode, keep: Callable[[Tensor], Callable[[Tensor], None]]
+        self, stored_BD: Tensor, present_B: Tensor, inputs: Tensor, encode: Encode, keep: Callable[[Tensor, Tensor], None]
     ) -> Tensor:
-        """`stored_BD` with its missing rows computed, chunk by chunk; they are kept at the next `flush`."""
+        """`stored_BD` with its missing rows computed, chunk by chunk; they are kept, by their places in the batch, at the next `flush`."""
         parts = []
         for start in range(0, len(inputs), self._chunk_rows):
             chunk = slice(start, start + self._chunk_rows)
             missing = (~present_B[chunk]).nonzero().flatten()
             part_bD = stored_BD[chunk]
             if len(missing):
-                computed_bD = unit_rows(encode(inputs[chunk])).to(stored_BD.dtype)
+                computed_bD = encode(inputs[chunk])
                 present_b1 = present_B[chunk, None].to(self._device, non_blocking=True)
                 part_bD = torch.where(present_b1, part_bD, computed_bD)
-                self._keep_later(computed_bD[missing.to(self._device)], keep(start + missing))
+                self._keep_later(start + missing, computed_bD[missing.to(self._device)], keep)
             parts.append(part_bD)
         return torch.cat(parts)
 
-    def _keep_later(self, features: Tensor, keep: Callable[[Tensor], None]) -> None:
+    def _keep_later(self, rows: Tensor, features: Tensor, keep: Callable[[Tensor, Tensor], None]) -> None:
         if features.device.type == "cpu":
-            self._writes.append(_Write(keep, features, None))
+            self._writes.append(_Write(keep, rows, features, None))
             return
         on_host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
         on_host.copy_(features, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        self._writes.append(_Write(keep, on_host, copied))
+        self._writes.append(_Write(keep, rows, on_host, copied))
 
     def _encoders(self, teacher: LoadedModel) -> tuple[Encode, Encode]:
         model = teacher.model.to(self._device)  # a look at its parameters, if it is there

@@ -1,8 +1,8 @@
 """The training loop: steps, records, evaluations, checkpoints, and how a run ends.
 
-What is built before the first step is in `run_setup.py`. Every rank runs this code; rank 0 alone evaluates and writes, while the
-others wait for it. A run may end at any moment, by SIGTERM (it saves and can be resumed) or by SIGKILL (it resumes from its newest
-checkpoint); on the CPU the resumed run's weights equal those of one never interrupted, bit for bit.
+What is built before the first step is in `run_setup.py`. Every rank runs this code; rank 0 alone writes. A run may end at any moment, by
+SIGTERM (it saves and can be resumed) or by SIGKILL (it resumes from its newest checkpoint); on the CPU the resumed run's weights equal
+those of one never interrupted, bit for bit.
 """
 
 from __future__ import annotations
@@ -200,12 +200,14 @@ def _is_evaluation_due(run: Run, step: int) -> bool:
 
 
 def _evaluate_if_due(run: Run, step: int) -> None:
-    """Rank 0 evaluates the student as it will be deployed; the others wait."""
+    """All ranks evaluate the student as it will be deployed, each a share; rank 0 adds up and records."""
     if not _is_evaluation_due(run, step):
         return
     with run.stopwatch.paused():
+        distributed.broadcast_buffers(run.student.model)
+        records = _evaluate(run, step)
         if distributed.is_main():
-            run.metrics.evaluation(_evaluate(run, step), step)
+            run.metrics.evaluation(records, step)
         run.control.wait()
 
 
@@ -220,6 +222,7 @@ def _evaluate(run: Run, step: int) -> list[EvaluationRecord]:
         device=run.device,
         precision=run.spec.training.precision,
         cache_dir=run.run_dir / CACHE_DIR,
+        group=run.control,
     )
     return [
         EvaluationRecord(

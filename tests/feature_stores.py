@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cliprd_core.data.batch import StoredFeatures
+from cliprd_core.losses import unit_rows
 
 
 class MemoryStore:
@@ -23,18 +23,25 @@ class MemoryStore:
         self.written_images: list[tuple[int, int]] = []  # (view, sample)
         self.written_texts: list[int] = []
 
-    def read(self, indices: NDArray[np.int64], view: int) -> StoredFeatures:
+    def read_images(self, indices: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices)
-        return StoredFeatures(self.images[view, rows], self.image_present[view, rows], self.texts[rows], self.text_present[rows])
+        return self.images[view, rows], self.image_present[view, rows]
 
-    def write_images(self, indices: NDArray[np.int64], view: int, features: Tensor) -> None:
-        assert features.dtype == self.dtype
-        self.images[view, indices] = features
+    def read_texts(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(indices)
+        return self.texts[rows], self.text_present[rows]
+
+    def rounded(self, features_bD: Tensor) -> Tensor:
+        return unit_rows(features_bD).to(self.dtype)
+
+    def write_images(self, indices: NDArray[np.int64], view: int, features_bD: Tensor) -> None:
+        assert features_bD.dtype == self.dtype
+        self.images[view, indices] = features_bD
         self.image_present[view, indices] = True
         self.written_images += [(view, index) for index in indices.tolist()]
 
-    def write_texts(self, indices: NDArray[np.int64], features: Tensor) -> None:
-        assert features.dtype == self.dtype
-        self.texts[indices] = features
+    def write_texts(self, indices: NDArray[np.int64], features_bD: Tensor) -> None:
+        assert features_bD.dtype == self.dtype
+        self.texts[indices] = features_bD
         self.text_present[indices] = True
         self.written_texts += indices.tolist()

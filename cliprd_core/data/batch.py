@@ -44,6 +44,11 @@ class StoredFeatures:
     text: Tensor  # (B, D), L2-normalised
     text_present: Tensor  # (B,) bool
 
+    @classmethod
+    def read(cls, reader: FeatureReader, indices: NDArray[np.int64], view: int) -> StoredFeatures:
+        """What `reader` has now of the samples `indices` (B,), their images as cropped in `view`."""
+        return cls(*reader.read_images(indices, view), *reader.read_texts(indices))
+
     @property
     def is_complete(self) -> bool:
         return bool(self.image_present.all()) and bool(self.text_present.all())
@@ -52,22 +57,24 @@ class StoredFeatures:
 class FeatureReader(Protocol):
     """Where a teacher's features may be found that were computed before. Used by several processes at once."""
 
-    def read(self, indices: NDArray[np.int64], view: int) -> StoredFeatures:
-        """Features of the samples `indices` (B,), of their images as cropped in `view` and of their captions."""
+    def read_images(self, indices: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
+        """Features (B, D) of the images of the samples `indices` (B,) as cropped in `view`, and (B,) bool, which are there."""
+
+    def read_texts(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Features (B, D) of the captions of the samples `indices` (B,), and (B,) bool, which are there."""
 
 
 class FeatureStore(FeatureReader, Protocol):
     """Keeps what it is given, and gives back the same bits."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What features are kept in."""
+    def rounded(self, features_bD: Tensor) -> Tensor:
+        """(b, D) features as a reader will get them: L2-normalised, in the stored type, on the same device."""
 
-    def write_images(self, indices: NDArray[np.int64], view: int, features: Tensor) -> None:
-        """Keep (b, D) features in `dtype`, L2-normalised, of the images of samples `indices` (b,) as cropped in `view`."""
+    def write_images(self, indices: NDArray[np.int64], view: int, features_bD: Tensor) -> None:
+        """Keep (b, D) features, as `rounded` gave them, of the images of samples `indices` (b,) as cropped in `view`."""
 
-    def write_texts(self, indices: NDArray[np.int64], features: Tensor) -> None:
-        """Keep (b, D) features in `dtype`, L2-normalised, of the captions of samples `indices` (b,)."""
+    def write_texts(self, indices: NDArray[np.int64], features_bD: Tensor) -> None:
+        """Keep (b, D) features, as `rounded` gave them, of the captions of samples `indices` (b,)."""
 
 
 @dataclass(frozen=True)

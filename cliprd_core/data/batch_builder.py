@@ -101,7 +101,7 @@ class BatchBuilder:
         return BuiltBatch(self._finish(draft, view, stored), draft.corrupt)
 
     def _stored(self, indices: NDArray[np.int64], view: int) -> list[StoredFeatures | None]:
-        return [None if reader is None else reader.read(indices, view) for reader in self._readers]
+        return [None if reader is None else StoredFeatures.read(reader, indices, view) for reader in self._readers]
 
     def _crops_for(self, stored: Sequence[StoredFeatures | None]) -> set[_Crop]:
         """What the student and the teachers that are to run want."""

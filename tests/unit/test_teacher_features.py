@@ -65,7 +65,7 @@ def make_batch(start: int, view: int, stores: Sequence[MemoryStore | None]) -> B
         student_tokens=torch.stack([indices + 1, 2 * indices + 3, 0 * indices], dim=1),
         teacher_images=(None,) * len(stores),
         teacher_tokens=(None,) * len(stores),
-        stored_features=tuple(None if store is None else store.read(indices.numpy(), view) for store in stores),
+        stored_features=tuple(None if store is None else StoredFeatures.read(store, indices.numpy(), view) for store in stores),
     )
 
 
