@@ -121,8 +121,8 @@ def test_torchrun_is_told_not_to_restart_and_to_be_more_patient_than_we_are() ->
 def test_threads_are_shared_out_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == str(cores)
-    assert trainer_environment(3, 10 * cores)["OMP_NUM_THREADS"] == "1"
+    assert trainer_environment(1, 1, tmp_path)["OMP_NUM_THREADS"] == str(cores)
+    assert trainer_environment(3, 10 * cores, tmp_path)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == "7"
-    assert trainer_environment(3, 1)["CLIPRD_ATTEMPT"] == "3"
+    assert trainer_environment(1, 1, tmp_path)["OMP_NUM_THREADS"] == "7"
+    assert trainer_environment(3, 1, tmp_path)["CLIPRD_ATTEMPT"] == "3"

@@ -47,6 +47,7 @@ class Bench:
             database_url=url,
             artifacts_root=folder / "artifacts",
             runs_root=folder / "runs",
+            teacher_store_root=folder / "teacher-stores",
             lease_seconds=2,
             heartbeat_seconds=0.2,
             grace_seconds=5,
@@ -75,7 +76,7 @@ class Bench:
     def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
         def launch(run: Path, job: HeldJob) -> TrainingProcess:
             command = [sys.executable, str(FAKE_TRAINER), str(run / "spec.json")]
-            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1))
+            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1, self.settings.teacher_store_root))
             return self.process
 
         return Supervisor(job, settings or self.settings, self.stop.is_set, launch)
