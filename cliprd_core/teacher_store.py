@@ -270,8 +270,7 @@ class TeacherStore:
     def _read(self, rows: _Rows, rows_b: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         features_bD, present_b = rows.read(rows_b)
         num_hits = int(present_b.sum())
-        self._hits, self._misses = self._hits + num_hits, self._misses + len(present_b) - num_hits
-        self._note_usage()
+        self._note_usage(hits=num_hits, misses=len(present_b) - num_hits)
         return torch.from_numpy(features_bD).view(self._dtype), torch.from_numpy(present_b)
 
     def _write(self, rows: _Rows, rows_b: NDArray[np.int64], features_bD: Tensor) -> None:
@@ -289,10 +288,11 @@ class TeacherStore:
             self.is_writable = False
             logger.warning("the teacher store %s is filled no further: %s; training goes on without", self._folder, error.strerror)
 
-    def _note_usage(self, *, is_last: bool = False) -> None:
-        """Add this process's counts to usage.json, now and then, and at the end."""
+    def _note_usage(self, *, hits: int = 0, misses: int = 0, is_last: bool = False) -> None:
+        """Count, and add this process's counts to usage.json now and then, and at the end."""
         if os.getpid() != self._pid:  # just forked: the counts so far are the parent's
             self._pid, self._hits, self._misses, self._noted_at = os.getpid(), 0, 0, time.monotonic()
+        self._hits, self._misses = self._hits + hits, self._misses + misses
         if time.monotonic() - self._noted_at < USAGE_SECONDS and not is_last:
             return
         self._noted_at = time.monotonic()
