@@ -36,6 +36,9 @@ EXPORT_DIR = "export"
 ATTEMPT_VARIABLE = "CLIPRD_ATTEMPT"
 """Environment variable that tells the trainer which attempt it is; unset means 1."""
 
+TEACHER_STORE_VARIABLE = "CLIPRD_TEACHER_STORE_ROOT"
+"""Environment variable that tells the trainer the root folder of the teacher stores, the worker's setting of that name; unset: none."""
+
 EXIT_CODE_STOPPED = 75
 """The trainer's exit code after SIGTERM: it saved a checkpoint and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cliprd_core.run_dir import ATTEMPT_VARIABLE, EXIT_CODE_STOPPED, LOG_FILE, SPEC_FILE
+from cliprd_core.run_dir import ATTEMPT_VARIABLE, EXIT_CODE_STOPPED, LOG_FILE, SPEC_FILE, TEACHER_STORE_VARIABLE
 from service.die_with_parent import LAUNCHER, wrap
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,15 @@ def torchrun_command(num_processes: int, grace_seconds: float, trainer: Sequence
     ]
 
 
-def trainer_environment(attempt: int, num_processes: int) -> dict[str, str]:
+def trainer_environment(attempt: int, num_processes: int, teacher_store_root: Path) -> dict[str, str]:
     """The worker's environment plus what the contract with the trainer asks for.
 
     Threads are shared out over the processes unless OMP_NUM_THREADS is set: torch would give every process all cores.
     """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    return environment | {ATTEMPT_VARIABLE: str(attempt), DIE_WITH_PARENT_VARIABLE: "1"}
+    contract = {ATTEMPT_VARIABLE: str(attempt), TEACHER_STORE_VARIABLE: str(teacher_store_root.resolve())}
+    return environment | contract | {DIE_WITH_PARENT_VARIABLE: "1"}
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,12 @@ class TrainingProcess:
             )
 
     @classmethod
-    def start(cls, run: Path, *, attempt: int, num_processes: int, grace_seconds: float, trainer: Sequence[str]) -> TrainingProcess:
+    def start(
+        cls, run: Path, *, attempt: int, num_processes: int, grace_seconds: float, trainer: Sequence[str], teacher_store_root: Path
+    ) -> TrainingProcess:
         """Start `trainer` (`-m MODULE` or a script) on the spec in `run`, one process per device."""
         command = torchrun_command(num_processes, grace_seconds, [*trainer, str(run / SPEC_FILE)])
-        return cls(run, command, trainer_environment(attempt, num_processes))
+        return cls(run, command, trainer_environment(attempt, num_processes, teacher_store_root))
 
     @property
     def pid(self) -> int:

@@ -18,6 +18,14 @@ class WorkerSettings(BaseSettings):
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis, as the API's.")
     artifacts_root: Path = Field(default=Path(".cliprd/artifacts"), description="Folder of the artifact store, as the API's.")
     runs_root: Path = Field(default=Path(".cliprd/runs"), description="Run directories of this machine's jobs, one each.")
+    teacher_store_root: Path = Field(
+        default=Path(".cliprd/teacher-stores"), description="Folder of the teacher stores, as the API's; on a disk of this machine."
+    )
+    teacher_store_max_bytes: int = Field(
+        default=200_000_000_000,
+        ge=0,
+        description="Before each job, stores are deleted until all together take at most this on disk; the longest unused first.",
+    )
     queues: Annotated[tuple[str, ...], NoDecode] = Field(default=("default",), description="Queues to take jobs from; comma-separated.")
     lease_seconds: float = Field(default=60.0, gt=0, description="A worker silent for this long loses its job to another.")
     heartbeat_seconds: float = Field(default=10.0, gt=0, description="Pause between renewals of the lease.")

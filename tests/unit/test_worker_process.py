@@ -118,11 +118,17 @@ def test_torchrun_is_told_not_to_restart_and_to_be_more_patient_than_we_are() ->
     assert timeout > 25
 
 
-def test_threads_are_shared_out_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_shared_out_unless_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == str(cores)
-    assert trainer_environment(3, 10 * cores)["OMP_NUM_THREADS"] == "1"
+    assert trainer_environment(1, 1, tmp_path)["OMP_NUM_THREADS"] == str(cores)
+    assert trainer_environment(3, 10 * cores, tmp_path)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == "7"
-    assert trainer_environment(3, 1)["CLIPRD_ATTEMPT"] == "3"
+    assert trainer_environment(1, 1, tmp_path)["OMP_NUM_THREADS"] == "7"
+
+
+def test_the_trainer_is_told_its_attempt_and_where_teacher_stores_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    environment = trainer_environment(3, 1, Path("stores"))
+    assert environment["CLIPRD_ATTEMPT"] == "3"
+    assert environment["CLIPRD_TEACHER_STORE_ROOT"] == str(tmp_path / "stores")  # absolute, whatever the trainer's folder is
