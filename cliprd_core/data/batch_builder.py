@@ -15,7 +15,16 @@ from cliprd_core.data.hashing import CROP_STREAM, stream_key, uniforms
 from cliprd_core.data.plan import BatchRequest
 from cliprd_core.data.sources import PairSource
 from cliprd_core.data.tokens import TokenCache, same_tokens
-from cliprd_core.data.transforms import DRAWS_PER_CROP, check_preprocess, decode_rgb, normalise, random_crop_box, resize_crop
+from cliprd_core.data.transforms import (
+    DRAWS_PER_CROP,
+    check_preprocess,
+    decode_for_crop,
+    decode_rgb,
+    normalise,
+    open_image,
+    random_crop_box,
+    resize_crop,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class BatchBuilder:
         self._student = student
         self._teacher = teacher
         self._crop_scale = crop_scale
+        self._largest_size = max(one.preprocess.image_size for one in (student, teacher) if one is not None)  # pixels
         self._seed = seed
         self._student_tokens = TokenCache(student, len(source))
         self._teacher_tokens = None if teacher is None or same_tokens(student, teacher) else TokenCache(teacher, len(source))
@@ -105,16 +115,17 @@ class BatchBuilder:
         """Put pair `index`, cropped by `draws`, into `row`; False, and a note in `draft.corrupt`, if it cannot be read."""
         try:
             sample = self._source.read(index)
-            image = decode_rgb(sample.key, sample.image_bytes)
+            encoded = open_image(sample.key, sample.image_bytes)
+            box = random_crop_box(encoded.width, encoded.height, self._crop_scale, draws)
+            image, box_in_image = decode_for_crop(sample.key, encoded, box, self._largest_size)
         except CorruptSampleError as error:
             draft.corrupt[index] = str(error)
             return False
-        box = random_crop_box(image.width, image.height, self._crop_scale, draws)
         draft.indices[row] = index
         draft.captions[row] = sample.caption
-        draft.student_pixels[row] = resize_crop(image, box, self._student.preprocess)
+        draft.student_pixels[row] = resize_crop(image, box_in_image, self._student.preprocess)
         if self._teacher is not None and draft.teacher_pixels is not None:
-            draft.teacher_pixels[row] = resize_crop(image, box, self._teacher.preprocess)
+            draft.teacher_pixels[row] = resize_crop(image, box_in_image, self._teacher.preprocess)
         return True
 
     def _draws(self, indices: Sequence[int], epoch: int) -> list[list[float]]:
