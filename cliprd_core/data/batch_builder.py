@@ -17,7 +17,16 @@ from cliprd_core.data.hashing import CROP_STREAM, stream_key, uniforms
 from cliprd_core.data.plan import BatchRequest
 from cliprd_core.data.sources import PairSource
 from cliprd_core.data.tokens import TokenCache, same_tokens
-from cliprd_core.data.transforms import DRAWS_PER_CROP, check_preprocess, decode_rgb, normalise, random_crop_box, resize_crop
+from cliprd_core.data.transforms import (
+    DRAWS_PER_CROP,
+    check_preprocess,
+    decode_for_crop,
+    decode_rgb,
+    normalise,
+    open_image,
+    random_crop_box,
+    resize_crop,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class BatchBuilder:
         self._teachers = teachers
         self._crops = {_crop(model_input): model_input.preprocess for model_input in (student, *teachers)}
         self._crop_scale = crop_scale
+        self._largest_size = largest_image_size(student, teachers)
         self._seed = seed
         self._num_views = num_views
         self._readers = readers or [None] * len(teachers)
@@ -123,15 +133,16 @@ class BatchBuilder:
         """Put pair `index`, cropped by `draws`, into `row`; False, and a note in `draft.corrupt`, if it cannot be read."""
         try:
             sample = self._source.read(index)
-            image = decode_rgb(sample.key, sample.image_bytes)
+            encoded = open_image(sample.key, sample.image_bytes)
+            box = random_crop_box(encoded.width, encoded.height, self._crop_scale, draws)
+            image, box_in_image = decode_for_crop(sample.key, encoded, box, self._largest_size)
         except CorruptSampleError as error:
             draft.corrupt[index] = str(error)
             return False
-        box = random_crop_box(image.width, image.height, self._crop_scale, draws)
         draft.indices[row] = index
         draft.captions[row] = sample.caption
         for crop, pixels in draft.pixels.items():
-            pixels[row] = resize_crop(image, box, self._crops[crop])
+            pixels[row] = resize_crop(image, box_in_image, self._crops[crop])
         return True
 
     def _draws(self, indices: Sequence[int], view: int) -> list[list[float]]:
@@ -190,6 +201,11 @@ class BatchBuilder:
             ),
             stored_features=tuple(stored),
         )
+
+
+def largest_image_size(student: ModelInput, teachers: Sequence[ModelInput]) -> int:
+    """Pixels: images are decoded no finer than this needs, so all models' crops depend on it a little."""
+    return max(model_input.preprocess.image_size for model_input in (student, *teachers))
 
 
 def _must_run(stored: StoredFeatures | None) -> bool:
