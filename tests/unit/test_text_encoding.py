@@ -147,19 +147,25 @@ def test_without_gradients_in_evaluation_mode() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 def test_under_autocast(device: str, tower_tokens: list[tuple[int, ...]]) -> None:
-    """Both round to bf16; they differ by no more than bf16 does from fp32."""
+    """Features and gradients round to bf16 with and without padding; neither is further from fp32 than the other."""
     model = make_model().float().to(device)
     tokens = make_tokens(LENGTHS)
     exact = model.encode_text(tokens.to(device))
     with torch.autocast(device, dtype=torch.bfloat16):
-        full, trimmed = model.encode_text(tokens.to(device)), encode_text(model, tokens, torch.device(device))
+        full = model.encode_text(tokens.to(device))
+        tower_tokens.clear()
+        trimmed = encode_text(model, tokens, torch.device(device))
     assert trimmed.dtype == full.dtype == torch.bfloat16
-    assert len(tower_tokens) > 3, "in several groups"
-    error, trimmed_error = (float(((one - exact).norm() / exact.norm()).detach()) for one in (full, trimmed))
-    assert 0 < error < 0.05
-    assert trimmed_error < 2 * error
-    for name, gradient in gradients(model, trimmed.float()).items():
-        assert gradient.isfinite().all(), name
+    assert len(tower_tokens) > 1, "in several groups"
+
+    def error(found: Tensor, expected: Tensor) -> float:
+        return float(((found - expected).norm() / expected.norm()).detach())
+
+    assert 0 < error(full, exact) < 0.02
+    assert error(trimmed, exact) < 2 * error(full, exact)
+    of_exact, of_full, of_trimmed = (gradients(model, features.float()) for features in (exact, full, trimmed))
+    for name, gradient in of_exact.items():
+        assert error(of_trimmed[name], gradient) < 2 * error(of_full[name], gradient) < 0.1, name
 
 
 class OtherBlock(nn.Module):
