@@ -32,7 +32,7 @@ class FeatureEncoder(nn.Module):
         self.module = module
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """(b, 3, H, W) images and (b, context) tokens to (b, Ds) features of each kind."""
+        """(b, 3, H, W) images and (b, context) tokens on the host to (b, Ds) features of each kind."""
         return self.module.encode(images, tokens)
 
 
