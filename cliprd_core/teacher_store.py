@@ -300,4 +300,5 @@ class TeacherStore:
             if add_usage(self._folder, hits=self._hits, misses=self._misses, filled=self.num_filled(), wait=is_last):
                 self._hits = self._misses = 0
         except OSError as error:
+            self._noted_at = math.inf  # not again before the end
             logger.warning("the usage of the teacher store %s is not recorded: %s", self._folder, error.strerror)
