@@ -469,6 +469,11 @@ def test_gradient_scales_with_the_loss_and_accumulates() -> None:
     scaled = gradients(objective(**features, student_logit_scale=scale).loss * 65536, features, scale, objective)
     for name, gradient in once.items():
         torch.testing.assert_close(scaled[name], gradient * 65536)
+    for _ in range(2):
+        objective(**features, student_logit_scale=scale).loss.backward()
+    leaves = {**features, "student_logit_scale": scale, **dict(objective.named_parameters())}
+    for name, gradient in once.items():
+        torch.testing.assert_close(leaves[name].grad, gradient * 2)
 
 
 def test_without_gradients() -> None:
