@@ -36,8 +36,8 @@ class ObjectiveOutput:
     """What one step's objective came to. B is the number of pairs over all ranks.
 
     `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`, `soft`,
-    `gd`, `afd`, `mfd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up to it,
-    weighted or not: leave them out when adding terms up.
+    `gd`, `afd`, `mfd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up
+    to it, weighted or not: leave them out when adding terms up.
     """
 
     loss: Tensor
