@@ -186,7 +186,8 @@ class ObjectiveSpec(SpecModel):
     mfd_mask_ratio: StrictFloat = Field(default=0.75, gt=0, lt=1, description="Fraction of an image's patches that `mfd` masks.")
     soft: Weight = Field(default=0.0, description="Soft targets: cross-entropy with the teacher's distribution (MobileCLIP, open_clip).")
     gd: Weight = Field(
-        default=0.0, description="Gradient distillation (CLIP-KD), of losses summed over pairs: CLIP-KD's weight is 1e8 / batch²."
+        default=0.0,
+        description="Gradient distillation (CLIP-KD), of losses summed over pairs, so that CLIP-KD's weight of 1e8 does not carry over.",
     )
     afd: Weight = Field(default=0.0, description="Augmented feature distillation (CLIP-KD): contrast of fused student-teacher features.")
     vrd_kl: Weight | None = Field(default=None, description="Weight of `vrd`'s agreement part. Null: `vrd`.")

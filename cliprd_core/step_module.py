@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from cliprd_core.distributed import world_size
 from cliprd_core.losses import compute_dtype
 from cliprd_core.models import ClipModel
 from cliprd_core.objective import Objective
@@ -76,7 +77,7 @@ class StudentWithObjective(nn.Module):
     def losses(
         self, features: tuple[Tensor, ...], teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
-        """The objective on what `encode` gave. A collective: every process must call it."""
+        """The objective on what `encode` gave. A collective: every process must call it, with equally many pairs."""
         image_features, text_features, *masked_image_features = features
         output = self.objective(
             student_image_features=image_features,
@@ -85,6 +86,7 @@ class StudentWithObjective(nn.Module):
             teacher_image_features=teacher_image_features,
             teacher_text_features=teacher_text_features,
             student_masked_image_features=masked_image_features[0] if masked_image_features else None,
+            row_counts=[len(image_features)] * world_size(),
         )
         return StepLosses(loss=output.loss, total=output.total, terms=output.terms, weighted=output.weighted)
 
