@@ -30,9 +30,10 @@ class DenseObjective(nn.Module):
         teacher_image_features: Tensor,
         teacher_text_features: Tensor,
         student_masked_image_features: None = None,
+        row_counts: list[int] | None = None,
     ) -> ObjectiveOutput:
         """All features (B, D), not normalised; needs a teacher."""
-        del student_masked_image_features
+        del student_masked_image_features, row_counts
         with torch.autocast(student_image_features.device.type, enabled=False):
             student = (losses.unit_rows(student_image_features), losses.unit_rows(student_text_features))
             teacher = (losses.unit_rows(teacher_image_features), losses.unit_rows(teacher_text_features))

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from cliprd_core import distributed
 from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, latest_valid, load_checkpoint, read_state, spec_as_json
 from cliprd_core.control import ControlGroup
-from cliprd_core.data.batch import FeatureStore, ModelInput
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
@@ -28,6 +27,7 @@ from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
 from cliprd_core.precision import autocast_type
 from cliprd_core.run_dir import ATTEMPT_VARIABLE
+from cliprd_core.run_stores import open_teacher_stores
 from cliprd_core.spec import Device, JobSpec, Precision
 from cliprd_core.step_module import MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch
 from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
@@ -134,13 +134,22 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     control = ControlGroup()
     student = load_student(spec.student, seed=spec.training.seed)
     teachers = [load_teacher(teacher, field) for field, teacher in spec.teacher_fields.items()]
-    stores: list[FeatureStore | None] = [None] * len(teachers)
-    loader, validation = _open_data(spec, run_dir, student, teachers, control)
+    computed_in = autocast_type(spec.training.precision, device)
+    source, validation = _open_pairs(spec, run_dir, control)
+    stores = open_teacher_stores(spec, run_dir, source, student=student, teachers=teachers, autocast_type=computed_in)
+    loader = build_train_loader(
+        spec,
+        source,
+        student=student.model_input,
+        teachers=[teacher.model_input for teacher in teachers],
+        readers=stores,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
     num_steps = loader.num_steps_per_epoch * spec.training.epochs
     check_schedule(spec.training, num_steps)
 
     objective = _build_objective(spec, student, teachers)
-    computed_in = autocast_type(spec.training.precision, device)
     module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student)).to(device)
     if distributed.world_size() > 1:
         _freeze_unused(student, device)
@@ -181,10 +190,8 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     return run
 
 
-def _open_data(
-    spec: JobSpec, run_dir: Path, student: LoadedModel, teachers: Sequence[LoadedModel], control: ControlGroup
-) -> tuple[TrainLoader, PairSource | None]:
-    """The training loader of this rank, and the validation pairs."""
+def _open_pairs(spec: JobSpec, run_dir: Path, control: ControlGroup) -> tuple[PairSource, PairSource | None]:
+    """The training and the validation pairs."""
     world_size = distributed.world_size()
     batch_size = spec.training.global_batch_size
     if batch_size % world_size:
@@ -200,19 +207,7 @@ def _open_data(
         control.wait()
     if len(source) < batch_size:
         raise ValueError(f"`training.global_batch_size` is {batch_size} but `data.train` holds {len(source)} pairs; lower it or add data")
-    loader = build_train_loader(
-        spec,
-        source,
-        student=_model_input(student),
-        teachers=[_model_input(teacher) for teacher in teachers],
-        rank=distributed.rank(),
-        world_size=world_size,
-    )
-    return loader, validation
-
-
-def _model_input(loaded: LoadedModel) -> ModelInput:
-    return ModelInput(preprocess=loaded.preprocess, tokenizer=loaded.tokenizer, context_length=loaded.context_length)
+    return source, validation
 
 
 def _mask_patch_size(student: LoadedModel) -> int:

@@ -87,6 +87,12 @@ class TeacherFeatures:
                 write.copied.synchronize()
             write.keep(write.rows, write.features)
 
+    def close(self) -> None:
+        """Let go of the stores; not to be used afterwards."""
+        for _, store in self._teachers:
+            if store is not None:
+                store.close()
+
     def _online(self, index: int, teacher: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         images, tokens = batch.inputs_of_teacher(index)
         rows = self._micro_batch_size or len(images)

@@ -69,6 +69,7 @@ def train(spec: JobSpec, run_dir: Path, stop: StopRequest) -> Outcome:
     run = prepare_run(spec, run_dir)
     is_done = _train_epochs(run, stop)
     run.loader.close()
+    run.teacher_features.close()
     num_corrupt_samples = len(run.control.union(run.loader.corrupt_indices))
     if is_done and distributed.is_main():
         _finish(run, started, num_corrupt_samples)

@@ -31,6 +31,9 @@ class MemoryStore:
         rows = torch.from_numpy(indices)
         return self.texts[rows], self.text_present[rows]
 
+    def close(self) -> None:
+        pass
+
     def rounded(self, features_bD: Tensor) -> Tensor:
         return unit_rows(features_bD).to(self.dtype)
 

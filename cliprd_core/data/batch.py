@@ -67,6 +67,9 @@ class FeatureReader(Protocol):
 class FeatureStore(FeatureReader, Protocol):
     """Keeps what it is given, and gives back the same bits."""
 
+    def close(self) -> None:
+        """Let go of it."""
+
     def rounded(self, features_bD: Tensor) -> Tensor:
         """(b, D) features as a reader will get them: L2-normalised, in the stored type, on the same device."""
 
