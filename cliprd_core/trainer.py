@@ -26,8 +26,8 @@ from cliprd_core.failures import DivergedError
 from cliprd_core.grad_cache import encode_in_micro_batches
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
-from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, write_atomically
-from cliprd_core.run_setup import CACHE_DIR, Run, prepare_run
+from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
+from cliprd_core.run_setup import Run, prepare_run
 from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import StepLosses
 from cliprd_core.stopping import StopRequest
@@ -237,7 +237,7 @@ def _evaluate(run: Run, step: int) -> list[EvaluationRecord]:
         validation=run.validation,
         device=run.device,
         precision=run.spec.training.precision,
-        cache_dir=run.run_dir / CACHE_DIR,
+        cache_dir=cache_dir(run.run_dir),
     )
     return [
         EvaluationRecord(
