@@ -26,7 +26,7 @@ from cliprd_core.models import LoadedModel, load_student, load_teacher, num_para
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
 from cliprd_core.precision import autocast_type
-from cliprd_core.run_dir import ATTEMPT_VARIABLE
+from cliprd_core.run_dir import ATTEMPT_VARIABLE, cache_dir
 from cliprd_core.run_stores import open_teacher_stores
 from cliprd_core.spec import Device, JobSpec, Precision
 from cliprd_core.step_module import MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch
@@ -34,9 +34,6 @@ from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_ob
 from cliprd_core.teacher_features import TeacherFeatures
 
 logger = logging.getLogger(__name__)
-
-CACHE_DIR = "cache"
-"""Folder inside the run directory for indexes of the data."""
 
 
 @dataclass(frozen=True)
@@ -196,14 +193,13 @@ def _open_pairs(spec: JobSpec, run_dir: Path, control: ControlGroup) -> tuple[Pa
     batch_size = spec.training.global_batch_size
     if batch_size % world_size:
         raise ValueError(f"`training.global_batch_size` ({batch_size}) must be a multiple of the {world_size} training processes")
-    cache_dir = run_dir / CACHE_DIR
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache = cache_dir(run_dir)
     if not distributed.is_main():
         control.wait()  # rank 0 indexes the shards, the others read its index
-    source = open_sources(spec.data.train, cache_dir)
-    validation = open_sources(spec.data.validation, cache_dir) if spec.data.validation else None
+    source = open_sources(spec.data.train, cache)
+    validation = open_sources(spec.data.validation, cache) if spec.data.validation else None
     if distributed.is_main():
-        check_evaluation_sets(spec.evaluation, cache_dir)
+        check_evaluation_sets(spec.evaluation, cache)
         control.wait()
     if len(source) < batch_size:
         raise ValueError(f"`training.global_batch_size` is {batch_size} but `data.train` holds {len(source)} pairs; lower it or add data")

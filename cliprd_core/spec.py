@@ -100,14 +100,23 @@ class TeacherSpec(SpecModel):
         return self
 
 
+REMOTE_SCHEMES = ("s3://", "http://", "https://")
+"""Where shards are read from beside the local disk."""
+
+
 class WebDatasetSource(SpecModel):
     """Tar shards holding `KEY.png|jpg|jpeg|webp` and `KEY.txt` of each pair, as `webdataset` and img2dataset write them."""
 
     type: Literal["webdataset"]
     shards: Path = Field(
-        description="Shards, with brace ranges (`{00000..00007}.tar`) or globs.", examples=["examples/emoji/train/{00000..00007}.tar"]
+        description="Shards: a path, `s3://…`, `http://…` or `https://…`, with brace ranges (`{00000..00007}.tar`); globs, not on HTTP.",
+        examples=["examples/emoji/train/{00000..00007}.tar"],
     )
     num_samples: StrictInt | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+
+    @property
+    def is_remote(self) -> bool:
+        return self.shards.startswith(REMOTE_SCHEMES)
 
 
 class CsvSource(SpecModel):

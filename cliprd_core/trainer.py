@@ -25,8 +25,8 @@ from cliprd_core.export import export_model
 from cliprd_core.failures import DivergedError
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
-from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, write_atomically
-from cliprd_core.run_setup import CACHE_DIR, Run, prepare_run
+from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
+from cliprd_core.run_setup import Run, prepare_run
 from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import StepLosses
 from cliprd_core.stopping import StopRequest
@@ -222,7 +222,7 @@ def _evaluate(run: Run, step: int) -> list[EvaluationRecord]:
         validation=run.validation,
         device=run.device,
         precision=run.spec.training.precision,
-        cache_dir=run.run_dir / CACHE_DIR,
+        cache_dir=cache_dir(run.run_dir),
         group=run.control,
     )
     return [

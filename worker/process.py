@@ -15,11 +15,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cliprd_core.run_dir import ATTEMPT_VARIABLE, EXIT_CODE_STOPPED, LOG_FILE, SPEC_FILE, TEACHER_STORE_VARIABLE
+from cliprd_core.run_dir import ATTEMPT_VARIABLE, EXIT_CODE_STOPPED, LOG_FILE, SPEC_FILE
 from service.die_with_parent import LAUNCHER, wrap
 
 logger = logging.getLogger(__name__)
@@ -45,15 +45,14 @@ def torchrun_command(num_processes: int, grace_seconds: float, trainer: Sequence
     ]
 
 
-def trainer_environment(attempt: int, num_processes: int, teacher_store_root: Path) -> dict[str, str]:
+def trainer_environment(attempt: int, num_processes: int) -> dict[str, str]:
     """The worker's environment plus what the contract with the trainer asks for.
 
     Threads are shared out over the processes unless OMP_NUM_THREADS is set: torch would give every process all cores.
     """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    contract = {ATTEMPT_VARIABLE: str(attempt), TEACHER_STORE_VARIABLE: str(teacher_store_root.resolve())}
-    return environment | contract | {DIE_WITH_PARENT_VARIABLE: "1"}
+    return environment | {ATTEMPT_VARIABLE: str(attempt), DIE_WITH_PARENT_VARIABLE: "1"}
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,18 @@ class TrainingProcess:
 
     @classmethod
     def start(
-        cls, run: Path, *, attempt: int, num_processes: int, grace_seconds: float, trainer: Sequence[str], teacher_store_root: Path
+        cls,
+        run: Path,
+        *,
+        attempt: int,
+        num_processes: int,
+        grace_seconds: float,
+        trainer: Sequence[str],
+        environment: Mapping[str, str],
     ) -> TrainingProcess:
-        """Start `trainer` (`-m MODULE` or a script) on the spec in `run`, one process per device."""
+        """Start `trainer` (`-m MODULE` or a script) on the spec in `run`, one process per device, with `environment` on top."""
         command = torchrun_command(num_processes, grace_seconds, [*trainer, str(run / SPEC_FILE)])
-        return cls(run, command, trainer_environment(attempt, num_processes, teacher_store_root))
+        return cls(run, command, trainer_environment(attempt, num_processes) | dict(environment))
 
     @property
     def pid(self) -> int:

@@ -72,7 +72,7 @@ def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProc
             num_processes=job.spec.resources.num_processes,
             grace_seconds=settings.grace_seconds,
             trainer=shlex.split(settings.trainer),
-            teacher_store_root=settings.teacher_store_root,
+            environment=settings.trainer_environment,
         )
 
     return launch

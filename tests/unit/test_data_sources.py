@@ -143,9 +143,9 @@ class TestShards:
     def test_globs_are_sorted_and_braces_keep_their_order(self, tmp_path: Path) -> None:
         for name in ("b", "a", "c[1]"):
             (tmp_path / f"{name}.tar").touch()
-        assert [path.name for path in expand_shards(str(tmp_path / "?.tar"))] == ["a.tar", "b.tar"]
-        assert [path.name for path in expand_shards(str(tmp_path / "{b,a}.tar"))] == ["b.tar", "a.tar"]
-        assert [path.name for path in expand_shards(str(tmp_path / "c[1].tar"))] == ["c[1].tar"]
+        assert [Path(name).name for name in expand_shards(str(tmp_path / "?.tar"))] == ["a.tar", "b.tar"]
+        assert [Path(name).name for name in expand_shards(str(tmp_path / "{b,a}.tar"))] == ["b.tar", "a.tar"]
+        assert [Path(name).name for name in expand_shards(str(tmp_path / "c[1].tar"))] == ["c[1].tar"]
 
     def test_shard_that_shrinks_after_indexing_gives_corrupt_samples(self, tmp_path: Path) -> None:
         path = write_tar(tmp_path / "0.tar", pair_members(range(3)))

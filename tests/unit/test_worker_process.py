@@ -12,6 +12,7 @@ import pytest
 
 from service.die_with_parent import wrap
 from worker.process import COOKIE_VARIABLE, TrainingProcess, processes_with_cookie, torchrun_command, trainer_environment
+from worker.settings import WorkerSettings
 
 START_TREE = """
 import subprocess, sys, time
@@ -118,17 +119,19 @@ def test_torchrun_is_told_not_to_restart_and_to_be_more_patient_than_we_are() ->
     assert timeout > 25
 
 
-def test_threads_are_shared_out_unless_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_threads_are_shared_out_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert trainer_environment(1, 1, tmp_path)["OMP_NUM_THREADS"] == str(cores)
-    assert trainer_environment(3, 10 * cores, tmp_path)["OMP_NUM_THREADS"] == "1"
+    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert trainer_environment(3, 10 * cores)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert trainer_environment(1, 1, tmp_path)["OMP_NUM_THREADS"] == "7"
+    assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == "7"
 
 
-def test_the_trainer_is_told_its_attempt_and_where_teacher_stores_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_trainer_is_told_its_attempt_and_where_things_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    environment = trainer_environment(3, 1, Path("stores"))
-    assert environment["CLIPRD_ATTEMPT"] == "3"
-    assert environment["CLIPRD_TEACHER_STORE_ROOT"] == str(tmp_path / "stores")  # absolute, whatever the trainer's folder is
+    assert trainer_environment(3, 1)["CLIPRD_ATTEMPT"] == "3"
+    environment = WorkerSettings(teacher_store_root=Path("stores"), cache_dir=Path("cache"), shard_cache_bytes=7).trainer_environment
+    assert environment["CLIPRD_TEACHER_STORE_ROOT"] == str(tmp_path / "stores"), "absolute, whatever the trainer's folder is"
+    assert environment["CLIPRD_CACHE_DIR"] == str(tmp_path / "cache")
+    assert environment["CLIPRD_SHARD_CACHE_BYTES"] == "7"

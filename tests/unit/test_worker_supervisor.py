@@ -78,7 +78,7 @@ class Bench:
     def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
         def launch(run: Path, job: HeldJob) -> TrainingProcess:
             command = [sys.executable, str(FAKE_TRAINER), str(run / "spec.json")]
-            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1, self.settings.teacher_store_root))
+            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1))
             return self.process
 
         return Supervisor(job, settings or self.settings, self.stop.is_set, launch)
