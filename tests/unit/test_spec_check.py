@@ -254,3 +254,9 @@ def test_an_evaluation_set_of_the_other_kind(root: Path) -> None:
 def test_a_wrong_key_of_a_config_is_named(root: Path) -> None:
     config = {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], "widht": 8}}
     assert "`width`" in problems(root, student={"config": config})["student.config.vision_cfg.widht"].remedy
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/train/{0..9}.tar", "s3://bucket/*.tar", "https://host:8080/a/{00..10}.tar?token=a*b"])
+def test_remote_shards_pass_unchanged_and_unasked(root: Path, address: str) -> None:
+    source = check(root, data=shards(address)).data.train[0]
+    assert source.model_dump()["shards"] == address

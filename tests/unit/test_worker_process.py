@@ -135,3 +135,19 @@ def test_the_trainer_is_told_its_attempt_and_where_things_are(monkeypatch: pytes
     assert environment["CLIPRD_TEACHER_STORE_ROOT"] == str(tmp_path / "stores"), "absolute, whatever the trainer's folder is"
     assert environment["CLIPRD_CACHE_DIR"] == str(tmp_path / "cache")
     assert environment["CLIPRD_SHARD_CACHE_BYTES"] == "7"
+
+
+def test_the_trainer_is_told_where_the_jobs_share_what_they_know_of_data(tmp_path: Path) -> None:
+    settings = WorkerSettings(cache_dir=tmp_path / "cache", shard_cache_bytes=123)
+    program = "import os; print(os.environ['CLIPRD_CACHE_DIR'], os.environ['CLIPRD_SHARD_CACHE_BYTES'])"
+    (tmp_path / "program.py").write_text(program)
+    process = TrainingProcess.start(
+        tmp_path,
+        attempt=1,
+        num_processes=1,
+        grace_seconds=1.0,
+        trainer=[str(tmp_path / "program.py")],
+        environment=settings.trainer_environment,
+    )
+    assert process.wait(60)
+    assert f"{tmp_path / 'cache'} 123" in process.report().last_lines
