@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cliprd_core import teacher_store
+from cliprd_core import store_rows
 from cliprd_core.store_dir import (
     IMAGE_CHECKSUMS_FILE,
     IMAGES_FILE,
@@ -196,7 +196,7 @@ def test_a_flipped_bit_is_found_and_cleared_and_the_row_can_be_written_again(
 
 
 def test_a_row_whose_crc_is_0_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_store.zlib, "crc32", lambda _: 0)
+    monkeypatch.setattr(store_rows.zlib, "crc32", lambda _: 0)
     with open_(tmp_path) as store:
         store.write_texts(np.arange(3), features(store, 3))
         assert store.read_texts(np.arange(4))[1].tolist() == [True, True, True, False]
