@@ -66,7 +66,7 @@ class TrainingState(Record):
     samples_seen: int
     attempt: int = Field(description="The attempt that saved it.")
     world_size: int = Field(description="Processes of that attempt; for information.")
-    teacher_sha256: str | None
+    teacher_sha256: list[str | None] = Field(description="Of each teacher's weights.")
     scaler: dict[str, float] = Field(description="torch's GradScaler state; empty unless fp16.")
     spec: dict[str, Any] = Field(description="The JobSpec, as JSON.")
 
@@ -146,7 +146,7 @@ def check_compatible(saved: TrainingState, current: TrainingState) -> None:
     """
     before, now = _flatten_compared(saved.spec), _flatten_compared(current.spec)
     before["pairs / steps of the run"], now["pairs / steps of the run"] = saved.num_steps, current.num_steps
-    before["the teacher's weights (SHA-256)"], now["the teacher's weights (SHA-256)"] = saved.teacher_sha256, current.teacher_sha256
+    before["the teachers' weights (SHA-256)"], now["the teachers' weights (SHA-256)"] = saved.teacher_sha256, current.teacher_sha256
     different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if different:
         changes = ", ".join(f"`{key}` ({before.get(key)!r} then, {now.get(key)!r} now)" for key in different)

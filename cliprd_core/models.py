@@ -98,17 +98,17 @@ def load_student(spec: StudentSpec, *, seed: int) -> LoadedModel:
     return loaded
 
 
-def load_teacher(spec: TeacherSpec) -> LoadedModel:
-    """Build the frozen teacher, in fp32 on the CPU, in evaluation mode, no parameter requiring a gradient.
+def load_teacher(spec: TeacherSpec, field: str = "teacher") -> LoadedModel:
+    """Build the frozen teacher, in fp32 on the CPU, in evaluation mode, no parameter requiring a gradient. `field` names it in messages.
 
     Raises:
         ValueError: as `load_student`; also for `teacher.job` and `teacher.artifact`, which the worker replaces by `local-dir:`.
     """
     if spec.model is None and spec.config is None:
         raise ValueError(
-            "`teacher.job` and `teacher.artifact` exist inside the service only; here give `teacher.model` as `local-dir:PATH`"
+            f"`{field}.job` and `{field}.artifact` exist inside the service only; here give `{field}.model` as `local-dir:PATH`"
         )
-    loaded = _load("teacher", _resolve("teacher", spec.model, spec.config, spec.pretrained), resize_positions=False)
+    loaded = _load(field, _resolve(field, spec.model, spec.config, spec.pretrained), resize_positions=False)
     loaded.model.requires_grad_(False).eval()
     return loaded
 
@@ -125,7 +125,7 @@ def register_model_configs() -> None:
 
 
 def _resolve(role: str, model: str | None, config: dict[str, Any] | None, pretrained: str | None) -> _Source:
-    """Find config, preprocessing, weights file and tokenizer. `role` is `student` or `teacher`, for messages."""
+    """Find config, preprocessing, weights file and tokenizer. `role` is the spec's field, for messages."""
     if config is not None:
         _check_config(f"{role}.config", config)
         weights = None if pretrained is None else _weights_path(role, pretrained)

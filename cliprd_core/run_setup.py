@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from cliprd_core.precision import autocast, autocast_type
 from cliprd_core.run_dir import ATTEMPT_VARIABLE
 from cliprd_core.spec import Device, JobSpec, Precision
 from cliprd_core.step_module import MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch
+from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ class Run:
     attempt: int
     device: torch.device
     student: LoadedModel
-    teacher: LoadedModel | None
-    objective: Objective
+    teachers: list[LoadedModel]
+    objective: Objective | TeacherEnsemble
     passes: Passes  # forward and backward over the student and the objective
     trainable: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -72,7 +74,7 @@ class Run:
         return autocast(self.device, autocast_type(self.spec.training.precision, self.device))
 
     def state_at(self, step: int) -> TrainingState:
-        return training_state(self.spec, self.loader, self.scaler, self.teacher, step=step, attempt=self.attempt)
+        return training_state(self.spec, self.loader, self.scaler, self.teachers, step=step, attempt=self.attempt)
 
 
 def prepare_run(spec: JobSpec, run_dir: Path) -> Run:
@@ -111,7 +113,7 @@ def choose_device(spec: JobSpec) -> torch.device:
 
 
 def training_state(
-    spec: JobSpec, loader: TrainLoader, scaler: torch.amp.GradScaler, teacher: LoadedModel | None, *, step: int, attempt: int
+    spec: JobSpec, loader: TrainLoader, scaler: torch.amp.GradScaler, teachers: Sequence[LoadedModel], *, step: int, attempt: int
 ) -> TrainingState:
     """The counters as a checkpoint at `step` holds them."""
     return TrainingState(
@@ -121,7 +123,7 @@ def training_state(
         samples_seen=step * spec.training.global_batch_size,
         attempt=attempt,
         world_size=distributed.world_size(),
-        teacher_sha256=None if teacher is None else teacher.weights_sha256,
+        teacher_sha256=[teacher.weights_sha256 for teacher in teachers],
         scaler=scaler.state_dict(),
         spec=spec_as_json(spec),
     )
@@ -133,21 +135,21 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     distributed.init(device)
     control = ControlGroup()
     student = load_student(spec.student, seed=spec.training.seed)
-    teacher = None if spec.teacher is None else load_teacher(spec.teacher)
-    loader, validation = _open_data(spec, run_dir, student, teacher, control)
+    teachers = [load_teacher(teacher, field) for field, teacher in spec.teacher_fields.items()]
+    loader, validation = _open_data(spec, run_dir, student, teachers, control)
     num_steps = loader.num_steps_per_epoch * spec.training.epochs
     check_schedule(spec.training, num_steps)
 
-    objective = _build_objective(spec, student, teacher)
+    objective = _build_objective(spec, student, teachers)
     computed_in = autocast_type(spec.training.precision, device)
     module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student)).to(device)
-    if teacher is not None:
+    for teacher in teachers:
         teacher.model.to(device)
     if distributed.world_size() > 1:
         _freeze_unused(student, device)
     optimizer = build_optimizer(module, spec.training)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.training.precision is Precision.FP16)
-    current = training_state(spec, loader, scaler, teacher, step=0, attempt=attempt)
+    current = training_state(spec, loader, scaler, teachers, step=0, attempt=attempt)
     start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler))
     metrics = MetricsLog(
         run_dir,
@@ -163,7 +165,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         attempt=attempt,
         device=device,
         student=student,
-        teacher=teacher,
+        teachers=teachers,
         objective=objective,
         passes=_build_passes(module, spec, device),
         trainable=[parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -182,7 +184,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
 
 
 def _open_data(
-    spec: JobSpec, run_dir: Path, student: LoadedModel, teacher: LoadedModel | None, control: ControlGroup
+    spec: JobSpec, run_dir: Path, student: LoadedModel, teachers: Sequence[LoadedModel], control: ControlGroup
 ) -> tuple[TrainLoader, PairSource | None]:
     """The training loader of this rank, and the validation pairs."""
     world_size = distributed.world_size()
@@ -204,7 +206,7 @@ def _open_data(
         spec,
         source,
         student=_model_input(student),
-        teacher=None if teacher is None else _model_input(teacher),
+        teachers=[_model_input(teacher) for teacher in teachers],
         rank=distributed.rank(),
         world_size=world_size,
     )
@@ -221,17 +223,16 @@ def _mask_patch_size(student: LoadedModel) -> int:
     return int(patch_size[0]) if isinstance(patch_size, tuple) and patch_size[0] == patch_size[1] else MASK_PATCH_SIZE
 
 
-def _build_objective(spec: JobSpec, student: LoadedModel, teacher: LoadedModel | None) -> Objective:
+def _build_objective(spec: JobSpec, student: LoadedModel, teachers: Sequence[LoadedModel]) -> Objective | TeacherEnsemble:
     """The objective, its projections initialised from `training.seed`."""
     if not spec.objective.uses_student_logit_scale:
         student.model.logit_scale.requires_grad_(False)  # no term uses it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.training.seed)
-        return Objective(
+        return build_objective(
             spec.objective,
             student_width=student.embed_dim,
-            teacher_width=None if teacher is None else teacher.embed_dim,
-            teacher_logit_scale=None if teacher is None else float(teacher.model.logit_scale.detach().exp()),
+            teachers=[TeacherShape(one.embed_dim, float(one.model.logit_scale.detach().exp())) for one in teachers],
         )
 
 
@@ -286,7 +287,8 @@ def _announce(run: Run) -> None:
     """One line on what is about to happen."""
     if run.spec.training.precision is Precision.BF16 and autocast_type(Precision.BF16, run.device) is None:
         logger.warning("this CPU has no fast bf16 arithmetic, so everything is computed in fp32 (`training.precision` is bf16)")
-    teacher = "no teacher" if run.teacher is None else f"teacher {num_parameters(run.teacher.model) / 1e6:.1f} M parameters"
+    sizes = " + ".join(f"{num_parameters(teacher.model) / 1e6:.1f}" for teacher in run.teachers)
+    teacher = f"teacher {sizes} M parameters" if sizes else "no teacher"
     logger.info(
         "student %.1f M parameters, %s, %d pairs, %d steps of %d on %d x %s; %s",
         num_parameters(run.student.model) / 1e6,

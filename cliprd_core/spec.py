@@ -8,6 +8,7 @@ what it changes against these defaults, which are the CLIP-RD paper's (arXiv 260
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self
@@ -20,6 +21,7 @@ JobId = Annotated[str, Field(pattern=r"^[0-9a-z-]{8,64}$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 
 MAX_LIST_LENGTH = 256
+MAX_TEACHERS = 8
 
 
 class SpecModel(BaseModel):
@@ -151,6 +153,15 @@ class ScaleMode(StrEnum):
     """Its exponential, as CLIP does: factors start at 14.3; the parameter is kept within [0, ln 100]."""
 
 
+class TeacherCombination(StrEnum):
+    """What several teachers teach together (MobileCLIP, arXiv 2311.17049, has both). Each has its own logit scale."""
+
+    CONCATENATE = "concatenate"
+    """One teacher of their features side by side, whose logits are the mean of theirs."""
+    AVERAGE = "average"
+    """Each teaches on its own, with its own projections and learned scales, and every term is the mean over teachers."""
+
+
 class ObjectiveSpec(SpecModel):
     """Weights of the loss terms; 0 leaves a term out and it costs nothing. Equations: docs/objective.md."""
 
@@ -178,6 +189,9 @@ class ObjectiveSpec(SpecModel):
         default=None, gt=0.0, le=1e3, description="Temperature of `soft`'s teacher logits. Null: the teacher's own."
     )
     scale_mode: ScaleMode = Field(default=ScaleMode.RAW, description="How the teacher-student scales become factors of logits.")
+    teacher_combination: TeacherCombination = Field(
+        default=TeacherCombination.CONCATENATE, description="How several `teachers` teach together. With one it changes nothing."
+    )
 
     @property
     def part_weights(self) -> dict[str, float]:
@@ -334,7 +348,12 @@ class JobSpec(SpecModel):
         Field(default={}, max_length=64, description="For filtering lists of jobs.")
     )
     recipe: Recipe = Field(default=Recipe.CLIP_RD, description="Gives defaults that any field overrides.")
-    teacher: TeacherSpec | None = Field(default=None, description="Null for recipe `clip`.")
+    teacher: TeacherSpec | None = Field(default=None, description="The one teacher. Null for recipe `clip` and beside `teachers`.")
+    teachers: list[TeacherSpec] = Field(
+        default=[],
+        max_length=MAX_TEACHERS,
+        description="Several teachers at once, in place of `teacher`; see `objective.teacher_combination`.",
+    )
     student: StudentSpec
     data: DataSpec
     objective: ObjectiveSpec = ObjectiveSpec()
@@ -352,14 +371,30 @@ class JobSpec(SpecModel):
             return value  # the field's own error names the choices
         return merge_over(recipe_defaults(Recipe(recipe)), value)
 
+    @property
+    def teacher_fields(self) -> dict[str, TeacherSpec]:
+        """All teachers, each by the field that names it: `teacher`, or `teachers.0`, `teachers.1`, …"""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {f"teachers.{index}": teacher for index, teacher in enumerate(self.teachers)}
+
+    def with_teachers(self, teachers: Mapping[str, TeacherSpec]) -> Self:
+        """The same spec with other teachers in the fields of `teacher_fields`."""
+        if self.teacher is not None:
+            return self.model_copy(update={"teacher": teachers["teacher"]})
+        return self.model_copy(update={"teachers": [teachers[field] for field in self.teacher_fields]})
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.recipe is Recipe.CLIP and self.teacher is not None and not self.objective.needs_teacher:
+        if self.teacher is not None and self.teachers:
+            raise ValueError("`teacher` and `teachers` are both set; put all of them into `teachers`, or remove it")
+        has_teacher = bool(self.teacher_fields)
+        if self.recipe is Recipe.CLIP and has_teacher and not self.objective.needs_teacher:
             raise ValueError("`teacher` is set, but recipe `clip` trains without one; remove it, or use recipe `clip_kd` or `clip_rd`")
-        if self.objective.needs_teacher and self.teacher is None:
+        if self.objective.needs_teacher and not has_teacher:
             terms = ", ".join(f"`objective.{name}`" for name in self.objective.distillation_terms)
             raise ValueError(f"`teacher` is missing, which {terms} need; set it, or use recipe `clip` with those weights at 0")
-        if self.teacher is not None and not self.objective.needs_teacher:
+        if has_teacher and not self.objective.needs_teacher:
             raise ValueError("`teacher` would not be used, as every distillation weight in `objective` is 0; remove it or raise a weight")
         if self.training.global_batch_size % self.resources.num_processes:
             raise ValueError(

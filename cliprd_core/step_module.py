@@ -17,6 +17,7 @@ from cliprd_core.losses import compute_dtype
 from cliprd_core.models import ClipModel
 from cliprd_core.objective import Objective
 from cliprd_core.precision import autocast
+from cliprd_core.teacher_ensemble import TeacherEnsemble
 from cliprd_core.text_encoding import encode_text
 
 MASK_PATCH_SIZE = 16
@@ -39,7 +40,11 @@ class StudentWithObjective(nn.Module):
     """
 
     def __init__(
-        self, student: ClipModel, objective: Objective, autocast_type: torch.dtype | None, mask_patch_size: int = MASK_PATCH_SIZE
+        self,
+        student: ClipModel,
+        objective: Objective | TeacherEnsemble,
+        autocast_type: torch.dtype | None,
+        mask_patch_size: int = MASK_PATCH_SIZE,
     ) -> None:
         """`mask_patch_size`: pixels, height and width, of what `mfd` masks; used with that term alone."""
         super().__init__()
@@ -51,7 +56,7 @@ class StudentWithObjective(nn.Module):
     def forward(
         self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
-        """(B, 3, H, W) images, (B, context) tokens on the host, (B, Dt) teacher features or None; this process's rows."""
+        """(B, 3, H, W) images, (B, context) tokens on the host, (B, Dt) teachers' features side by side or None; this process's rows."""
         return self.losses(self.encode(images, tokens), teacher_image_features, teacher_text_features)
 
     def encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -106,21 +106,24 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
 
 
 def _teacher_features(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher's image and text features of the batch, (B, Dt) each, fp32; None where there is no teacher."""
-    if run.teacher is None:
+    """The teachers' image and text features of the batch, (B, Dt) each, fp32, side by side; None where there is no teacher."""
+    if not run.teachers:
         return None, None
-    model = run.teacher.model
+    with torch.no_grad(), run.autocast():  # not inference_mode: the loss keeps these for its backward pass
+        features = [_features_of(run, teacher.model, *batch.inputs_of_teacher(index)) for index, teacher in enumerate(run.teachers)]
+    images, texts = zip(*features, strict=True)
+    return torch.cat(images, dim=1), torch.cat(texts, dim=1)
+
+
+def _features_of(run: Run, model: ClipModel, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """One teacher's image and text features, (B, D) each, fp32."""
 
     def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return model.encode_image(images).float(), encode_text(model, tokens, run.device).float()
 
-    images = batch.student_images if batch.teacher_images is None else batch.teacher_images
-    tokens = batch.student_tokens if batch.teacher_tokens is None else batch.teacher_tokens
-    with torch.no_grad(), run.autocast():  # not inference_mode: the loss keeps these for its backward pass
-        if run.passes.micro_batch_size is None:
-            return encode(images, tokens)
-        image_features, text_features = encode_in_micro_batches(encode, images, tokens, run.passes.micro_batch_size, run.device)
-        return image_features, text_features
+    if run.passes.micro_batch_size is None:
+        return encode(images, tokens)
+    return encode_in_micro_batches(encode, images, tokens, run.passes.micro_batch_size, run.device)
 
 
 def _clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -263,7 +266,7 @@ def _finish(run: Run, started: float, num_corrupt_samples: int) -> None:
         step=run.num_steps,
         samples_seen=run.num_steps * run.spec.training.global_batch_size,
         num_student_parameters=num_parameters(run.student.model),
-        num_teacher_parameters=None if run.teacher is None else num_parameters(run.teacher.model),
+        num_teacher_parameters=sum(num_parameters(teacher.model) for teacher in run.teachers) or None,
         num_corrupt_samples=num_corrupt_samples,
         train_seconds=time.monotonic() - started,
         export_files=export_files,

@@ -63,7 +63,7 @@ class JobView(View):
     attempt: int = Field(description="Which attempt runs or ran; 0 before the first.")
     max_attempts: int = Field(description="Attempts that may be lost with their worker before the job fails.")
     worker: str | None = Field(description="Worker of the latest attempt.")
-    teacher_job_id: str | None = Field(description="The job whose result is the teacher.")
+    teacher_job_ids: list[str] = Field(description="The jobs whose results are teachers; it waits until they have succeeded.")
     created_at: datetime
     queued_at: datetime | None
     started_at: datetime | None = Field(description="When training first started.")
@@ -89,7 +89,7 @@ class JobView(View):
             attempt=job.attempt,
             max_attempts=job.max_attempts,
             worker=job.worker,
-            teacher_job_id=job.teacher_job_id,
+            teacher_job_ids=job.teacher_job_ids,
             created_at=job.created_at,
             queued_at=job.queued_at,
             started_at=job.started_at,

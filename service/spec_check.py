@@ -53,15 +53,15 @@ class _Check:
         self.problems: list[FieldProblem] = []
 
     def resolve(self, spec: JobSpec) -> JobSpec:
-        self._check_values("", spec.model_dump(exclude={"student": {"config"}, "teacher": {"config"}}))
-        for role, config in (("student", spec.student.config), ("teacher", spec.teacher and spec.teacher.config)):
-            self._check_values(f"{role}.config", config)
+        self._check_values("", spec.model_dump(exclude={"student": {"config"}, "teacher": {"config"}, "teachers": {"__all__": {"config"}}}))
+        self._check_values("student.config", spec.student.config)
+        for field, teacher in spec.teacher_fields.items():
+            self._check_values(f"{field}.config", teacher.config)
         if self.problems:
             return spec  # a NUL character would trip the look at the files
         resolved = spec.model_copy(
             update={
                 "student": self._model("student", spec.student),
-                "teacher": spec.teacher and self._model("teacher", spec.teacher),
                 "data": spec.data.model_copy(
                     update={
                         "train": self._sources("data.train", spec.data.train),
@@ -76,6 +76,7 @@ class _Check:
                 ),
             }
         )
+        resolved = resolved.with_teachers({field: self._model(field, teacher) for field, teacher in spec.teacher_fields.items()})
         self._check_num_steps(resolved)
         return resolved
 

@@ -56,9 +56,11 @@ def write_tar(path: Path, num_pairs: int) -> None:
                 shard.addfile(tarfile.TarInfo(f"{index}.{suffix}"))
 
 
-def distilled_spec(teacher_job_id: str) -> JobSpec:
-    """A spec whose teacher is another job's result."""
-    return JobSpec.model_validate(spec_dict(recipe="clip_kd", teacher={"job": teacher_job_id}))
+def distilled_spec(*teacher_job_ids: str) -> JobSpec:
+    """A spec whose teacher is another job's result, or whose teachers are several jobs'."""
+    teachers = [{"job": job_id} for job_id in teacher_job_ids]
+    named = {"teacher": teachers[0]} if len(teachers) == 1 else {"teachers": teachers}
+    return JobSpec.model_validate(spec_dict(recipe="clip_kd", **named))
 
 
 def create(sessions: Sessions, spec: JobSpec | None = None, **options: Any) -> Job:

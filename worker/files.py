@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cliprd_core.run_dir import CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, sync_directory
-from cliprd_core.spec import TeacherSpec
+from cliprd_core.spec import JobSpec, TeacherSpec
 from service.store.artifacts import get_artifact
 from service.store.blobs import BlobStore
 from service.store.jobs import ArtifactNotFoundError
@@ -18,7 +18,7 @@ from worker.held_job import EXPORT_GROUP, HeldJob
 
 logger = logging.getLogger(__name__)
 
-TEACHER_DIR = "teacher"
+TEACHERS_DIR = "teachers"
 CHUNK_BYTES = 1 << 20
 
 
@@ -26,19 +26,22 @@ class TeacherGoneError(Exception):
     """The artifacts that should be the teacher are not in the store, or not whole."""
 
 
-def fetch_teacher(job: HeldJob, run: Path) -> TeacherSpec | None:
-    """The spec's teacher as the trainer can load it: a teacher from this service is copied into the run directory.
+def with_fetched_teachers(job: HeldJob, run: Path) -> JobSpec:
+    """The job's spec as the trainer can run it: teachers from this service are copied into the run directory.
 
     Raises:
-        TeacherGoneError: it cannot be had; the message is for the user.
+        TeacherGoneError: one cannot be had; the message is for the user.
     """
-    teacher = job.spec.teacher
-    if teacher is None or (teacher.job is None and teacher.artifact is None):
+    fetched = {field: _fetch_teacher(job, teacher, run / TEACHERS_DIR / field) for field, teacher in job.spec.teacher_fields.items()}
+    return job.spec.with_teachers(fetched)
+
+
+def _fetch_teacher(job: HeldJob, teacher: TeacherSpec, folder: Path) -> TeacherSpec:
+    if teacher.job is None and teacher.artifact is None:
         return teacher
     files = _teacher_files(job, teacher)
     if not files:
         raise TeacherGoneError(f"Job {teacher.job} has no exported model. Submit this job again with a teacher that has one.")
-    folder = run / TEACHER_DIR
     try:
         fetch_files(job.blobs, files, folder)
     except OSError as error:

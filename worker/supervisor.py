@@ -25,7 +25,7 @@ from cliprd_core.run_dir import (
     write_atomically,
 )
 from service.store.jobs import LeaseLostError, Outcome, QueuedJob
-from worker.files import TEACHER_DIR, TeacherGoneError, fetch_teacher, restore_checkpoint
+from worker.files import TEACHERS_DIR, TeacherGoneError, restore_checkpoint, with_fetched_teachers
 from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.lease import LeaseKeeper
 from worker.mirror import CheckpointMirror
@@ -119,7 +119,7 @@ class Supervisor:
         self._run.mkdir(parents=True, exist_ok=True)
         for name in (RESULT_FILE, ERROR_FILE):
             (self._run / name).unlink(missing_ok=True)
-        spec = self._job.spec.model_copy(update={"teacher": fetch_teacher(self._job, self._run)})
+        spec = with_fetched_teachers(self._job, self._run)
         write_atomically(self._run / SPEC_FILE, spec.model_dump_json(indent=2))
         restored = restore_checkpoint(self._job, self._run)
         if restored is not None:
@@ -185,6 +185,6 @@ class Supervisor:
         queued = self._job.finish(outcome, files)
         logger.info("job %s: ended: %s", self._job.id, outcome)
         if isinstance(outcome, ResultRecord):  # the artifact store has what matters of these
-            for name in (CHECKPOINTS_DIR, TEACHER_DIR):
+            for name in (CHECKPOINTS_DIR, TEACHERS_DIR):
                 shutil.rmtree(self._run / name, ignore_errors=True)
         return queued

@@ -39,11 +39,32 @@ class Batch:
     sample_indices: Tensor  # (B,) int64, position of each pair in the training set
     student_images: Tensor  # (B, 3, H, W) float32, normalised
     student_tokens: Tensor  # (B, context) int64
-    teacher_images: Tensor | None  # None: there is no teacher, or it sees student_images
-    teacher_tokens: Tensor | None  # None: there is no teacher, or it reads student_tokens
+    teacher_images: tuple[Tensor | None, ...] = ()  # one per teacher; None: it sees student_images
+    teacher_tokens: tuple[Tensor | None, ...] = ()  # one per teacher; None: it reads student_tokens
 
     def to(self, device: torch.device) -> Batch:
-        """Images on `device`; tokens stay on the host, where `text_encoding.encode_text` reads off their lengths."""
-        teacher_images = None if self.teacher_images is None else self.teacher_images.to(device, non_blocking=True)
-        student_images = self.student_images.to(device, non_blocking=True)
-        return replace(self, student_images=student_images, teacher_images=teacher_images)
+        """Images on `device`, without waiting for the copies; tokens stay on the host, where `encode_text` reads off their lengths."""
+
+        def move(images: Tensor) -> Tensor:
+            return images.to(device, non_blocking=True)
+
+        return replace(self, student_images=move(self.student_images), teacher_images=_each(move, self.teacher_images))
+
+    def pin_memory(self) -> Batch:
+        """Everything but the indices in memory from which copies to a GPU overlap with computing."""
+        return Batch(
+            sample_indices=self.sample_indices,
+            student_images=self.student_images.pin_memory(),
+            student_tokens=self.student_tokens.pin_memory(),
+            teacher_images=_each(Tensor.pin_memory, self.teacher_images),
+            teacher_tokens=_each(Tensor.pin_memory, self.teacher_tokens),
+        )
+
+    def inputs_of_teacher(self, index: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) and tokens (B, context) of one teacher."""
+        images, tokens = self.teacher_images[index], self.teacher_tokens[index]
+        return self.student_images if images is None else images, self.student_tokens if tokens is None else tokens
+
+
+def _each(function: Callable[[Tensor], Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else function(tensor) for tensor in tensors)

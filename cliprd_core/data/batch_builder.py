@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cliprd_core.data.batch import Batch, ModelInput
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
@@ -27,17 +29,14 @@ class BuiltBatch:
 
     def pin_memory(self) -> BuiltBatch:
         """Called by torch's DataLoader where the copy to a GPU is to overlap with computing."""
-        batch = self.batch
-        return replace(
-            self,
-            batch=Batch(
-                sample_indices=batch.sample_indices,
-                student_images=batch.student_images.pin_memory(),
-                student_tokens=batch.student_tokens.pin_memory(),
-                teacher_images=None if batch.teacher_images is None else batch.teacher_images.pin_memory(),
-                teacher_tokens=None if batch.teacher_tokens is None else batch.teacher_tokens.pin_memory(),
-            ),
-        )
+        return replace(self, batch=self.batch.pin_memory())
+
+
+class _Crop(NamedTuple):
+    """What a crop's pixels depend on, before they are normalised; models that agree in it share them."""
+
+    size: int  # pixels, height and width
+    interpolation: str
 
 
 @dataclass
@@ -46,8 +45,7 @@ class _Draft:
 
     indices: list[int]
     captions: list[str]
-    student_pixels: NDArray[np.uint8]  # (b, H, W, 3)
-    teacher_pixels: NDArray[np.uint8] | None  # None: no teacher, or the student's size
+    pixels: dict[_Crop, NDArray[np.uint8]]  # (b, H, W, 3) of each kind of crop that a model wants
     corrupt: dict[int, str] = field(default_factory=dict)
 
 
@@ -55,18 +53,18 @@ class BatchBuilder:
     """Builds any process's batch of any step, as a pure function of the request and of the data."""
 
     def __init__(
-        self, source: PairSource, *, student: ModelInput, teacher: ModelInput | None, crop_scale: tuple[float, float], seed: int
+        self, source: PairSource, *, student: ModelInput, teachers: Sequence[ModelInput], crop_scale: tuple[float, float], seed: int
     ) -> None:
-        for model_input in (student, teacher):
-            if model_input is not None:
-                check_preprocess(model_input.preprocess)
+        for model_input in (student, *teachers):
+            check_preprocess(model_input.preprocess)
         self._source = source
         self._student = student
-        self._teacher = teacher
+        self._teachers = teachers
+        self._crops = {_crop(model_input): model_input.preprocess for model_input in (student, *teachers)}
         self._crop_scale = crop_scale
         self._seed = seed
         self._student_tokens = TokenCache(student, len(source))
-        self._teacher_tokens = None if teacher is None or same_tokens(student, teacher) else TokenCache(teacher, len(source))
+        self._teacher_tokens = [None if same_tokens(student, teacher) else TokenCache(teacher, len(source)) for teacher in teachers]
 
     def build(self, request: BatchRequest) -> BuiltBatch:
         """Read and prepare the pairs of one process's share of a step.
@@ -86,20 +84,12 @@ class BatchBuilder:
         return BuiltBatch(self._finish(draft), draft.corrupt)
 
     def _empty_draft(self, request: BatchRequest) -> _Draft:
-        size = self._student.preprocess.image_size
         indices: list[int] = request.indices.tolist()
         return _Draft(
             indices=indices,
             captions=[""] * len(indices),
-            student_pixels=np.empty((len(indices), size, size, 3), dtype=np.uint8),
-            teacher_pixels=self._teacher_pixels(len(indices)),
+            pixels={crop: np.empty((len(indices), crop.size, crop.size, 3), dtype=np.uint8) for crop in self._crops},
         )
-
-    def _teacher_pixels(self, num_rows: int) -> NDArray[np.uint8] | None:
-        if self._teacher is None or _same_pixels(self._student, self._teacher):
-            return None
-        size = self._teacher.preprocess.image_size
-        return np.empty((num_rows, size, size, 3), dtype=np.uint8)
 
     def _fill(self, draft: _Draft, row: int, index: int, draws: Sequence[float]) -> bool:
         """Put pair `index`, cropped by `draws`, into `row`; False, and a note in `draft.corrupt`, if it cannot be read."""
@@ -112,9 +102,8 @@ class BatchBuilder:
         box = random_crop_box(image.width, image.height, self._crop_scale, draws)
         draft.indices[row] = index
         draft.captions[row] = sample.caption
-        draft.student_pixels[row] = resize_crop(image, box, self._student.preprocess)
-        if self._teacher is not None and draft.teacher_pixels is not None:
-            draft.teacher_pixels[row] = resize_crop(image, box, self._teacher.preprocess)
+        for crop, preprocess in self._crops.items():
+            draft.pixels[crop][row] = resize_crop(image, box, preprocess)
         return True
 
     def _draws(self, indices: Sequence[int], epoch: int) -> list[list[float]]:
@@ -152,20 +141,20 @@ class BatchBuilder:
         return True
 
     def _finish(self, draft: _Draft) -> Batch:
-        teacher_images = None
-        if self._teacher is not None and self._teacher.preprocess != self._student.preprocess:
-            pixels = draft.student_pixels if draft.teacher_pixels is None else draft.teacher_pixels
-            teacher_images = normalise(pixels, self._teacher.preprocess)
+        def images(model_input: ModelInput) -> Tensor:
+            return normalise(draft.pixels[_crop(model_input)], model_input.preprocess)
+
+        def tokens(cache: TokenCache) -> Tensor:
+            return cache.tokenise(draft.indices, draft.captions)
+
         return Batch(
             sample_indices=torch.tensor(draft.indices, dtype=torch.int64),
-            student_images=normalise(draft.student_pixels, self._student.preprocess),
-            student_tokens=self._student_tokens.tokenise(draft.indices, draft.captions),
-            teacher_images=teacher_images,
-            teacher_tokens=None if self._teacher_tokens is None else self._teacher_tokens.tokenise(draft.indices, draft.captions),
+            student_images=images(self._student),
+            student_tokens=tokens(self._student_tokens),
+            teacher_images=tuple(None if one.preprocess == self._student.preprocess else images(one) for one in self._teachers),
+            teacher_tokens=tuple(None if cache is None else tokens(cache) for cache in self._teacher_tokens),
         )
 
 
-def _same_pixels(first: ModelInput, second: ModelInput) -> bool:
-    """Whether a crop looks the same to both before it is normalised."""
-    one, other = first.preprocess, second.preprocess
-    return (one.image_size, one.interpolation) == (other.image_size, other.interpolation)
+def _crop(model_input: ModelInput) -> _Crop:
+    return _Crop(model_input.preprocess.image_size, model_input.preprocess.interpolation)

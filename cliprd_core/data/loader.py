@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,14 @@ Position = tuple[int, int]
 
 
 def build_train_loader(
-    spec: JobSpec, source: PairSource, *, student: ModelInput, teacher: ModelInput | None, rank: int = 0, world_size: int = 1
+    spec: JobSpec, source: PairSource, *, student: ModelInput, teachers: Sequence[ModelInput] = (), rank: int = 0, world_size: int = 1
 ) -> TrainLoader:
     """The loader of one training process.
 
     Args:
         spec: its `training` and `data.crop_scale` are used.
         source: the training pairs, as `open_sources` gives them.
-        teacher: None without a teacher, and also when the teacher's features come from elsewhere.
+        teachers: those that are to see the batch's images and captions.
 
     Raises:
         InvalidDataError: there are fewer pairs than one global batch.
@@ -42,7 +42,7 @@ def build_train_loader(
     """
     training = spec.training
     return TrainLoader(
-        BatchBuilder(source, student=student, teacher=teacher, crop_scale=spec.data.crop_scale, seed=training.seed),
+        BatchBuilder(source, student=student, teachers=teachers, crop_scale=spec.data.crop_scale, seed=training.seed),
         Plan(len(source), training.global_batch_size, training.seed, rank, world_size),
         num_data_workers=training.num_data_workers,
         pin_memory=spec.resources.device is not Device.CPU and torch.cuda.is_available(),

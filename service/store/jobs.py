@@ -36,7 +36,7 @@ from service.store.leases import (
     renew_lease,
 )
 from service.store.metrics import record_evaluations, record_metrics
-from service.store.models import Artifact, ArtifactKind, Job, JobLabel
+from service.store.models import Artifact, ArtifactKind, Job, JobLabel, JobTeacher
 from service.store.recovery import jobs_to_send, mark_sent, requeue_expired
 from service.store.session import database_now
 from service.store.states import ALLOWED_MOVES, JobState
@@ -80,16 +80,16 @@ MAX_ATTEMPTS = 3
 
 
 def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEMPTS) -> Job:
-    """Store a job: `queued`, or `waiting` if its teacher is a job that hasn't finished.
+    """Store a job: `queued`, or `waiting` if a teacher is a job that hasn't finished.
 
     `spec` is the resolved one: the worker takes its paths as they are.
 
     Raises:
-        TeacherUnavailableError: the teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
+        TeacherUnavailableError: a teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
     """
-    teacher = _lock_teacher(session, spec)
+    teachers = _lock_teachers(session, spec)
     now = database_now(session)
-    waits = teacher is not None and not teacher.state.is_finished
+    waits = not all(teacher.state.is_finished for teacher in teachers)
     job = Job(
         id=str(uuid.uuid4()),
         name=spec.name,
@@ -97,7 +97,6 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEM
         state=JobState.WAITING if waits else JobState.QUEUED,
         spec=spec.model_dump(mode="json"),
         queue=spec.resources.queue,
-        teacher_job_id=None if teacher is None else teacher.id,
         attempt=0,
         num_releases=0,
         max_attempts=max_attempts,
@@ -107,29 +106,37 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEM
     session.add(job)
     session.flush()
     session.add_all([JobLabel(job_id=job.id, key=key, value=value) for key, value in spec.labels.items()])
+    session.add_all([JobTeacher(job_id=job.id, teacher_job_id=teacher.id) for teacher in teachers])
     session.flush()
     return job
 
 
-def _lock_teacher(session: Session, spec: JobSpec) -> Job | None:
-    """The job whose result is the teacher, locked so that it can't finish between our look and our insert."""
-    if spec.teacher is None:
-        return None
-    if spec.teacher.artifact is not None:
-        artifact = session.get(Artifact, spec.teacher.artifact)
-        if artifact is None:
-            raise TeacherUnavailableError("teacher.artifact", f"there is no artifact {spec.teacher.artifact!r}")
-        if artifact.kind is not ArtifactKind.MODEL:
-            raise TeacherUnavailableError("teacher.artifact", f"artifact {artifact.id!r} is a {artifact.kind}, not a model")
-        return None
-    if spec.teacher.job is None:
-        return None
-    teacher = session.scalars(select(Job).where(Job.id == spec.teacher.job).with_for_update()).one_or_none()
-    if teacher is None:
-        raise TeacherUnavailableError("teacher.job", f"there is no job {spec.teacher.job!r}")
-    if teacher.state in (JobState.FAILED, JobState.CANCELLED):
-        raise TeacherUnavailableError("teacher.job", f"job {teacher.id!r} ended as {teacher.state}, so it has no model to offer")
-    return teacher
+def _lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
+    """The jobs whose results are teachers, locked so that they can't finish between our look and our insert."""
+    fields_of_jobs: dict[str, str] = {}
+    for field, teacher in spec.teacher_fields.items():
+        if teacher.artifact is not None:
+            _check_teacher_artifact(session, f"{field}.artifact", teacher.artifact)
+        elif teacher.job is not None:
+            fields_of_jobs.setdefault(teacher.job, f"{field}.job")
+    # In the order of their ids, as everyone locks several jobs.
+    locked = list(session.scalars(select(Job).where(Job.id.in_(fields_of_jobs)).order_by(Job.id).with_for_update()))
+    missing = fields_of_jobs.keys() - {job.id for job in locked}
+    for job_id, field in fields_of_jobs.items():
+        if job_id in missing:
+            raise TeacherUnavailableError(field, f"there is no job {job_id!r}")
+    for job in locked:
+        if job.state in (JobState.FAILED, JobState.CANCELLED):
+            raise TeacherUnavailableError(fields_of_jobs[job.id], f"job {job.id!r} ended as {job.state}, so it has no model to offer")
+    return locked
+
+
+def _check_teacher_artifact(session: Session, field: str, artifact_id: str) -> None:
+    artifact = session.get(Artifact, artifact_id)
+    if artifact is None:
+        raise TeacherUnavailableError(field, f"there is no artifact {artifact_id!r}")
+    if artifact.kind is not ArtifactKind.MODEL:
+        raise TeacherUnavailableError(field, f"artifact {artifact.id!r} is a {artifact.kind}, not a model")
 
 
 def get_job(*, session: Session, job_id: str) -> Job:

@@ -64,7 +64,6 @@ class Job(Base):
         Index("jobs_newest", "created_at", "id"),
         Index("jobs_newest_by_state", "state", "created_at", "id"),
         Index("jobs_by_lease", "state", "lease_expires_at"),
-        Index("jobs_by_teacher", "teacher_job_id"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -74,7 +73,6 @@ class Job(Base):
     spec: Mapped[dict[str, Any]]
     """The resolved JobSpec: recipe applied, paths absolute."""
     queue: Mapped[str] = mapped_column(String(64))
-    teacher_job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
 
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""
@@ -111,6 +109,12 @@ class Job(Base):
         labels: dict[str, str] = self.spec["labels"]
         return labels
 
+    @property
+    def teacher_job_ids(self) -> list[str]:
+        """The jobs of this service whose results are the teachers, in the spec's order."""
+        given = [self.spec["teacher"], *self.spec.get("teachers", [])]
+        return [teacher["job"] for teacher in given if teacher is not None and teacher["job"] is not None]
+
 
 class JobLabel(Base):
     """The labels of `jobs.spec` once more, to find jobs by them on any database."""
@@ -121,6 +125,16 @@ class JobLabel(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     value: Mapped[str] = mapped_column(String(128))
+
+
+class JobTeacher(Base):
+    """A job whose teacher, or one of whose teachers, is another job's result."""
+
+    __tablename__ = "job_teachers"
+    __table_args__ = (Index("job_teachers_by_teacher", "teacher_job_id"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    teacher_job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
 
 
 class Metric(Base):

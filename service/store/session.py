@@ -74,8 +74,11 @@ def database_now(session: Session) -> datetime:
     return datetime.now(UTC)
 
 
-def migrate(database_url: str) -> None:
-    """Bring the database to the newest schema. Several processes may do this at once: one migrates, the others wait and find it done."""
+def migrate(database_url: str, version: str = "head") -> None:
+    """Bring the database to a version of the schema, the newest one by default.
+
+    Several processes may do this at once: one migrates, the others wait and find it done.
+    """
     url = _with_driver(make_url(database_url))
     is_sqlite = url.get_backend_name() == "sqlite"
     if is_sqlite:
@@ -84,6 +87,7 @@ def migrate(database_url: str) -> None:
     engine = make_engine(database_url)
     try:
         if is_sqlite:
+            event.listen(engine, "connect", _suspend_foreign_keys)
             _switch_to_wal(engine)
         with engine.begin() as connection:  # on SQLite this takes the write lock at once
             if not is_sqlite:
@@ -91,7 +95,7 @@ def migrate(database_url: str) -> None:
             config = _alembic_config()
             config.attributes["connection"] = connection
             with _alembic_lock:
-                command.upgrade(config, "head")
+                command.upgrade(config, version)
     finally:
         engine.dispose()
 
@@ -126,6 +130,11 @@ def _alembic_config() -> Config:
 def _on_sqlite_connect(connection: sqlite3.Connection, _record: Any) -> None:
     connection.isolation_level = None  # else the driver begins transactions of its own, too late for the lock we want
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _suspend_foreign_keys(connection: sqlite3.Connection, _record: Any) -> None:
+    # SQLite changes a table by making it anew and dropping the old one; enforced, foreign keys would delete all rows that refer to it.
+    connection.execute("PRAGMA foreign_keys = OFF")
 
 
 def _on_sqlite_begin(connection: Connection) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
-from service.store.models import Job
+from service.store.models import Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
 
 
@@ -70,7 +70,7 @@ def num_lost_attempts(job: Job) -> int:
 
 
 def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
-    """After `job` has finished: queue the jobs that waited for it as their teacher, or fail them and whoever waits for them."""
+    """After `job` has finished: queue the jobs that waited for it as their last teacher, or fail them and whoever waits for them."""
     queued: list[QueuedJob] = []
     finished = [job]
     while finished:
@@ -78,6 +78,8 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
         session.flush()
         for dependent in _lock_dependents(session, teacher):
             if teacher.state is JobState.SUCCEEDED:
+                if _waits_for_another(session, dependent):
+                    continue
                 move(dependent, JobState.QUEUED, now=now)
                 queued.append(QueuedJob(dependent.id, dependent.queue))
             else:
@@ -92,5 +94,13 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
 
 
 def _lock_dependents(session: Session, teacher: Job) -> list[Job]:
-    query = select(Job).where(Job.teacher_job_id == teacher.id, Job.state == JobState.WAITING).order_by(Job.id).with_for_update()
+    students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id == teacher.id)
+    query = select(Job).where(Job.id.in_(students), Job.state == JobState.WAITING).order_by(Job.id).with_for_update()
     return list(session.scalars(query.execution_options(populate_existing=True)))
+
+
+def _waits_for_another(session: Session, dependent: Job) -> bool:
+    """Whether a teacher of a locked job has yet to succeed. Of two that finish at once, the later one to lock the job sees both."""
+    teachers = select(JobTeacher.teacher_job_id).where(JobTeacher.job_id == dependent.id)
+    unfinished = select(Job.id).where(Job.id.in_(teachers), Job.state != JobState.SUCCEEDED).limit(1)
+    return session.scalars(unfinished).first() is not None

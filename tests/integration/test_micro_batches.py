@@ -72,8 +72,8 @@ def test_a_micro_batch_that_holds_the_whole_batch_changes_nothing(folder: Path, 
 def test_neither_model_ever_sees_more_than_a_micro_batch(folder: Path, tmp_path: Path) -> None:
     run = prepare_run(make_spec(folder, training={"micro_batch_size": 3}), tmp_path)
     seen: dict[str, list[int]] = {"student": [], "teacher": []}
-    assert run.teacher is not None
-    for name, model in (("student", run.student.model), ("teacher", run.teacher.model)):
+    (teacher,) = run.teachers
+    for name, model in (("student", run.student.model), ("teacher", teacher.model)):
         model.visual.register_forward_pre_hook(lambda _, inputs, sizes=seen[name]: sizes.append(len(inputs[0])))
     batch = next(iter(run.loader.epoch(0)))
     train_step(run, batch, 0)

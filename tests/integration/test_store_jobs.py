@@ -225,6 +225,38 @@ def test_a_student_submitted_while_its_teacher_finishes_is_not_forgotten(session
         assert queued == ([jobs.QueuedJob(student.id, "default")] if student.state is JobState.WAITING else [])
 
 
+def test_a_student_of_several_waits_for_the_last_of_them(sessions: Sessions) -> None:
+    first, second = create(sessions), create(sessions)
+    student = create(sessions, distilled_spec(second.id, first.id, second.id))
+    assert (student.state, student.teacher_job_ids) == (JobState.WAITING, [second.id, first.id, second.id])
+    assert finish(sessions, claim(sessions, first.id)) == []
+    assert read(sessions, student.id).state is JobState.WAITING
+    assert finish(sessions, claim(sessions, second.id)) == [jobs.QueuedJob(student.id, "default")]
+    assert create(sessions, distilled_spec(first.id, second.id)).state is JobState.QUEUED
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_one_failed_teacher_of_several_is_enough(sessions: Sessions, order: int) -> None:
+    good, bad = create(sessions), create(sessions)
+    student = create(sessions, distilled_spec(good.id, bad.id))
+    ends = [(good, SUCCESS), (bad, FAILURE)]
+    for job, outcome in ends if order else reversed(ends):
+        assert finish(sessions, claim(sessions, job.id), outcome) == []
+    assert read(sessions, student.id).state is JobState.FAILED
+    with pytest.raises(jobs.TeacherUnavailableError) as refused:
+        create(sessions, distilled_spec(good.id, bad.id))
+    assert refused.value.field == "teachers.1.job"
+
+
+def test_of_teachers_that_finish_at_once_one_queues_the_student(sessions: Sessions) -> None:
+    for _ in range(5):
+        claims = [claim(sessions, create(sessions).id) for _ in range(2)]
+        student = create(sessions, distilled_spec(*(one.job.id for one in claims)))
+        with ThreadPoolExecutor(2) as pool:
+            queued = [one for found in pool.map(lambda claimed: finish(sessions, claimed), claims) for one in found]
+        assert queued == [jobs.QueuedJob(student.id, "default")]
+
+
 def test_messages_that_may_be_lost_are_sent_again(sessions: Sessions) -> None:
     spec = JobSpec.model_validate(spec_dict(resources={"queue": "gpu"}))
     sent, unsent, taken = create(sessions), create(sessions, spec), create(sessions)

@@ -9,6 +9,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import IntegrityError
 
 from service.store.models import Base
 from service.store.session import is_migrated, make_engine, migrate
@@ -27,6 +28,29 @@ def test_migrating_again_keeps_everything(sessions: Sessions, engine: Engine, da
     assert read(sessions, job.id).name == job.name
     with engine.connect() as connection:
         assert is_migrated(connection)
+
+
+def test_an_older_database_keeps_its_rows(database_url: str) -> None:
+    """From the first version on: what refers to a table that is made anew must not go with the old one."""
+    engine = make_engine(database_url)
+    migrate(database_url, "0001")
+    insert_job = text(
+        "INSERT INTO jobs (id, name, recipe, state, spec, queue, attempt, num_releases, max_attempts, created_at, teacher_job_id)"
+        " VALUES (:id, 'old', 'clip', 'waiting', '{}', 'default', 0, 0, 3, '2026-01-01 00:00:00', :teacher)"
+    )
+    with engine.begin() as connection:
+        for job_id, teacher in (("teacher-1", None), ("student-1", "teacher-1")):
+            connection.execute(insert_job, {"id": job_id, "teacher": teacher})
+            connection.execute(text("INSERT INTO job_labels VALUES (:id, 'team', 'vision')"), {"id": job_id})
+    migrate(database_url)
+    with engine.connect() as connection:
+        assert is_migrated(connection)
+        assert connection.execute(text("SELECT job_id, teacher_job_id FROM job_teachers")).all() == [("student-1", "teacher-1")]
+        assert connection.execute(text("SELECT count(*) FROM job_labels")).scalar_one() == 2
+        assert set(connection.execute(text("SELECT id FROM jobs")).scalars()) == {"teacher-1", "student-1"}
+    with pytest.raises(IntegrityError), engine.begin() as connection:
+        connection.execute(text("INSERT INTO job_labels VALUES ('nobody', 'team', 'vision')"))
+    engine.dispose()
 
 
 def test_an_empty_database_is_not_migrated(database_url: str) -> None:

@@ -235,6 +235,28 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_stopped(inputs: Inputs, tmp_
         assert not (run / ERROR_FILE).exists()
 
 
+@pytest.mark.parametrize("combination", ["concatenate", "average"])
+def test_several_teachers_teach_and_a_resumed_run_has_them_all(inputs: Inputs, tmp_path: Path, combination: str) -> None:
+    other = write_teacher(tmp_path / "other", tiny_config(width=32, embed_dim=64, image_size=24), seed=7)
+    changes: dict[str, Any] = {"objective": {"teacher_combination": combination}, "training": {"micro_batch_size": 3}, "recipe": "clip_rd"}
+    spec = tiny_spec(inputs.shards, teachers=[{"model": inputs.teacher}, {"model": other}], **changes)
+    assert run_here(tmp_path / "straight", spec) == 0
+    curve = losses(tmp_path / "straight")
+    assert curve[NUM_STEPS] < curve[1]
+    result = read_record(tmp_path / "straight" / RESULT_FILE, ResultRecord)
+    assert result is not None
+    assert result.num_teacher_parameters is not None
+    assert result.num_teacher_parameters > 2 * 1_500_000
+    process = start(tmp_path / "killed", spec)
+    wait_for_step(tmp_path / "killed", 5, process)
+    process.kill()
+    process.wait()
+    assert run_here(tmp_path / "killed", spec) == 0
+    assert_same_weights(tmp_path / "killed", tmp_path / "straight")
+    (tmp_path / "killed" / RESULT_FILE).unlink()
+    assert "the teachers' weights" in failure(tmp_path / "killed", inputs.spec(**changes)).message
+
+
 def test_two_processes_follow_the_curve_of_one(inputs: Inputs, straight: Path, tmp_path: Path) -> None:
     """Tolerance: two processes add the same fp32 numbers in another order, and AdamW's first steps amplify that; 1e-4 relative.
 

@@ -152,7 +152,7 @@ def test_bad_queries_name_their_field(client: TestClient, query: str, field: str
 def test_a_student_waits_for_its_teacher(client: TestClient, sessions: Sessions) -> None:
     teacher = submit(client)
     student = submit(client, recipe="clip_kd", teacher={"job": teacher["id"]})
-    assert (student["state"], student["queued_at"], student["teacher_job_id"]) == ("waiting", None, teacher["id"])
+    assert (student["state"], student["queued_at"], student["teacher_job_ids"]) == ("waiting", None, [teacher["id"]])
     client.post(teacher["links"]["cancel"])
     assert client.get(f"/jobs/{student['id']}").json()["error"]["reason"] == "teacher_unavailable"
     response = client.post("/jobs", json=spec_dict(recipe="clip_kd", teacher={"job": teacher["id"]}))

@@ -64,7 +64,7 @@ def make_state(step: int, **changes: Any) -> TrainingState:
         samples_seen=step * 8,
         attempt=1,
         world_size=1,
-        teacher_sha256="abc",
+        teacher_sha256=["abc"],
         scaler={},
         spec=spec_as_json(tiny_spec("x.tar")),
     )
@@ -204,8 +204,8 @@ def test_incompatible_changes_are_named(path: tuple[str, ...], value: object, na
 
 
 def test_another_teacher_or_data_size_is_incompatible() -> None:
-    with pytest.raises(ValueError, match="teacher's weights"):
-        check_compatible(make_state(3), make_state(0, teacher_sha256="other"))
+    with pytest.raises(ValueError, match="teachers' weights"):
+        check_compatible(make_state(3), make_state(0, teacher_sha256=["other"]))
     with pytest.raises(ValueError, match="steps of the run"):
         check_compatible(make_state(3), make_state(0, num_steps=40))
 

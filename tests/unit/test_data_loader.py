@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loader(folder: Path, *, rank: int = 0, world_size: int = 1, teacher: ModelInput | None = None, **training: Any) -> TrainLoader:
+def loader(folder: Path, *, rank: int = 0, world_size: int = 1, teachers: Sequence[ModelInput] = (), **training: Any) -> TrainLoader:
     spec = job(folder, **training)
     source = open_sources(spec.data.train, folder / "cache")
-    return build_train_loader(spec, source, student=model_input(), teacher=teacher, rank=rank, world_size=world_size)
+    return build_train_loader(spec, source, student=model_input(), teachers=teachers, rank=rank, world_size=world_size)
 
 
 def epochs(train_loader: TrainLoader, count: int) -> list[Batch]:
@@ -168,15 +168,24 @@ class TestContent:
             assert torch.equal(batch.student_tokens[row], character_tokenizer([sample.caption])[0])
 
     def test_teacher_that_sees_and_reads_the_same_gets_nothing_of_its_own(self, folder: Path) -> None:
-        batch = epochs(loader(folder, teacher=model_input()), 1)[0]
-        assert batch.teacher_images is None
-        assert batch.teacher_tokens is None
+        batch = epochs(loader(folder, teachers=[model_input()]), 1)[0]
+        assert batch.teacher_images == (None,)
+        assert batch.teacher_tokens == (None,)
+        assert batch.inputs_of_teacher(0) == (batch.student_images, batch.student_tokens)
+
+    def test_each_teacher_gets_what_it_wants(self, folder: Path) -> None:
+        teachers = [model_input(mean=0.25), model_input(), model_input(image_size=24, tokenizer=reversing_tokenizer)]
+        batch = epochs(loader(folder, teachers=teachers), 1)[0]
+        for index, teacher in enumerate(teachers):
+            alone = epochs(loader(folder, teachers=[teacher]), 1)[0]
+            for given, expected in zip(batch.inputs_of_teacher(index), alone.inputs_of_teacher(0), strict=True):
+                assert torch.equal(given, expected)
 
     def test_teacher_of_other_normalisation_sees_the_same_pixels(self, folder: Path) -> None:
-        batch = epochs(loader(folder, teacher=model_input(mean=0.25)), 1)[0]
-        assert batch.teacher_images is not None
-        torch.testing.assert_close(batch.teacher_images, batch.student_images + 1)  # (x - 0.25) / 0.25 against (x - 0.5) / 0.25
-        assert batch.teacher_tokens is None
+        batch = epochs(loader(folder, teachers=[model_input(mean=0.25)]), 1)[0]
+        (images,) = batch.teacher_images
+        torch.testing.assert_close(images, batch.student_images + 1)  # (x - 0.25) / 0.25 against (x - 0.5) / 0.25
+        assert batch.teacher_tokens == (None,)
 
     def test_teacher_of_other_size_sees_the_same_box(self, tmp_path: Path) -> None:
         """Student at 12 pixels, teacher at 24: the teacher's image, shrunk, is the student's."""
@@ -185,16 +194,15 @@ class TestContent:
             {name: image_bytes(3, size=(96, 96)) if name.endswith("png") else text for name, text in pair_members(range(8)).items()},
         )
         teacher = model_input(image_size=24, tokenizer=reversing_tokenizer)
-        batch = epochs(loader(tmp_path, teacher=teacher), 1)[0]
-        assert batch.teacher_images is not None
-        assert batch.teacher_images.shape == (8, 3, 24, 24)
-        shrunk = torch.nn.functional.avg_pool2d(batch.teacher_images, 2)
+        batch = epochs(loader(tmp_path, teachers=[teacher]), 1)[0]
+        images, tokens = batch.inputs_of_teacher(0)
+        assert images.shape == (8, 3, 24, 24)
+        shrunk = torch.nn.functional.avg_pool2d(images, 2)
         same_row = (shrunk - batch.student_images).abs().mean()
         other_row = (shrunk - batch.student_images.roll(1, 0)).abs().mean()
         assert same_row < other_row / 2
-        assert batch.teacher_tokens is not None
         captions = [f"caption {index}" for index in batch.sample_indices.tolist()]
-        assert torch.equal(batch.teacher_tokens, reversing_tokenizer(captions))
+        assert torch.equal(tokens, reversing_tokenizer(captions))
         assert torch.equal(batch.student_tokens, character_tokenizer(captions))
 
     def test_captions_beyond_the_token_cache_are_tokenised_all_the_same(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,9 +223,9 @@ class TestContent:
         assert not same_tokens(model_input(), model_input(tokenizer=reversing_tokenizer))
 
     def test_moving_a_batch_keeps_what_is_absent_absent(self, folder: Path) -> None:
-        batch = epochs(loader(folder, teacher=model_input(mean=0.1)), 1)[0].to(torch.device("cpu"))
-        assert batch.teacher_images is not None
-        assert batch.teacher_tokens is None
+        batch = epochs(loader(folder, teachers=[model_input(mean=0.1)]), 1)[0].to(torch.device("cpu"))
+        assert [one is None for one in batch.teacher_images] == [False]
+        assert batch.teacher_tokens == (None,)
 
 
 class TestCorruptPairs:
@@ -285,7 +293,7 @@ class TestCorruptPairs:
         student = model_input()
         object.__setattr__(student.preprocess, "interpolation", "lanczos")
         with pytest.raises(ValueError, match="interpolation"):
-            BatchBuilder(source, student=student, teacher=None, crop_scale=(0.9, 1.0), seed=0)
+            BatchBuilder(source, student=student, teachers=[], crop_scale=(0.9, 1.0), seed=0)
 
 
 TRAINER = """

@@ -51,6 +51,9 @@ def problems(root: Path, **changes: Any) -> dict[str, FieldProblem]:
     return {one.field: one for one in caught.value.problems}
 
 
+OPENAI = {"model": "ViT-B-16", "pretrained": "openai"}
+
+
 def shards(pattern: str, **more: Any) -> dict[str, Any]:
     return {"train": [{"type": "webdataset", "shards": pattern, **more}]}
 
@@ -96,6 +99,8 @@ def test_a_pretrained_tag_is_left_alone_and_a_file_found(root: Path) -> None:
         ({"student": {"config": TINY_CONFIG, "pretrained": "openai"}}, "student.pretrained", "no file", "path"),
         ({"student": {"model": "local-dir:train"}}, "student.model", "no open_clip_config.json", "folder"),
         ({"student": {"model": "local-dir:nowhere"}}, "student.model", "no folder", "folder"),
+        ({"recipe": "clip_kd", "teachers": [OPENAI, {"model": "local-dir:nowhere"}]}, "teachers.1.model", "no folder", "folder"),
+        ({"recipe": "clip_kd", "teachers": [{**OPENAI, "pretrained": "openia"}]}, "teachers.0.pretrained", "`openia`", "`openai`"),
         ({"data": shards("train/{00000..00003}.tar")}, "data.train.0.shards", "00002.tar is missing (and 1 more of 4)", "Check"),
         ({"data": shards("train/*.zip")}, "data.train.0.shards", "no file matches", "Check"),
         ({"data": shards("train/{0..1.tar")}, "data.train.0.shards", "unbalanced", "{00000..00007}"),

@@ -11,6 +11,8 @@ from cliprd_core.spec import JobSpec
 from service.problems import FieldProblem, problems_of
 from tests.store_helpers import TINY_CONFIG, spec_dict
 
+_TEACHER = {"model": "ViT-B-16", "pretrained": "openai"}
+
 
 def problems(spec: Any) -> dict[str, FieldProblem]:
     with pytest.raises(ValidationError) as caught:
@@ -50,6 +52,10 @@ def problems(spec: Any) -> dict[str, FieldProblem]:
         ({"resources": {"num_processes": 3}}, "training.global_batch_size", "multiple of", "Change one of the two"),
         ({"student": {}}, "student", "names no model", "Give exactly one of"),
         ({"student": {"config": {**TINY_CONFIG, "embed_dim": 0}}}, "student", "`embed_dim`", "Correct"),
+        ({"recipe": "clip_kd", "teacher": _TEACHER, "teachers": [_TEACHER]}, "teacher", "both set", "Put all of them into `teachers`"),
+        ({"teachers": [_TEACHER]}, "teacher", "recipe `clip` trains without one", "Remove it"),
+        ({"recipe": "clip_kd", "teachers": [_TEACHER, {"model": "ViT-B-16"}]}, "teachers.1", "trained weights", "Set `pretrained`"),
+        ({"recipe": "clip_kd", "teachers": [_TEACHER] * 9}, "teachers", "at most 8", "8"),
         ({"teacher": {"model": "ViT-B-16"}}, "teacher", "trained weights", "Set `pretrained`"),
     ],
 )

@@ -329,15 +329,28 @@ def test_an_earlier_job_is_the_teacher(bench: Bench, by: str) -> None:
 
     def look() -> None:
         seen["spec"] = json.loads((bench.run_dir(student_id) / "spec.json").read_text())
-        seen["files"] = sorted(path.name for path in (bench.run_dir(student_id) / "teacher").iterdir())
+        seen["files"] = sorted(path.name for path in (bench.run_dir(student_id) / "teachers" / "teacher").iterdir())
 
     log = bench.run_dir(student_id) / "log.txt"
     watcher = soon(log.exists, look)
     bench.run(student_id)
     watcher.join()
     assert bench.job(student_id).state is JobState.SUCCEEDED
-    assert seen["spec"]["teacher"]["model"] == f"local-dir:{bench.run_dir(student_id) / 'teacher'}"
+    assert seen["spec"]["teacher"]["model"] == f"local-dir:{bench.run_dir(student_id) / 'teachers' / 'teacher'}"
     assert seen["files"] == ["open_clip_config.json", "open_clip_model.safetensors"]
+
+
+def test_each_of_several_teachers_has_its_folder(bench: Bench) -> None:
+    teacher_ids = [bench.submit({"steps": "2"}) for _ in range(2)]
+    for teacher_id in teacher_ids:
+        bench.run(teacher_id)
+    teachers = [*({"job": teacher_id} for teacher_id in teacher_ids), {"model": "ViT-B-16", "pretrained": "openai"}]
+    student_id = bench.submit({"steps": "2"}, recipe="clip_rd", teachers=teachers)
+    bench.run(student_id)
+    assert bench.job(student_id).state is JobState.SUCCEEDED
+    folder = bench.run_dir(student_id) / "teachers"
+    spec = JobSpec.model_validate_json((bench.run_dir(student_id) / "spec.json").read_text())
+    assert [one.model for one in spec.teachers] == [f"local-dir:{folder / 'teachers.0'}", f"local-dir:{folder / 'teachers.1'}", "ViT-B-16"]
 
 
 def test_a_damaged_teacher_is_refused(bench: Bench) -> None:

@@ -1,0 +1,199 @@
+"""Several teachers at once, against the formulas written out on whole matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cliprd_core.losses import unit_rows
+from cliprd_core.objective import Objective, ObjectiveOutput
+from cliprd_core.spec import ObjectiveSpec, TeacherCombination
+from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
+
+NUM_PAIRS, STUDENT_WIDTH = 9, 6
+TEACHERS = [TeacherShape(6, 30.0), TeacherShape(10, 55.0), TeacherShape(4, 12.0)]
+NONE = {"task": 0.0, "fd": 0.0, "icl": 0.0, "hrd": 0.0, "vrd": 0.0, "xrd": 0.0}
+EVERYTHING = {"fd": 7.0, "vrd_kl": 0.5, "mfd": 3.0, "soft": 0.4, "gd": 0.01, "afd": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def weights(combination: TeacherCombination | str, **values: float) -> ObjectiveSpec:
+    return ObjectiveSpec(**{**NONE, **values, "teacher_combination": combination})
+
+
+def ensemble(spec: ObjectiveSpec, teachers: list[TeacherShape] = TEACHERS) -> TeacherEnsemble:
+    torch.manual_seed(0)
+    built = build_objective(spec, student_width=STUDENT_WIDTH, teachers=teachers)
+    assert isinstance(built, TeacherEnsemble)
+    return built.double()
+
+
+class Features:
+    """Float64 features of a student and of some teachers; the same numbers for the same teachers."""
+
+    def __init__(self, teachers: list[TeacherShape] = TEACHERS) -> None:
+        generator = torch.Generator().manual_seed(5)
+
+        def draw(width: int) -> Tensor:
+            return torch.randn(NUM_PAIRS, width, generator=generator, dtype=torch.float64)
+
+        self.image, self.text, self.masked = (draw(STUDENT_WIDTH).requires_grad_() for _ in range(3))
+        self.scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+        self.teachers = [(3 * draw(teacher.width), 3 * draw(teacher.width)) for teacher in teachers]
+
+    def run(self, objective: Objective | TeacherEnsemble, *, only: int | None = None) -> ObjectiveOutput:
+        teachers = self.teachers if only is None else [self.teachers[only]]
+        output: ObjectiveOutput = objective(
+            student_image_features=self.image,
+            student_text_features=self.text,
+            student_logit_scale=self.scale,
+            teacher_image_features=torch.cat([image for image, _ in teachers], dim=1),
+            teacher_text_features=torch.cat([text for _, text in teachers], dim=1),
+            student_masked_image_features=self.masked,
+        )
+        return output
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(loss, [self.image, self.text, self.scale], retain_graph=True, allow_unused=True)
+        return [torch.zeros(1) if one is None else one for one in found]
+
+    @property
+    def student_logits(self) -> Tensor:
+        return self.scale * unit_rows(self.image) @ unit_rows(self.text).T
+
+    def teacher_logits(self) -> list[Tensor]:
+        """Of each teacher with its own scale, (B, B)."""
+        pairs = zip(self.teachers, TEACHERS, strict=True)
+        return [shape.logit_scale * unit_rows(image) @ unit_rows(text).T for (image, text), shape in pairs]
+
+
+def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
+    """H(P, Q) of distributions P and logits of Q, averaged over rows."""
+    return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def entropy(target: Tensor) -> Tensor:
+    return -(target * target.log()).sum(dim=1).mean()
+
+
+def test_concatenated_teachers_have_the_mean_of_their_logits() -> None:
+    features = Features()
+    output = features.run(ensemble(weights("concatenate", hrd=1.0, soft=2.0)))
+    teacher = torch.stack(features.teacher_logits()).mean(dim=0)
+    student = features.student_logits
+    directions = [(teacher, student), (teacher.T, student.T)]
+    soft = torch.stack([cross_entropy(target.softmax(dim=1), logits) for target, logits in directions]).mean()
+    hrd = soft - torch.stack([entropy(target.softmax(dim=1)) for target, _ in directions]).mean()
+    torch.testing.assert_close(output.terms["soft"], soft.detach())
+    torch.testing.assert_close(output.terms["hrd"], hrd.detach())
+    torch.testing.assert_close(features.gradients(output.loss), features.gradients(hrd + 2 * soft))
+
+
+def test_averaged_teachers_have_the_mean_of_their_distributions() -> None:
+    features = Features()
+    output = features.run(ensemble(weights("average", hrd=1.0, soft=2.0)))
+    student = features.student_logits
+    directions = [
+        (torch.stack([teacher.softmax(dim=1) for teacher in features.teacher_logits()]).mean(dim=0), student),
+        (torch.stack([teacher.T.softmax(dim=1) for teacher in features.teacher_logits()]).mean(dim=0), student.T),
+    ]
+    soft = torch.stack([cross_entropy(target, logits) for target, logits in directions]).mean()
+    torch.testing.assert_close(output.terms["soft"], soft.detach())
+    torch.testing.assert_close(features.gradients(output.loss), features.gradients(3 * soft))
+
+
+def test_concatenated_features_are_unit_rows_in_shares_of_their_scales() -> None:
+    features = Features()
+    objective = ensemble(weights("concatenate", fd=1.0))
+    (member,) = objective.objectives
+    assert isinstance(member, Objective)
+    assert member.image_projection is not None
+    assert member.text_projection is not None
+    sides = []
+    for side, raw, projection in ((0, features.image, member.image_projection), (1, features.text, member.text_projection)):
+        shares = [(shape.logit_scale / 97.0) ** 0.5 for shape in TEACHERS]
+        target = torch.cat([F.normalize(one[side]) * share for one, share in zip(features.teachers, shares, strict=True)], dim=1)
+        torch.testing.assert_close(target.norm(dim=1), torch.ones(NUM_PAIRS, dtype=torch.float64))
+        sides.append(F.mse_loss(F.normalize(projection(raw)), target))
+    torch.testing.assert_close(features.run(objective).terms["fd"], torch.stack(sides).sum().detach())
+
+
+def test_averaged_terms_are_means_over_teachers_and_the_task_counts_once() -> None:
+    features = Features()
+    shapes = [TeacherShape(STUDENT_WIDTH, 30.0), TeacherShape(10, 55.0)]
+    features = Features(shapes)
+    spec = ObjectiveSpec(**{**EVERYTHING, "gd": 0.01, "teacher_combination": "average"})
+    objective = ensemble(spec, shapes)
+    output = features.run(objective)
+    members = [member for member in objective.objectives if isinstance(member, Objective)]
+    alone = []
+    for index, shape in enumerate(shapes):
+        one = Objective(spec, student_width=STUDENT_WIDTH, teacher_width=shape.width, teacher_logit_scale=shape.logit_scale).double()
+        one.load_state_dict(members[index].state_dict())
+        alone.append(features.run(one, only=index))
+    assert set(output.terms) == set(alone[0].terms)
+    for name, value in output.terms.items():
+        torch.testing.assert_close(value, (alone[0].terms[name] + alone[1].terms[name]) / 2)
+        torch.testing.assert_close(output.weighted[name], (alone[0].weighted[name] + alone[1].weighted[name]) / 2)
+    torch.testing.assert_close(output.total, (alone[0].total + alone[1].total) / 2)
+    torch.testing.assert_close(output.loss, (alone[0].loss + alone[1].loss) / 2)
+    expected = [(one + other) / 2 for one, other in zip(*(features.gradients(each.loss) for each in alone), strict=True)]
+    torch.testing.assert_close(features.gradients(output.loss), expected)
+
+
+@pytest.mark.parametrize("combination", TeacherCombination)
+def test_every_parameter_learns_and_scales_are_named(combination: TeacherCombination) -> None:
+    objective = ensemble(ObjectiveSpec(teacher_combination=combination))
+    output = Features().run(objective)
+    output.loss.backward()
+    assert [name for name, parameter in objective.named_parameters() if parameter.grad is None] == []
+    names = {"cross_scale", "image_scale", "text_scale"}
+    is_one = combination is TeacherCombination.CONCATENATE
+    assert set(objective.scales()) == (names if is_one else {f"{name}_{index}" for name in names for index in range(3)})
+
+
+@pytest.mark.parametrize("combination", TeacherCombination)
+def test_teachers_that_agree_teach_what_one_teaches(combination: TeacherCombination) -> None:
+    twins = [TeacherShape(STUDENT_WIDTH, 30.0)] * 2
+    features = Features(twins)
+    features.teachers[1] = features.teachers[0]
+    spec = weights(combination, task=1.0, hrd=1.0, soft=0.5)
+    one = build_objective(spec, student_width=STUDENT_WIDTH, teachers=twins[:1])
+    assert isinstance(one, Objective)
+    expected, output = features.run(one, only=0), features.run(ensemble(spec, twins))
+    torch.testing.assert_close(output.total, expected.total)
+    torch.testing.assert_close(features.gradients(output.loss), features.gradients(expected.loss))
+
+
+@pytest.mark.parametrize("combination", TeacherCombination)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_zero_vectors_and_low_precision_stay_finite(combination: TeacherCombination, dtype: torch.dtype) -> None:
+    features = Features()
+    features.teachers = [(image.to(dtype), text.to(dtype)) for image, text in features.teachers]
+    features.teachers[1][0][0] = 0.0
+    features.teachers[0][1][:] = 0.0
+    output = features.run(ensemble(ObjectiveSpec(teacher_combination=combination)))
+    assert torch.isfinite(output.total)
+    assert all(torch.isfinite(one).all() for one in features.gradients(output.loss))
+
+
+def test_no_teacher_and_wrong_features() -> None:
+    plain = build_objective(weights("average", task=1.0), student_width=STUDENT_WIDTH, teachers=[])
+    assert isinstance(plain, Objective)
+    objective = ensemble(weights("average", fd=1.0))
+    features = Features()
+    with pytest.raises(ValueError, match=r"`teacher_image_features` must be of shape \(pairs, 20\), not \(9, 6\)"):
+        features.run(objective, only=0)
+    with pytest.raises(ValueError, match="`teacher_image_features` is missing"):
+        objective(student_image_features=features.image, student_text_features=features.text, student_logit_scale=features.scale)
