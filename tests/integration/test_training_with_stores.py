@@ -18,10 +18,14 @@ from cliprd_core.run_dir import TEACHER_STORE_VARIABLE
 from cliprd_core.spec import JobSpec, TeacherSpec
 from cliprd_core.store_dir import CREATING_PREFIX
 from cliprd_core.store_removal import list_stores
-from tests.integration.test_training import Inputs, _own_signals, assert_same_weights, inputs, losses, run_here, start, wait_for_step  # noqa: F401
+from tests.training_runs import TIMEOUT_SECONDS, Inputs, assert_same_weights, losses, make_inputs, run_here, start, wait_for_step
 
-TIMEOUT_SECONDS = 120
 NUM_PAIRS, NUM_STEPS_PER_EPOCH = 32, 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 class CountingTeachers:
