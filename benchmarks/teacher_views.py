@@ -1,8 +1,8 @@
 """Quality against cost of `data.teacher_views`, on the emoji example: `python benchmarks/teacher_views.py`, one table.
 
-Trains the example's teacher once, then its distilled student with each number of views, each with a store of its own, empty at first. What is
-shown is the zero-shot accuracy on the drawing style that none was trained on, the mean over seeds and their range, and how many epochs
-run the teacher. It takes a while: a few minutes for each run on two cores.
+Trains the example's teacher once, then its distilled student with each number of views, each with a store of its own, empty at first.
+What is shown is the zero-shot accuracy on the drawing style that none was trained on, the mean over seeds and their range, and how many
+epochs run the teacher. It takes a while: a few minutes for each run on two cores.
 """
 
 from __future__ import annotations
@@ -68,14 +68,8 @@ def main() -> None:
             accuracies = [accuracy for accuracy, _ in results]
             spread = f"{min(accuracies):.2%} to {max(accuracies):.2%}"
             seconds = statistics.mean(seconds for _, seconds in results)
-            cells = (
-                views or "every epoch's own",
-                min(views or epochs, epochs),
-                f"{statistics.mean(accuracies):.2%}",
-                spread,
-                f"{seconds:.0f}",
-            )
-            print(f"| {' | '.join(str(cell) for cell in cells)} |", flush=True)
+            names = f"{views or 'a new one every epoch'} | {min(views or epochs, epochs)}"
+            print(f"| {names} | {statistics.mean(accuracies):.2%} | {spread} | {seconds:.0f} |", flush=True)
     finally:
         shutil.rmtree(home)
 
