@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import time
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -106,6 +107,7 @@ class TeacherStore:
         self._images = RowFile(folder / IMAGES_FILE, folder / IMAGE_CHECKSUMS_FILE, key.num_views * key.num_samples, key.width)
         self._texts = RowFile(folder / TEXTS_FILE, folder / TEXT_CHECKSUMS_FILE, key.num_samples, key.width)
         self._pid = os.getpid()
+        self._at_exit: Finalize | None = None
         self._hits = self._misses = 0
         self._noted_at = -math.inf
         self._note_usage()
@@ -119,6 +121,8 @@ class TeacherStore:
     def close(self) -> None:
         """Let go of the store; not to be used afterwards."""
         self._note_usage(is_last=True)
+        if self._at_exit is not None:
+            self._at_exit.cancel()
         self._images.close()
         self._texts.close()
         os.close(self._lock)  # forked processes that still have it keep the store; so it is closed, not unlocked
@@ -210,6 +214,8 @@ class TeacherStore:
         """Count, and add this process's counts to usage.json now and then, and at the end."""
         if os.getpid() != self._pid:  # just forked: the counts so far are the parent's
             self._pid, self._hits, self._misses, self._noted_at = os.getpid(), 0, 0, time.monotonic()
+            # A loader process doesn't close the store, and may end before its first entry is due.
+            self._at_exit = Finalize(None, self._note_usage, kwargs={"is_last": True}, exitpriority=0)
         self._hits, self._misses = self._hits + hits, self._misses + misses
         if time.monotonic() - self._noted_at < USAGE_SECONDS and not is_last:
             return

@@ -361,3 +361,14 @@ def test_forked_loader_processes_read_write_and_count_for_themselves(tmp_path: P
     usage = list_stores(tmp_path)[0].usage
     assert (usage.hits, usage.num_images, usage.num_texts) == (16, 12, 12)
     delete_store(tmp_path, key.digest)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_loader_process_that_ends_without_closing_the_store_leaves_its_counts(tmp_path: Path) -> None:
+    with open_(tmp_path) as store:
+        store.write_texts(torch.arange(12), features(store, 12))
+        loader = multiprocessing.get_context("fork").Process(target=store.read_texts, args=(np.arange(12),))
+        loader.start()
+        loader.join(20)
+        assert loader.exitcode == 0
+    assert list_stores(tmp_path)[0].usage.hits == 12
