@@ -18,6 +18,7 @@ from cliprd_core.control import ControlGroup
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
+from cliprd_core.data.transforms import Normalise
 from cliprd_core.evaluation.run import check_evaluation_sets
 from cliprd_core.failures import InvalidSpecError
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
@@ -147,7 +148,9 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     check_schedule(spec.training, num_steps)
 
     objective = _build_objective(spec, student, teachers)
-    module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student)).to(device)
+    module = StudentWithObjective(
+        student.model, objective, computed_in, _mask_patch_size(student), prepare=Normalise(student.preprocess)
+    ).to(device)
     if distributed.world_size() > 1:
         _freeze_unused(student, device)
     optimizer = build_optimizer(module, spec.training)

@@ -102,7 +102,7 @@ class TestReading:
             with closing(build_train_loader(one, source, student=model_input(), teacher=None)) as loader:
                 batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
                 assert loader.num_corrupt == 0
-            found.append([(batch.sample_indices.tolist(), batch.student_images.sum().item()) for batch in batches])
+            found.append([(batch.sample_indices.tolist(), batch.student_pixels.sum().item()) for batch in batches])
         assert found[0] == found[1]
         assert sum(copy.stat().st_size for copy in copies(tmp_path / "cache")) <= limit
 
