@@ -156,7 +156,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     optimizer = build_optimizer(module, spec.training)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.training.precision is Precision.FP16)
     current = training_state(spec, loader, scaler, teachers, step=0, attempt=attempt)
-    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler))
+    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler), control)
     metrics = MetricsLog(
         run_dir,
         attempt=attempt,
@@ -228,9 +228,9 @@ def _build_objective(spec: JobSpec, student: LoadedModel, teachers: Sequence[Loa
         )
 
 
-def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts) -> int:
+def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control: ControlGroup) -> int:
     """Load the newest valid checkpoint, as found by rank 0; returns the step to go on from, 0 without one."""
-    folder = distributed.broadcast_object(latest_valid(run_dir) if distributed.is_main() else None)
+    folder = control.broadcast(latest_valid(run_dir) if distributed.is_main() else None)
     if folder is None:
         return 0
     saved = read_state(folder)

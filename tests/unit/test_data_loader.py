@@ -303,7 +303,7 @@ class TestCorruptPairs:
                     assert torch.equal(
                         batch.student_tokens, character_tokenizer([f"caption {index}" for index in batch.sample_indices.tolist()])
                     )
-            assert train_loader.num_corrupt == 4
+            assert len(train_loader.corrupt_indices) == 4
             assert train_loader.corrupt_indices == {5, 6, 30, NUM_PAIRS - 1}
         messages = [record.getMessage() for record in caplog.records]
         assert len(messages) == 4
