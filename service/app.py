@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from service.errors import Problem, install_handlers
 from service.middleware import BodyLimit, ProblemsOnly
 from service.queue import JobQueue
-from service.routes import artifacts, health, jobs
+from service.routes import artifacts, control, health, jobs
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.store.blobs import BlobStore
@@ -33,7 +33,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
     app.add_middleware(ProblemsOnly)
     install_handlers(app)
-    for part in (jobs, artifacts, health):
+    for part in (jobs, control, artifacts, health):
         app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app

@@ -183,6 +183,21 @@ def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
 
 
 @app.command()
+def pause(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Pause a job. A running one saves a checkpoint first and frees its worker."""
+    with _client(url) as client:
+        job = client.pause(job_id)
+    out.print("paused" if job.state is JobState.PAUSED else "its worker was asked to pause it")
+
+
+@app.command()
+def resume(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Let a paused job go on from its newest checkpoint."""
+    with _client(url) as client:
+        out.print(str(client.resume(job_id).state))
+
+
+@app.command()
 def download(
     job_id: JobId,
     to: Annotated[Path | None, typer.Option(help="Folder to download into.  [default: the job's id]", show_default=False)] = None,

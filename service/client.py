@@ -99,6 +99,14 @@ class Client:
         """Ask for a job's end. A running one is stopped by its worker soon after."""
         return self._call("POST", f"/jobs/{job_id}/cancel", JobView)
 
+    def pause(self, job_id: str) -> JobView:
+        """Put a job aside. A running one saves a checkpoint first, soon after."""
+        return self._call("POST", f"/jobs/{job_id}/pause", JobView)
+
+    def resume(self, job_id: str) -> JobView:
+        """Let a paused job go on from its newest checkpoint."""
+        return self._call("POST", f"/jobs/{job_id}/resume", JobView)
+
     def metrics(self, job_id: str, names: list[str] | None = None, *, since_step: int = 0) -> dict[str, SeriesView]:
         """Metric series by name; `names` may end in `*`. None: all."""
         params: dict[str, Any] = {"since_step": since_step}

@@ -21,6 +21,7 @@ from service.problems import BODY, FieldProblem, SpecError, problems_of
 from service.store.errors import (
     ArtifactNotFoundError,
     InvalidCursorError,
+    JobConflictError,
     JobFinishedError,
     JobNotFoundError,
     TeacherUnavailableError,
@@ -92,6 +93,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(JobNotFoundError, _on_not_found)
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
     app.add_exception_handler(JobFinishedError, _on_job_finished)
+    app.add_exception_handler(JobConflictError, _on_job_conflict)
     app.add_exception_handler(NotReadyError, _on_not_ready)
     app.add_exception_handler(OperationalError, _on_database_error)
     app.add_exception_handler(InterfaceError, _on_database_error)
@@ -164,6 +166,10 @@ def _on_not_found(request: Request, error: Exception) -> Response:
 
 def _on_job_finished(request: Request, error: Exception) -> Response:
     return problem_response(request.url.path, 409, str(error), kind="job-finished", title="The job has finished")
+
+
+def _on_job_conflict(request: Request, error: Exception) -> Response:
+    return problem_response(request.url.path, 409, str(error), kind="job-conflict", title="Not possible in the job's state")
 
 
 def _on_not_ready(request: Request, error: Exception) -> Response:

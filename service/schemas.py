@@ -47,6 +47,8 @@ class JobLinks(View):
 
     self: str
     cancel: str
+    pause: str
+    resume: str
     metrics: str
     evaluations: str
     artifacts: str
@@ -69,6 +71,7 @@ class JobView(View):
     started_at: datetime | None = Field(description="When training first started.")
     finished_at: datetime | None
     cancel_requested_at: datetime | None
+    pause_requested_at: datetime | None = Field(description="Set while its worker is asked to pause it.")
     progress: Progress | None
     metrics: dict[str, float] = Field(description="Latest value of every metric.")
     error: JobErrorView | None
@@ -95,6 +98,7 @@ class JobView(View):
             started_at=job.started_at,
             finished_at=job.finished_at,
             cancel_requested_at=job.cancel_requested_at,
+            pause_requested_at=job.pause_requested_at,
             progress=None if job.progress is None else Progress.model_validate(job.progress),
             metrics=job.metrics or {},
             error=None if job.error is None else JobErrorView.model_validate(job.error),
@@ -103,6 +107,8 @@ class JobView(View):
             links=JobLinks(
                 self=here,
                 cancel=f"{here}/cancel",
+                pause=f"{here}/pause",
+                resume=f"{here}/resume",
                 metrics=f"{here}/metrics",
                 evaluations=f"{here}/evaluations",
                 artifacts=f"{here}/artifacts",

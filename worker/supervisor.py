@@ -36,7 +36,7 @@ from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-CANCEL_POLL_SECONDS = 1.0
+REQUEST_POLL_SECONDS = 1.0
 
 Launch = Callable[[Path, HeldJob], TrainingProcess]
 """Starts the training processes of a prepared run directory."""
@@ -64,7 +64,7 @@ class Supervisor:
             RecordPump(self._run / METRICS_FILE, MetricsRecord, job.record_metrics, OUT_OF_REACH),
             RecordPump(self._run / EVALUATIONS_FILE, EvaluationRecord, job.record_evaluations, OUT_OF_REACH),
         ]
-        self._cancel_polled_at = 0.0
+        self._requests_polled_at = 0.0
 
     def run(self) -> list[QueuedJob]:
         """Work on the job until it ends, is given back or is lost.
@@ -153,11 +153,11 @@ class Supervisor:
     def _stop_cause(self) -> StopCause | None:
         if self._should_stop():
             return StopCause.SHUTDOWN
-        if time.monotonic() - self._cancel_polled_at < CANCEL_POLL_SECONDS:
+        if time.monotonic() - self._requests_polled_at < REQUEST_POLL_SECONDS:
             return None
-        self._cancel_polled_at = time.monotonic()
+        self._requests_polled_at = time.monotonic()
         try:
-            return StopCause.CANCEL if self._job.is_cancel_requested() else None
+            return self._job.requested_stop()
         except OUT_OF_REACH:
             return None  # asked again in a moment
 

@@ -1,9 +1,8 @@
-"""Jobs: submit, list, read, cancel, and what they measured."""
+"""Jobs: submit, list, read, and what they measured."""
 
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Query, Response
@@ -11,6 +10,7 @@ from fastapi import APIRouter, Body, Query, Response
 from cliprd_core.spec import JobSpec
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
+from service.routes.control import send
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf
 from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
 from service.spec_check import check_spec
@@ -33,9 +33,8 @@ def submit_job(
     resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
     with services.sessions.begin() as session:
         job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)
-    if job.state is JobState.QUEUED and services.queue.send(job.id, job.queue):
-        with services.sessions.begin() as session:
-            jobs.mark_sent(session=session, job_ids=[job.id])
+    if job.state is JobState.QUEUED:
+        send(services, [jobs.QueuedJob(job.id, job.queue)])
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self
     return view
@@ -73,20 +72,6 @@ def read_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -> 
     """State, progress, latest metrics, and error or result."""
     with reading(services.sessions) as session:
         return JobView.of(jobs.get_job(session=session, job_id=job_id), root_path)
-
-
-@router.post(
-    "/{job_id}/cancel",
-    summary="Cancel a job",
-    responses={202: {"description": "Requested; its worker stops it", "model": JobView}, **problem_responses(404, 409, 500, 503)},
-)
-def cancel_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath, response: Response) -> JobView:
-    """A job that hasn't started is cancelled at once (200); a running one is asked to stop (202); a finished one can't be (409)."""
-    with services.sessions.begin() as session:
-        job = jobs.request_cancel(session=session, job_id=job_id)
-    if not job.state.is_finished:
-        response.status_code = HTTPStatus.ACCEPTED
-    return JobView.of(job, root_path)
 
 
 @router.get("/{job_id}/metrics", summary="Metric series", responses=problem_responses(404, 422, 500, 503))

@@ -85,6 +85,8 @@ class Job(Base):
     """Known to the holder alone; set while running."""
     lease_expires_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]
+    pause_requested_at: Mapped[datetime | None]
+    """Set while its worker is asked to pause it."""
 
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]

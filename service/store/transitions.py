@@ -34,6 +34,7 @@ def move(job: Job, target: JobState, *, now: datetime) -> None:
     job.state = target
     job.lease_token = None
     job.lease_expires_at = None
+    job.pause_requested_at = None
     if target is JobState.QUEUED:
         job.queued_at = now
         job.sent_at = None
@@ -49,7 +50,7 @@ def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
 
 def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetime) -> list[QueuedJob]:
     """After a locked job's worker or training process vanished: queue the job again; or cancel it, if that was requested; or fail it
-    with `error`, when this was the last attempt that may be lost.
+    with `error`, when this was the last attempt that may be lost; or leave it paused, if it was to be.
 
     Returns:
         The job if it is queued again; send its message after the commit.
@@ -58,6 +59,9 @@ def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetim
         move(job, JobState.CANCELLED, now=now)
     elif num_lost_attempts(job) >= job.max_attempts:
         fail(job, error, now=now)
+    elif job.pause_requested_at is not None:
+        move(job, JobState.PAUSED, now=now)
+        return []
     else:
         move(job, JobState.QUEUED, now=now)
         return [QueuedJob(job.id, job.queue)]
@@ -69,6 +73,24 @@ def num_lost_attempts(job: Job) -> int:
     return job.attempt - job.num_releases
 
 
+def give_back(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
+    """End a locked job's attempt in good order, so that it doesn't count as lost: the job is queued again; or cancelled or paused,
+    if that was requested.
+
+    Returns:
+        The job if it is queued again; send its message after the commit.
+    """
+    if job.cancel_requested_at is not None:
+        move(job, JobState.CANCELLED, now=now)
+        return settle_dependents(session=session, job=job, now=now)
+    job.num_releases += 1
+    if job.pause_requested_at is not None:
+        move(job, JobState.PAUSED, now=now)
+        return []
+    move(job, JobState.QUEUED, now=now)
+    return [QueuedJob(job.id, job.queue)]
+
+
 def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
     """After `job` has finished: queue the jobs that waited for it as their last teacher, or fail them and whoever waits for them."""
     queued: list[QueuedJob] = []
@@ -78,7 +100,7 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
         session.flush()
         for dependent in _lock_dependents(session, teacher):
             if teacher.state is JobState.SUCCEEDED:
-                if _waits_for_another(session, dependent):
+                if dependent.state is JobState.PAUSED or waits_for_a_teacher(session, dependent):
                     continue
                 move(dependent, JobState.QUEUED, now=now)
                 queued.append(QueuedJob(dependent.id, dependent.queue))
@@ -95,11 +117,11 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
 
 def _lock_dependents(session: Session, teacher: Job) -> list[Job]:
     students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id == teacher.id)
-    query = select(Job).where(Job.id.in_(students), Job.state == JobState.WAITING).order_by(Job.id).with_for_update()
+    query = select(Job).where(Job.id.in_(students), Job.state.in_((JobState.WAITING, JobState.PAUSED))).order_by(Job.id).with_for_update()
     return list(session.scalars(query.execution_options(populate_existing=True)))
 
 
-def _waits_for_another(session: Session, dependent: Job) -> bool:
+def waits_for_a_teacher(session: Session, dependent: Job) -> bool:
     """Whether a teacher of a locked job has yet to succeed. Of two that finish at once, the later one to lock the job sees both."""
     teachers = select(JobTeacher.teacher_job_id).where(JobTeacher.job_id == dependent.id)
     unfinished = select(Job.id).where(Job.id.in_(teachers), Job.state != JobState.SUCCEEDED).limit(1)

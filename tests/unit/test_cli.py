@@ -156,6 +156,17 @@ def test_cancelling_ends_the_watch_with_exit_code_1(bench: Bench) -> None:
     assert "finished already" in bench.run("cancel", job_id)[2]
 
 
+def test_pausing_and_resuming(bench: Bench) -> None:
+    job_id = bench.submit()
+    assert bench.run("pause", job_id) == (0, "paused\n", "")
+    assert "paused" in bench.run("show", job_id)[1]
+    assert bench.run("resume", job_id) == (0, "queued\n", "")
+    with bench.session() as session:
+        assert claim_job(session=session, job_id=job_id, worker="test", lease_seconds=60) is not None
+    assert bench.run("pause", job_id) == (0, "its worker was asked to pause it\n", "")
+    assert "pausing" in bench.run("show", job_id)[1]
+
+
 def test_watching_and_downloading_a_job_that_ended_well(bench: Bench, tmp_path: Path) -> None:
     job_id = bench.submit()
     bench.succeed(job_id)

@@ -1,0 +1,99 @@
+"""What users ask of jobs that exist: cancel, pause, resume."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.store.errors import JobConflictError, JobFinishedError, JobNotFoundError
+from service.store.models import Job, JobTeacher
+from service.store.session import database_now
+from service.store.states import JobState
+from service.store.transitions import QueuedJob, move, settle_dependents, waits_for_a_teacher
+
+
+class Changed(NamedTuple):
+    """A job after a request, and the message to send after the commit if it became claimable by it."""
+
+    job: Job
+    queued: list[QueuedJob]
+
+
+def request_cancel(*, session: Session, job_id: str, now: datetime | None = None) -> Job:
+    """End a job that hasn't started at once; ask the worker of a running one, which learns it when it next renews its lease.
+
+    Asking twice for a running job is the same as asking once. Jobs that wait for this one as their teacher fail with it.
+
+    Raises:
+        JobNotFoundError: there is no such job.
+        JobFinishedError: it has finished, whichever way.
+    """
+    job = _lock_unfinished(session, job_id)
+    now = now or database_now(session)
+    job.cancel_requested_at = job.cancel_requested_at or now
+    if job.state is not JobState.RUNNING:
+        move(job, JobState.CANCELLED, now=now)
+        settle_dependents(session=session, job=job, now=now)
+    session.flush()
+    return job
+
+
+def request_pause(*, session: Session, job_id: str) -> Job:
+    """Put a job aside that hasn't started, at once; ask the worker of a running one to save a checkpoint and give it back.
+
+    Asking twice is the same as asking once.
+
+    Raises:
+        JobNotFoundError: there is no such job.
+        JobFinishedError: it has finished, whichever way.
+        JobConflictError: it is being cancelled.
+    """
+    job = _lock_unfinished(session, job_id)
+    if job.cancel_requested_at is not None:
+        raise JobConflictError(job_id, "is being cancelled, so it can't be paused")
+    now = database_now(session)
+    if job.state is JobState.RUNNING:
+        job.pause_requested_at = job.pause_requested_at or now
+    elif job.state is not JobState.PAUSED:
+        move(job, JobState.PAUSED, now=now)
+    session.flush()
+    return job
+
+
+def resume_job(*, session: Session, job_id: str) -> Changed:
+    """Let a paused job go on: `queued`, or `waiting` if a teacher of it is a job that hasn't finished. A job that is not paused stays
+    as it is; where its worker was asked to pause it, that is taken back, and if it has stopped already the job is queued again.
+
+    Raises:
+        JobNotFoundError: there is no such job.
+        JobFinishedError: it has finished, whichever way.
+    """
+    _lock_teachers_of(session, job_id)
+    job = _lock_unfinished(session, job_id)
+    job.pause_requested_at = None
+    queued: list[QueuedJob] = []
+    if job.state is JobState.PAUSED:
+        waits = waits_for_a_teacher(session, job)
+        move(job, JobState.WAITING if waits else JobState.QUEUED, now=database_now(session))
+        queued = [] if waits else [QueuedJob(job.id, job.queue)]
+    session.flush()
+    return Changed(job, queued)
+
+
+def _lock_teachers_of(session: Session, job_id: str) -> None:
+    """Before the job itself, as whoever finishes a teacher does, so that none can finish between our look and our move."""
+    teachers = select(JobTeacher.teacher_job_id).where(JobTeacher.job_id == job_id)
+    session.execute(select(Job.id).where(Job.id.in_(teachers)).order_by(Job.id).with_for_update())
+
+
+def _lock_unfinished(session: Session, job_id: str) -> Job:
+    query = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
+    job = session.scalars(query).one_or_none()
+    if job is None:
+        raise JobNotFoundError(job_id)
+    if job.state.is_finished:
+        raise JobFinishedError(job_id, job.state)
+    return job
