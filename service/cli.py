@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -84,17 +84,22 @@ def submit(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Submit a job and print its id."""
-    try:
-        spec = json.loads(file.read_text())
-    except ValueError as error:
-        _fail(f"{file} is not JSON: {error}")
-    if not isinstance(spec, dict):
-        _fail(f"{file} must hold a JSON object, the job spec")
+    spec = _json_object(file)
     with _client(url) as client:
         job = client.submit(spec)
         out.print(job.id, soft_wrap=True)
         if watch:
             _watch(client, job.id)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        _fail(f"{file} is not JSON: {error}")
+    if not isinstance(content, dict):
+        _fail(f"{file} must hold a JSON object")
+    return content
 
 
 @app.command("watch")
@@ -175,11 +180,24 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
 
 
 @app.command()
-def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
-    """Cancel a job. A running one is asked to stop, and does so soon."""
+def cancel(
+    job_id: Annotated[str | None, typer.Argument(help="Id of the job, in full.", show_default=False)] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Instead: all jobs with this label, as `key=value`; repeatable.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Cancel a job, or all with some labels. A running one is asked to stop, and does so soon."""
+    if (job_id is None) == (not label):
+        _fail("name either a job or at least one --label")
     with _client(url) as client:
-        job = client.cancel(job_id)
-    out.print("cancelled" if job.state is JobState.CANCELLED else "its worker was asked to stop it")
+        if job_id is not None:
+            job = client.cancel(job_id)
+            out.print("cancelled" if job.state is JobState.CANCELLED else "its worker was asked to stop it")
+            return
+        answer = client.cancel_all(dict(_key_and_value(one) for one in label or []))
+    for one in answer.cancelled:
+        out.print(f"{one}  cancelled", soft_wrap=True)
+    for one in answer.requested:
+        out.print(f"{one}  its worker was asked to stop it", soft_wrap=True)
 
 
 @app.command()
@@ -195,6 +213,33 @@ def resume(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Let a paused job go on from its newest checkpoint."""
     with _client(url) as client:
         out.print(str(client.resume(job_id).state))
+
+
+@app.command()
+def retry(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Try a failed or cancelled job again, from its newest checkpoint."""
+    with _client(url) as client:
+        out.print(str(client.retry(job_id).state))
+
+
+@app.command()
+def clone(
+    job_id: JobId,
+    overrides: Annotated[Path | None, typer.Option(help="JSON file of the fields to replace.", exists=True, dir_okay=False)] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Submit a new job like this one, some fields replaced, and print its id."""
+    replaced = {} if overrides is None else _json_object(overrides)
+    with _client(url) as client:
+        out.print(client.clone(job_id, replaced).id, soft_wrap=True)
+
+
+@app.command()
+def delete(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Delete a finished job with its files."""
+    with _client(url) as client:
+        client.delete(job_id)
+    out.print("deleted")
 
 
 @app.command()

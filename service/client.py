@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from cliprd_core.run_dir import EvaluationRecord
 from cliprd_core.spec import JobSpec
 from service.errors import Problem
-from service.schemas import ArtifactList, ArtifactView, EvaluationList, JobList, JobView, MetricsView, SeriesView
+from service.schemas import ArtifactList, ArtifactView, CancelledJobs, EvaluationList, JobList, JobView, MetricsView, SeriesView
 from service.store.models import ArtifactKind
 from service.store.states import JobState
 
@@ -73,10 +73,14 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def submit(self, spec: JobSpec | Mapping[str, Any]) -> JobView:
-        """Submit a job; the service checks the spec, which may leave out whatever has a default."""
+    def submit(self, spec: JobSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> JobView:
+        """Submit a job; the service checks the spec, which may leave out whatever has a default.
+
+        Repeated with the same `idempotency_key`, such as `str(uuid.uuid4())`, it returns the job that the first call made.
+        """
         body = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
-        return self._call("POST", "/jobs", JobView, json=body)
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return self._call("POST", "/jobs", JobView, json=body, headers=headers)
 
     def job(self, job_id: str) -> JobView:
         return self._call("GET", f"/jobs/{job_id}", JobView)
@@ -106,6 +110,22 @@ class Client:
     def resume(self, job_id: str) -> JobView:
         """Let a paused job go on from its newest checkpoint."""
         return self._call("POST", f"/jobs/{job_id}/resume", JobView)
+
+    def cancel_all(self, labels: Mapping[str, str]) -> CancelledJobs:
+        """Cancel every unfinished job that carries all of these labels."""
+        return self._call("POST", "/jobs/cancel", CancelledJobs, json={"labels": dict(labels)})
+
+    def retry(self, job_id: str) -> JobView:
+        """Try a failed or cancelled job again, from its newest checkpoint."""
+        return self._call("POST", f"/jobs/{job_id}/retry", JobView)
+
+    def clone(self, job_id: str, overrides: Mapping[str, Any] | None = None) -> JobView:
+        """Submit a new job from this one's spec, with some fields replaced, object by object."""
+        return self._call("POST", f"/jobs/{job_id}/clone", JobView, json=dict(overrides or {}))
+
+    def delete(self, job_id: str) -> None:
+        """Forget a finished job, its artifacts included."""
+        self._request("DELETE", f"/jobs/{job_id}")
 
     def metrics(self, job_id: str, names: list[str] | None = None, *, since_step: int = 0) -> dict[str, SeriesView]:
         """Metric series by name; `names` may end in `*`. None: all."""
@@ -196,6 +216,13 @@ class Client:
                     file.write(chunk)
 
     def _call(self, method: str, path: str, view: type[AnyView], **arguments: Any) -> AnyView:
+        response = self._request(method, path, **arguments)
+        try:
+            return view.model_validate_json(response.content)
+        except ValidationError as error:
+            raise CliprdError(f"{self.url} answers, but not as cliprd does; check the address") from error
+
+    def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **arguments)
         except httpx.TransportError as error:
@@ -203,10 +230,7 @@ class Client:
             raise UnreachableError(message) from error
         if response.is_error:
             raise _error_of(response)
-        try:
-            return view.model_validate_json(response.content)
-        except ValidationError as error:
-            raise CliprdError(f"{self.url} answers, but not as cliprd does; check the address") from error
+        return response
 
 
 def _error_of(response: httpx.Response) -> CliprdError:

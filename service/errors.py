@@ -20,6 +20,7 @@ from cliprd_core.spec import JobSpec
 from service.problems import BODY, FieldProblem, SpecError, problems_of
 from service.store.errors import (
     ArtifactNotFoundError,
+    IdempotencyConflictError,
     InvalidCursorError,
     JobConflictError,
     JobFinishedError,
@@ -90,6 +91,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(TeacherUnavailableError, _on_refused_field)
     app.add_exception_handler(InvalidCursorError, _on_refused_field)
     app.add_exception_handler(NoSuchLabelError, _on_refused_field)
+    app.add_exception_handler(IdempotencyConflictError, _on_refused_field)
     app.add_exception_handler(JobNotFoundError, _on_not_found)
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
     app.add_exception_handler(JobFinishedError, _on_job_finished)
@@ -150,6 +152,9 @@ def _on_refused_field(request: Request, error: Exception) -> Response:
         case NoSuchLabelError():
             remedy = "Write it as `label=key=value`; repeat it for several."
             return _invalid(request, [FieldProblem(field="label", problem=str(error), remedy=remedy)])
+        case IdempotencyConflictError():
+            remedy = "Use a new key for each job; repeat one only with the spec it was first sent with."
+            return _invalid(request, [FieldProblem(field="Idempotency-Key", problem=str(error), remedy=remedy)])
         case _:
             remedy = "Leave it out to start at the first page."
             return _invalid(request, [FieldProblem(field="cursor", problem=str(error), remedy=remedy)])

@@ -49,6 +49,8 @@ class JobLinks(View):
     cancel: str
     pause: str
     resume: str
+    retry: str
+    clone: str
     metrics: str
     evaluations: str
     artifacts: str
@@ -109,6 +111,8 @@ class JobView(View):
                 cancel=f"{here}/cancel",
                 pause=f"{here}/pause",
                 resume=f"{here}/resume",
+                retry=f"{here}/retry",
+                clone=f"{here}/clone",
                 metrics=f"{here}/metrics",
                 evaluations=f"{here}/evaluations",
                 artifacts=f"{here}/artifacts",
@@ -121,6 +125,21 @@ class JobList(View):
 
     jobs: list[JobView]
     next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
+
+
+class LabelSelector(View):
+    """Which jobs: those that carry all of these labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: dict[str, str] = Field(min_length=1, max_length=16, examples=[{"team": "vision"}])
+
+
+class CancelledJobs(View):
+    """What became of the jobs that were to be cancelled, by id."""
+
+    cancelled: list[str] = Field(description="Cancelled at once: they hadn't started, or were paused.")
+    requested: list[str] = Field(description="Running; their workers were asked to stop them.")
 
 
 class SeriesView(View):

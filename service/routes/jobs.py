@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import APIRouter, Body, Header, Query, Response
 
 from cliprd_core.spec import JobSpec
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
-from service.routes.control import send
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf
 from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
-from service.spec_check import check_spec
 from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
+from service.submission import submit
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -26,17 +25,25 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 
 @router.post("", status_code=201, summary="Submit a job", responses=problem_responses(400, 413, 422, 500, 503))
 def submit_job(
-    services: ServicesOf, root_path: RootPath, response: Response, spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)]
+    services: ServicesOf,
+    root_path: RootPath,
+    response: Response,
+    spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)],
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$", description="Repeating a submission under one key makes one job."),
+    ] = None,
 ) -> JobView:
-    """Check the spec, store the job, and send it to the workers of its queue. Every problem that was found is named at once."""
-    settings = services.settings
-    resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
-    with services.sessions.begin() as session:
-        job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)
-    if job.state is JobState.QUEUED:
-        send(services, [jobs.QueuedJob(job.id, job.queue)])
+    """Check the spec, store the job, and send it to the workers of its queue. Every problem that was found is named at once.
+
+    With an `Idempotency-Key` (a UUID, say) a submission whose answer was lost can be repeated for two days: the same key and spec answer
+    with the same job, and `Idempotency-Replayed: true`; the same key and another spec are refused (422).
+    """
+    job, is_replayed = submit(services, spec, key=idempotency_key)
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self
+    if is_replayed:
+        response.headers["Idempotency-Replayed"] = "true"
     return view
 
 

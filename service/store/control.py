@@ -1,18 +1,26 @@
-"""What users ask of jobs that exist: cancel, pause, resume."""
+"""What users ask of jobs that exist: cancel, pause, resume, retry, delete."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from sqlalchemy import select
+from pydantic import ValidationError
+from sqlalchemy import Select, delete, select
 from sqlalchemy.orm import Session
 
+from cliprd_core.spec import JobSpec
 from service.store.errors import JobConflictError, JobFinishedError, JobNotFoundError
-from service.store.models import Job, JobTeacher
+from service.store.models import Artifact, Job, JobLabel, JobTeacher
 from service.store.session import database_now
 from service.store.states import JobState
+from service.store.teachers import lock_teachers
 from service.store.transitions import QueuedJob, move, settle_dependents, waits_for_a_teacher
+
+FINISHED_STATES = [state for state in JobState if state.is_finished]
+
+AnyColumns = TypeVar("AnyColumns")
 
 
 class Changed(NamedTuple):
@@ -83,6 +91,71 @@ def resume_job(*, session: Session, job_id: str) -> Changed:
     return Changed(job, queued)
 
 
+def retry_job(*, session: Session, job_id: str) -> Changed:
+    """Try a failed or cancelled job again, from its newest checkpoint where it has one. Attempts lost before don't count any more.
+
+    Raises:
+        JobNotFoundError: there is no such job.
+        JobConflictError: it is neither failed nor cancelled, or this version does not take its spec.
+        TeacherUnavailableError: a teacher of it can't be had any more.
+    """
+    before = session.get(Job, job_id)
+    if before is None:
+        raise JobNotFoundError(job_id)
+    try:
+        spec = JobSpec.model_validate(before.spec)
+    except ValidationError as error:
+        raise JobConflictError(job_id, "has a spec that this version does not take any more; submit a new one") from error
+    teachers = lock_teachers(session, spec)
+    job = _lock(session, job_id)
+    if job.state not in (JobState.FAILED, JobState.CANCELLED):
+        raise JobConflictError(job_id, f"is {job.state}; only a failed or cancelled job can be tried again")
+    waits = not all(teacher.state is JobState.SUCCEEDED for teacher in teachers)
+    move(job, JobState.WAITING if waits else JobState.QUEUED, now=database_now(session))
+    job.error = None
+    job.cancel_requested_at = None
+    job.num_releases = job.attempt
+    session.flush()
+    return Changed(job, [] if waits else [QueuedJob(job.id, job.queue)])
+
+
+def delete_job(*, session: Session, job_id: str) -> list[str]:
+    """Forget a finished job with all that is known of it.
+
+    Returns:
+        Storage keys of its artifacts; delete them in the blob store after the commit.
+
+    Raises:
+        JobNotFoundError: there is no such job.
+        JobConflictError: it has not finished, or it is a teacher of a job that hasn't.
+    """
+    job = _lock(session, job_id)
+    if not job.state.is_finished:
+        raise JobConflictError(job_id, f"is {job.state}; only a finished job can be deleted, so cancel it first")
+    students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id == job_id)
+    waiting = session.scalars(select(Job.id).where(Job.id.in_(students), Job.state.not_in(FINISHED_STATES)).limit(1)).first()
+    if waiting is not None:
+        raise JobConflictError(job_id, f"is a teacher of job {waiting}, which has not finished")
+    keys = list(session.scalars(select(Artifact.storage_key).where(Artifact.job_id == job_id)))
+    session.execute(delete(JobTeacher).where(JobTeacher.teacher_job_id == job_id))
+    session.delete(job)
+    session.flush()
+    return keys
+
+
+def unfinished_jobs(*, session: Session, labels: Mapping[str, str]) -> list[str]:
+    """Ids of jobs that carry all of `labels` and have not finished, newest first: students come before their teachers."""
+    query = labelled(select(Job.id), labels).where(Job.state.not_in(FINISHED_STATES))
+    return list(session.scalars(query.order_by(Job.created_at.desc(), Job.id.desc())))
+
+
+def labelled(query: Select[AnyColumns], labels: Mapping[str, str]) -> Select[AnyColumns]:
+    """`query`, a selection of jobs, narrowed down to those that carry all of `labels`."""
+    for key, value in labels.items():
+        query = query.where(Job.id.in_(select(JobLabel.job_id).where(JobLabel.key == key, JobLabel.value == value)))
+    return query
+
+
 def _lock_teachers_of(session: Session, job_id: str) -> None:
     """Before the job itself, as whoever finishes a teacher does, so that none can finish between our look and our move."""
     teachers = select(JobTeacher.teacher_job_id).where(JobTeacher.job_id == job_id)
@@ -90,10 +163,15 @@ def _lock_teachers_of(session: Session, job_id: str) -> None:
 
 
 def _lock_unfinished(session: Session, job_id: str) -> Job:
+    job = _lock(session, job_id)
+    if job.state.is_finished:
+        raise JobFinishedError(job_id, job.state)
+    return job
+
+
+def _lock(session: Session, job_id: str) -> Job:
     query = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
     job = session.scalars(query).one_or_none()
     if job is None:
         raise JobNotFoundError(job_id)
-    if job.state.is_finished:
-        raise JobFinishedError(job_id, job.state)
     return job

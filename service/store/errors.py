@@ -50,6 +50,15 @@ class JobConflictError(StoreError):
         self.job_id = job_id
 
 
+class IdempotencyConflictError(StoreError):
+    """The idempotency key belongs to a submission of another spec."""
+
+    def __init__(self, key: str, job_id: str) -> None:
+        super().__init__(f"the key was used for another spec, which became job {job_id}")
+        self.key = key
+        self.job_id = job_id
+
+
 class TeacherUnavailableError(StoreError):
     """The spec's teacher is a job or an artifact that can't be one."""
 

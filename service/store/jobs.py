@@ -12,10 +12,20 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
-from service.store.control import Changed, request_cancel, request_pause, resume_job
+from service.store.control import (
+    Changed,
+    delete_job,
+    labelled,
+    request_cancel,
+    request_pause,
+    resume_job,
+    retry_job,
+    unfinished_jobs,
+)
 from service.store.cursors import Page, newest_page
 from service.store.errors import (
     ArtifactNotFoundError,
+    IdempotencyConflictError,
     InvalidCursorError,
     JobConflictError,
     JobFinishedError,
@@ -50,6 +60,7 @@ __all__ = [
     "Cancelled",
     "Changed",
     "Claim",
+    "IdempotencyConflictError",
     "InvalidCursorError",
     "JobConflictError",
     "JobFinishedError",
@@ -64,6 +75,7 @@ __all__ = [
     "TeacherUnavailableError",
     "claim_job",
     "create_job",
+    "delete_job",
     "finish_job",
     "get_job",
     "jobs_to_send",
@@ -79,6 +91,8 @@ __all__ = [
     "request_pause",
     "requeue_expired",
     "resume_job",
+    "retry_job",
+    "unfinished_jobs",
 ]
 
 MAX_ATTEMPTS = 3
@@ -145,6 +159,4 @@ def list_jobs(
     query = select(Job)
     if state is not None:
         query = query.where(Job.state == state)
-    for key, value in (labels or {}).items():
-        query = query.where(Job.id.in_(select(JobLabel.job_id).where(JobLabel.key == key, JobLabel.value == value)))
-    return newest_page(session, query, Job.created_at, Job.id, limit=limit, cursor=cursor)
+    return newest_page(session, labelled(query, labels or {}), Job.created_at, Job.id, limit=limit, cursor=cursor)

@@ -77,7 +77,7 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
-    """Attempts that a worker gave back in good order; they don't count against `max_attempts`."""
+    """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
     worker: Mapped[str | None] = mapped_column(String(255))
     """Name of the worker of the latest attempt."""
@@ -130,13 +130,25 @@ class JobLabel(Base):
 
 
 class JobTeacher(Base):
-    """A job whose teacher, or one of whose teachers, is another job's result."""
+    """A job whose teacher, or one of whose teachers, is another job's result, be it named by job or by artifact."""
 
     __tablename__ = "job_teachers"
     __table_args__ = (Index("job_teachers_by_teacher", "teacher_job_id"),)
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     teacher_job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+
+
+class IdempotencyKey(Base):
+    """A submission's `Idempotency-Key`, and the job it made."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("idempotency_keys_by_age", "created_at"), Index("idempotency_keys_by_job", "job_id"))
+
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime]
 
 
 class Metric(Base):

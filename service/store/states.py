@@ -35,7 +35,7 @@ ALLOWED_MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.RUNNING: frozenset({JobState.QUEUED, JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
     JobState.PAUSED: frozenset({JobState.QUEUED, JobState.WAITING, JobState.FAILED, JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED, JobState.WAITING}),
+    JobState.CANCELLED: frozenset({JobState.QUEUED, JobState.WAITING}),
 }
-"""Every move there is: from each state, the states that may follow."""
+"""Every move there is; those from `failed` and `cancelled` are retries: from each state, the states that may follow."""

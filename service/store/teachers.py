@@ -12,7 +12,7 @@ from service.store.states import JobState
 
 
 def lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
-    """The jobs whose results are teachers, locked so that they can't finish between our look and our insert.
+    """The jobs whose results are teachers, locked so that they can't finish or be deleted between our look and our insert.
 
     Raises:
         TeacherUnavailableError: a teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
@@ -20,11 +20,12 @@ def lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
     fields_of_jobs: dict[str, str] = {}
     for field, teacher in spec.teacher_fields.items():
         if teacher.artifact is not None:
-            _check_teacher_artifact(session, f"{field}.artifact", teacher.artifact)
+            fields_of_jobs.setdefault(_job_of_artifact(session, f"{field}.artifact", teacher.artifact), f"{field}.artifact")
         elif teacher.job is not None:
             fields_of_jobs.setdefault(teacher.job, f"{field}.job")
     # In the order of their ids, as everyone locks several jobs.
-    locked = list(session.scalars(select(Job).where(Job.id.in_(fields_of_jobs)).order_by(Job.id).with_for_update()))
+    query = select(Job).where(Job.id.in_(fields_of_jobs)).order_by(Job.id).with_for_update()
+    locked = list(session.scalars(query.execution_options(populate_existing=True)))
     missing = fields_of_jobs.keys() - {job.id for job in locked}
     for job_id, field in fields_of_jobs.items():
         if job_id in missing:
@@ -35,9 +36,10 @@ def lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
     return locked
 
 
-def _check_teacher_artifact(session: Session, field: str, artifact_id: str) -> None:
+def _job_of_artifact(session: Session, field: str, artifact_id: str) -> str:
     artifact = session.get(Artifact, artifact_id)
     if artifact is None:
         raise TeacherUnavailableError(field, f"there is no artifact {artifact_id!r}")
     if artifact.kind is not ArtifactKind.MODEL:
         raise TeacherUnavailableError(field, f"artifact {artifact.id!r} is a {artifact.kind}, not a model")
+    return artifact.job_id

@@ -38,8 +38,7 @@ def move(job: Job, target: JobState, *, now: datetime) -> None:
     if target is JobState.QUEUED:
         job.queued_at = now
         job.sent_at = None
-    if target.is_finished:
-        job.finished_at = now
+    job.finished_at = now if target.is_finished else None
 
 
 def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:

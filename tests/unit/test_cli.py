@@ -167,6 +167,22 @@ def test_pausing_and_resuming(bench: Bench) -> None:
     assert "pausing" in bench.run("show", job_id)[1]
 
 
+def test_cancelling_by_label_retrying_cloning_and_deleting(bench: Bench, tmp_path: Path) -> None:
+    spec = json.loads(bench.spec_file.read_text())
+    bench.spec_file.write_text(json.dumps({**spec, "labels": {"sweep": "1"}}))
+    first = bench.submit()
+    overrides = tmp_path / "overrides.json"
+    overrides.write_text('{"name": "a copy", "training": {"learning_rate": 0.0001}}')
+    second = bench.run("clone", first, "--overrides", str(overrides))[1].strip()
+    assert "a copy" in bench.run("show", second)[1]
+    assert bench.run("cancel", "--label", "sweep=1")[1].splitlines() == [f"{one}  cancelled" for one in (second, first)]
+    assert bench.run("cancel")[0] == 1
+    assert bench.run("retry", first) == (0, "queued\n", "")
+    assert "cancel it first" in bench.run("delete", first)[2]
+    assert bench.run("delete", second) == (0, "deleted\n", "")
+    assert "there is no job" in bench.run("show", second)[2]
+
+
 def test_watching_and_downloading_a_job_that_ended_well(bench: Bench, tmp_path: Path) -> None:
     job_id = bench.submit()
     bench.succeed(job_id)

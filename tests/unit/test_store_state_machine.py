@@ -43,6 +43,7 @@ class Expected:
     num_lost: int = 0
     cancel_requested: bool = False
     pause_requested: bool = False
+    teacher_is_gone: bool = False
     tokens: list[str] = field(default_factory=list)
 
 
@@ -202,6 +203,41 @@ class JobLives(RuleBasedStateMachine):
             is_ready = one.teacher is None or self.expected[one.teacher].state is JobState.SUCCEEDED
             one.state = JobState.QUEUED if is_ready else JobState.WAITING
         assert [job.job_id for job in queued] == ([job_id] if was_paused and one.state is JobState.QUEUED else [])
+
+    @precondition(has())
+    @rule(choice=CHOICES)
+    def retry(self, choice: int) -> None:
+        job_id = pick(self.ids(), choice)
+        one = self.expected[job_id]
+        teacher = None if one.teacher is None or one.teacher_is_gone else self.expected[one.teacher].state
+        with self.sessions.begin() as session:
+            if one.teacher_is_gone or teacher in (JobState.FAILED, JobState.CANCELLED):
+                with pytest.raises(jobs.TeacherUnavailableError):
+                    jobs.retry_job(session=session, job_id=job_id)
+                return
+            if one.state not in (JobState.FAILED, JobState.CANCELLED):
+                with pytest.raises(jobs.JobConflictError, match=f"is {one.state}"):
+                    jobs.retry_job(session=session, job_id=job_id)
+                return
+            _, queued = jobs.retry_job(session=session, job_id=job_id)
+        one.state = JobState.QUEUED if teacher in (None, JobState.SUCCEEDED) else JobState.WAITING
+        one.num_lost, one.cancel_requested = 0, False
+        assert [job.job_id for job in queued] == ([job_id] if one.state is JobState.QUEUED else [])
+
+    @precondition(has())
+    @rule(choice=CHOICES)
+    def delete(self, choice: int) -> None:
+        job_id = pick(self.ids(), choice)
+        students = [one for one in self.expected.values() if one.teacher == job_id]
+        with self.sessions.begin() as session:
+            if not self.expected[job_id].state.is_finished or not all(one.state.is_finished for one in students):
+                with pytest.raises(jobs.JobConflictError):
+                    jobs.delete_job(session=session, job_id=job_id)
+                return
+            jobs.delete_job(session=session, job_id=job_id)
+        del self.expected[job_id]
+        for one in students:
+            one.teacher_is_gone = True
 
     @precondition(has(JobState.RUNNING))
     @rule()
