@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from service import cli_control
+from service.cli_common import DEFAULT_URL, JobId, Url, connected, fail, json_object, key_and_value, out
 from service.store.states import JobState
 
 if TYPE_CHECKING:
@@ -31,12 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-
-Url = Annotated[str, typer.Option(envvar="CLIPRD_URL", help="Address of the service.")]
-JobId = Annotated[str, typer.Argument(help="Id of the job, in full.", show_default=False)]
-DEFAULT_URL = "http://127.0.0.1:8000"
+app.add_typer(cli_control.app)
 WATCH_SECONDS = 1.0
 
 
@@ -59,7 +53,7 @@ def up(
             _watch_until_interrupted(stack.watch)
             out.print("Stopping; a running job saves a checkpoint first and goes on at the next start.")
     except EmbeddedError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:  # while starting
         out.print("Stopped.")
 
@@ -84,28 +78,18 @@ def submit(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Submit a job and print its id."""
-    spec = _json_object(file)
-    with _client(url) as client:
+    spec = json_object(file)
+    with connected(url) as client:
         job = client.submit(spec)
         out.print(job.id, soft_wrap=True)
         if watch:
             _watch(client, job.id)
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        _fail(f"{file} is not JSON: {error}")
-    if not isinstance(content, dict):
-        _fail(f"{file} must hold a JSON object")
-    return content
-
-
 @app.command("watch")
 def watch_job(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Show a job's progress until it ends. Exit code 0 if it succeeded, else 1."""
-    with _client(url) as client:
+    with connected(url) as client:
         _watch(client, job_id)
 
 
@@ -115,7 +99,7 @@ def _watch(client: Client, job_id: str) -> None:
     with ProgressView(out) as view:
         job = client.wait(job_id, poll_seconds=WATCH_SECONDS, on_poll=view.show)
     if job.error is not None:
-        _fail(f"{job.error.reason}: {job.error.message}")
+        fail(f"{job.error.reason}: {job.error.message}")
     if job.state is not JobState.SUCCEEDED:
         raise typer.Exit(1)
 
@@ -130,20 +114,13 @@ def jobs(
     """List jobs, newest first."""
     from service.progress_view import status_of
 
-    labels = dict(_key_and_value(one) for one in label or [])
+    labels = dict(key_and_value(one) for one in label or [])
     table = Table("id", "name", "state", "attempt", "status", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
-    with _client(url) as client:
+    with connected(url) as client:
         for job in islice(client.jobs(state=state, labels=labels), limit):
             table.add_row(job.id, job.name, str(job.state), str(job.attempt), "" if job.state.is_finished else status_of(job))
     out.print(table)
-
-
-def _key_and_value(label: str) -> tuple[str, str]:
-    key, equals, value = label.partition("=")
-    if not (key and equals):
-        _fail(f"--label {label}: write it as key=value")
-    return key, value
 
 
 @app.command()
@@ -151,7 +128,7 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Show a job: its state, progress, latest evaluations and files."""
     from service.progress_view import status_of
 
-    with _client(url) as client:
+    with connected(url) as client:
         job = client.job(job_id)
         evaluations, artifacts = client.evaluations(job_id), client.artifacts(job_id)
     rows = Table(box=None, show_header=False, pad_edge=False)
@@ -180,69 +157,6 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
 
 
 @app.command()
-def cancel(
-    job_id: Annotated[str | None, typer.Argument(help="Id of the job, in full.", show_default=False)] = None,
-    label: Annotated[list[str] | None, typer.Option(help="Instead: all jobs with this label, as `key=value`; repeatable.")] = None,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Cancel a job, or all with some labels. A running one is asked to stop, and does so soon."""
-    if (job_id is None) == (not label):
-        _fail("name either a job or at least one --label")
-    with _client(url) as client:
-        if job_id is not None:
-            job = client.cancel(job_id)
-            out.print("cancelled" if job.state is JobState.CANCELLED else "its worker was asked to stop it")
-            return
-        answer = client.cancel_all(dict(_key_and_value(one) for one in label or []))
-    for one in answer.cancelled:
-        out.print(f"{one}  cancelled", soft_wrap=True)
-    for one in answer.requested:
-        out.print(f"{one}  its worker was asked to stop it", soft_wrap=True)
-
-
-@app.command()
-def pause(job_id: JobId, url: Url = DEFAULT_URL) -> None:
-    """Pause a job. A running one saves a checkpoint first and frees its worker."""
-    with _client(url) as client:
-        job = client.pause(job_id)
-    out.print("paused" if job.state is JobState.PAUSED else "its worker was asked to pause it")
-
-
-@app.command()
-def resume(job_id: JobId, url: Url = DEFAULT_URL) -> None:
-    """Let a paused job go on from its newest checkpoint."""
-    with _client(url) as client:
-        out.print(str(client.resume(job_id).state))
-
-
-@app.command()
-def retry(job_id: JobId, url: Url = DEFAULT_URL) -> None:
-    """Try a failed or cancelled job again, from its newest checkpoint."""
-    with _client(url) as client:
-        out.print(str(client.retry(job_id).state))
-
-
-@app.command()
-def clone(
-    job_id: JobId,
-    overrides: Annotated[Path | None, typer.Option(help="JSON file of the fields to replace.", exists=True, dir_okay=False)] = None,
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Submit a new job like this one, some fields replaced, and print its id."""
-    replaced = {} if overrides is None else _json_object(overrides)
-    with _client(url) as client:
-        out.print(client.clone(job_id, replaced).id, soft_wrap=True)
-
-
-@app.command()
-def delete(job_id: JobId, url: Url = DEFAULT_URL) -> None:
-    """Delete a finished job with its files."""
-    with _client(url) as client:
-        client.delete(job_id)
-    out.print("deleted")
-
-
-@app.command()
 def download(
     job_id: JobId,
     to: Annotated[Path | None, typer.Option(help="Folder to download into.  [default: the job's id]", show_default=False)] = None,
@@ -250,32 +164,13 @@ def download(
 ) -> None:
     """Download the trained student, ready for open_clip."""
     folder = to or Path(job_id)
-    with _client(url) as client:
+    with connected(url) as client:
         for path in client.download_model(job_id, folder):
             out.print(f"{path}  {path.stat().st_size:,} bytes", soft_wrap=True)
     out.print("\nLoad it with open_clip:\n", soft_wrap=True)
     name = f'"local-dir:{folder.resolve()}"'
     out.print(f"    model, _, preprocess = open_clip.create_model_and_transforms({name})", soft_wrap=True, markup=False)
     out.print(f"    tokenizer = open_clip.get_tokenizer({name})", soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _client(url: str) -> Iterator[Client]:
-    """A client whose errors end the command with one clear message."""
-    from service.client import Client, CliprdError
-
-    try:
-        with Client(url) as client:
-            yield client
-    except CliprdError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)  # as the shell expects after Ctrl-C
-
-
-def _fail(message: str) -> NoReturn:
-    errors.print(f"cliprd: {message}", style="red" if errors.is_terminal else None, soft_wrap=True, markup=False)
-    raise typer.Exit(1)
 
 
 def main() -> None:

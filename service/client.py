@@ -9,6 +9,7 @@ with Client("http://127.0.0.1:8000") as client:
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
@@ -22,7 +23,18 @@ from pydantic import BaseModel, ValidationError
 from cliprd_core.run_dir import EvaluationRecord
 from cliprd_core.spec import JobSpec
 from service.errors import Problem
-from service.schemas import ArtifactList, ArtifactView, CancelledJobs, EvaluationList, JobList, JobView, MetricsView, SeriesView
+from service.schemas import (
+    ArtifactList,
+    ArtifactView,
+    CancelledJobs,
+    EvaluationList,
+    EventList,
+    EventView,
+    JobList,
+    JobView,
+    MetricsView,
+    SeriesView,
+)
 from service.store.models import ArtifactKind
 from service.store.states import JobState
 
@@ -126,6 +138,30 @@ class Client:
     def delete(self, job_id: str) -> None:
         """Forget a finished job, its artifacts included."""
         self._request("DELETE", f"/jobs/{job_id}")
+
+    def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+        """What happened to the job so far, oldest first."""
+        while page := self._call("GET", f"/jobs/{job_id}/events", EventList, params={"after": after, "limit": PAGE_SIZE}).events:
+            yield from page
+            after = page[-1].id
+
+    def log(self, job_id: str, *, tail: int | None = None) -> str:
+        """What the job's training processes printed, or the last lines of it."""
+        return self._request("GET", f"/jobs/{job_id}/log", params={} if tail is None else {"tail": tail}).text
+
+    def follow_log(self, job_id: str, *, tail: int | None = None) -> Iterator[str]:
+        """The log as it is printed, piece by piece, until the job ends."""
+        params = {} if tail is None else {"tail": tail}
+        try:
+            with self._http.stream("GET", f"/jobs/{job_id}/log", params=params, headers={"Accept": "text/event-stream"}) as response:
+                if response.is_error:
+                    response.read()
+                    raise _error_of(response)
+                for line in response.iter_lines():
+                    if line.startswith("data:"):
+                        yield json.loads(line.removeprefix("data:")).get("text", "")
+        except httpx.TransportError as error:
+            raise UnreachableError(f"the stream from {self.url} broke off ({error})") from error
 
     def metrics(self, job_id: str, names: list[str] | None = None, *, since_step: int = 0) -> dict[str, SeriesView]:
         """Metric series by name; `names` may end in `*`. None: all."""

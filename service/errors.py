@@ -27,6 +27,7 @@ from service.store.errors import (
     JobNotFoundError,
     TeacherUnavailableError,
 )
+from service.streams import TooManyStreamsError
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
     app.add_exception_handler(JobFinishedError, _on_job_finished)
     app.add_exception_handler(JobConflictError, _on_job_conflict)
+    app.add_exception_handler(TooManyStreamsError, _on_too_many_streams)
     app.add_exception_handler(NotReadyError, _on_not_ready)
     app.add_exception_handler(OperationalError, _on_database_error)
     app.add_exception_handler(InterfaceError, _on_database_error)
@@ -175,6 +177,11 @@ def _on_job_finished(request: Request, error: Exception) -> Response:
 
 def _on_job_conflict(request: Request, error: Exception) -> Response:
     return problem_response(request.url.path, 409, str(error), kind="job-conflict", title="Not possible in the job's state")
+
+
+def _on_too_many_streams(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    detail = "too many event streams are open; close some, try again later, or ask for the list instead"
+    return problem_response(request.url.path, 503, detail, kind="too-many-streams", headers={"Retry-After": "5"})
 
 
 def _on_not_ready(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema
 from cliprd_core.run_dir import ErrorReason, EvaluationRecord, Progress, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store.metrics import Series
-from service.store.models import Artifact, ArtifactKind, Job
+from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
 from service.store.states import JobState
 
 
@@ -51,7 +51,10 @@ class JobLinks(View):
     resume: str
     retry: str
     clone: str
+    events: str
+    log: str
     metrics: str
+    metrics_stream: str
     evaluations: str
     artifacts: str
 
@@ -113,7 +116,10 @@ class JobView(View):
                 resume=f"{here}/resume",
                 retry=f"{here}/retry",
                 clone=f"{here}/clone",
+                events=f"{here}/events",
+                log=f"{here}/log",
                 metrics=f"{here}/metrics",
+                metrics_stream=f"{here}/metrics/stream",
                 evaluations=f"{here}/evaluations",
                 artifacts=f"{here}/artifacts",
             ),
@@ -125,6 +131,30 @@ class JobList(View):
 
     jobs: list[JobView]
     next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
+
+
+class EventView(View):
+    """One thing that happened to a job."""
+
+    id: int = Field(description="Higher than that of every earlier event of the job.")
+    kind: EventKind
+    time: datetime
+    attempt: int
+    data: dict[str, Any] = Field(description="What the kind brings along: `worker`, `step`, `reason`, `metrics`, …")
+
+    @classmethod
+    def of(cls, event: JobEvent) -> Self:
+        return cls(id=event.id, kind=event.kind, time=event.created_at, attempt=event.attempt, data=event.data)
+
+
+class EventList(View):
+    """Events, oldest first."""
+
+    events: list[EventView]
+
+    @classmethod
+    def of(cls, events: Sequence[JobEvent]) -> Self:
+        return cls(events=[EventView.of(event) for event in events])
 
 
 class LabelSelector(View):

@@ -14,6 +14,7 @@ from cliprd_core.run_dir import (
     ERROR_FILE,
     EVALUATIONS_FILE,
     EXPORT_DIR,
+    LOG_FILE,
     METRICS_FILE,
     RESULT_FILE,
     SPEC_FILE,
@@ -31,7 +32,7 @@ from worker.lease import LeaseKeeper
 from worker.mirror import CheckpointMirror
 from worker.outcome import StopCause, decide
 from worker.process import TrainingProcess
-from worker.pump import RecordPump
+from worker.pump import LogPump, RecordPump
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Supervisor:
             RecordPump(self._run / METRICS_FILE, MetricsRecord, job.record_metrics, OUT_OF_REACH),
             RecordPump(self._run / EVALUATIONS_FILE, EvaluationRecord, job.record_evaluations, OUT_OF_REACH),
         ]
+        self._log_pump = LogPump(self._run / LOG_FILE, job.append_log, OUT_OF_REACH)
         self._requests_polled_at = 0.0
 
     def run(self) -> list[QueuedJob]:
@@ -147,6 +149,7 @@ class Supervisor:
                 process.kill()
             for pump in self._pumps:
                 pump.pump()
+            self._log_pump.pump()
             self._mirror.start()
         return cause
 
@@ -162,8 +165,8 @@ class Supervisor:
             return None  # asked again in a moment
 
     def _drain(self) -> None:
-        """Write the last records, however long the store is away."""
-        while not all(pump.is_drained() for pump in self._pumps):
+        """Write the last records and lines, however long the store is away."""
+        while not all([self._log_pump.drain(), *(pump.is_drained() for pump in self._pumps)]):
             if self._job.is_lost():
                 raise LeaseLostError(self._job.id)
             for pump in self._pumps:

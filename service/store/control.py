@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
 from service.store.errors import JobConflictError, JobFinishedError, JobNotFoundError
+from service.store.events import EventKind, record_event
 from service.store.models import Artifact, Job, JobLabel, JobTeacher
 from service.store.session import database_now
 from service.store.states import JobState
@@ -41,7 +42,9 @@ def request_cancel(*, session: Session, job_id: str, now: datetime | None = None
     """
     job = _lock_unfinished(session, job_id)
     now = now or database_now(session)
-    job.cancel_requested_at = job.cancel_requested_at or now
+    if job.cancel_requested_at is None:
+        job.cancel_requested_at = now
+        record_event(job, EventKind.CANCEL_REQUESTED, now=now)
     if job.state is not JobState.RUNNING:
         move(job, JobState.CANCELLED, now=now)
         settle_dependents(session=session, job=job, now=now)
@@ -64,7 +67,9 @@ def request_pause(*, session: Session, job_id: str) -> Job:
         raise JobConflictError(job_id, "is being cancelled, so it can't be paused")
     now = database_now(session)
     if job.state is JobState.RUNNING:
-        job.pause_requested_at = job.pause_requested_at or now
+        if job.pause_requested_at is None:
+            job.pause_requested_at = now
+            record_event(job, EventKind.PAUSING, now=now)
     elif job.state is not JobState.PAUSED:
         move(job, JobState.PAUSED, now=now)
     session.flush()
@@ -81,11 +86,14 @@ def resume_job(*, session: Session, job_id: str) -> Changed:
     """
     _lock_teachers_of(session, job_id)
     job = _lock_unfinished(session, job_id)
+    now = database_now(session)
+    if job.state is JobState.PAUSED or job.pause_requested_at is not None:
+        record_event(job, EventKind.RESUMED, now=now)
     job.pause_requested_at = None
     queued: list[QueuedJob] = []
     if job.state is JobState.PAUSED:
         waits = waits_for_a_teacher(session, job)
-        move(job, JobState.WAITING if waits else JobState.QUEUED, now=database_now(session))
+        move(job, JobState.WAITING if waits else JobState.QUEUED, now=now)
         queued = [] if waits else [QueuedJob(job.id, job.queue)]
     session.flush()
     return Changed(job, queued)
@@ -111,7 +119,9 @@ def retry_job(*, session: Session, job_id: str) -> Changed:
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise JobConflictError(job_id, f"is {job.state}; only a failed or cancelled job can be tried again")
     waits = not all(teacher.state is JobState.SUCCEEDED for teacher in teachers)
-    move(job, JobState.WAITING if waits else JobState.QUEUED, now=database_now(session))
+    now = database_now(session)
+    record_event(job, EventKind.RETRIED, now=now)
+    move(job, JobState.WAITING if waits else JobState.QUEUED, now=now)
     job.error = None
     job.cancel_requested_at = None
     job.num_releases = job.attempt

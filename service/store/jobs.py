@@ -34,6 +34,7 @@ from service.store.errors import (
     StoreError,
     TeacherUnavailableError,
 )
+from service.store.events import EventKind, record_event
 from service.store.leases import (
     Cancelled,
     Claim,
@@ -42,6 +43,7 @@ from service.store.leases import (
     claim_job,
     finish_job,
     mark_started,
+    record_checkpoint,
     record_progress,
     release_job,
     renew_lease,
@@ -82,6 +84,7 @@ __all__ = [
     "list_jobs",
     "mark_sent",
     "mark_started",
+    "record_checkpoint",
     "record_evaluations",
     "record_metrics",
     "record_progress",
@@ -127,7 +130,8 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEM
     session.flush()
     session.add_all([JobLabel(job_id=job.id, key=key, value=value) for key, value in spec.labels.items()])
     session.add_all([JobTeacher(job_id=job.id, teacher_job_id=teacher.id) for teacher in teachers])
-    session.flush()
+    record_event(job, EventKind.CREATED, now=now)
+    record_event(job, EventKind(job.state.value), now=now)
     return job
 
 

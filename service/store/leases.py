@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, Progress, ResultRecord
 from service.store.errors import LeaseLostError
+from service.store.events import EventKind, record_event
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
@@ -70,6 +71,7 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
     if claimed is None:
         return None
     job = session.get_one(Job, job_id, populate_existing=True)
+    record_event(job, EventKind.CLAIMED, now=now, worker=worker)
     return Claim(job=job, attempt=job.attempt, lease_token=token)
 
 
@@ -109,8 +111,20 @@ def mark_started(*, session: Session, job_id: str, lease_token: str) -> None:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    now = database_now(session)
+    record_event(job, EventKind.STARTED, now=now)
     if job.started_at is None:
-        job.started_at = database_now(session)
+        job.started_at = now
+
+
+def record_checkpoint(*, session: Session, job_id: str, lease_token: str, step: int) -> None:
+    """Tell that the checkpoint of this step is in the artifact store.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    record_event(job, EventKind.CHECKPOINT, now=database_now(session), step=step)
 
 
 def record_progress(*, session: Session, job_id: str, lease_token: str, progress: Progress) -> None:

@@ -31,6 +31,33 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class EventKind(StrEnum):
+    """What can happen to a job."""
+
+    CREATED = "created"
+    WAITING = "waiting"
+    """A teacher of it is a job that has not finished."""
+    QUEUED = "queued"
+    CLAIMED = "claimed"
+    """A worker took it: a new attempt."""
+    STARTED = "started"
+    """The attempt's training process runs."""
+    CHECKPOINT = "checkpoint"
+    """A checkpoint is in the artifact store."""
+    EVALUATED = "evaluated"
+    LEASE_LOST = "lease_lost"
+    """The worker, or its training process, vanished."""
+    PAUSING = "pausing"
+    """Its worker was asked to pause it."""
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    RETRIED = "retried"
+    CANCEL_REQUESTED = "cancel_requested"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 class ArtifactKind(StrEnum):
     """What an artifact is for."""
 
@@ -53,6 +80,7 @@ class Base(DeclarativeBase):
         dict[str, Any]: JSON(none_as_null=True),
         JobState: _enum_column(JobState),
         ArtifactKind: _enum_column(ArtifactKind),
+        EventKind: _enum_column(EventKind),
     }
 
 
@@ -137,6 +165,32 @@ class JobTeacher(Base):
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     teacher_job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+
+
+class JobEvent(Base):
+    """One thing that happened to a job, written in the transaction that did it. Of one job, a later event has a higher id."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("job_events_by_job", "job_id", "id"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    kind: Mapped[EventKind]
+    attempt: Mapped[int]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class LogChunk(Base):
+    """Some of what a job's training processes printed, over all attempts."""
+
+    __tablename__ = "log_chunks"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """Characters of the job's log before this chunk."""
+    end: Mapped[int] = mapped_column(BigInteger)
+    text: Mapped[str] = mapped_column(Text)
 
 
 class IdempotencyKey(Base):

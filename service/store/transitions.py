@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.store.events import EventKind, record_event
 from service.store.models import Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
 
@@ -25,8 +26,8 @@ def sources_of(target: JobState) -> list[JobState]:
     return [state for state, targets in ALLOWED_MOVES.items() if target in targets]
 
 
-def move(job: Job, target: JobState, *, now: datetime) -> None:
-    """Move a job whose row the caller has locked, and set what belongs to the move.
+def move(job: Job, target: JobState, *, now: datetime, **data: Any) -> None:
+    """Move a job whose row the caller has locked, and set what belongs to the move; `data` goes into its event.
 
     Claiming is not done here but in one UPDATE (`leases.claim_job`), since two claimers race for an unlocked row.
     """
@@ -39,11 +40,12 @@ def move(job: Job, target: JobState, *, now: datetime) -> None:
         job.queued_at = now
         job.sent_at = None
     job.finished_at = now if target.is_finished else None
+    record_event(job, EventKind(target.value), now=now, **data)
 
 
 def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
     """Move a locked job to `failed` and record why."""
-    move(job, JobState.FAILED, now=now)
+    move(job, JobState.FAILED, now=now, reason=error.reason.value, message=error.message)
     job.error = error.model_dump(mode="json")
 
 
@@ -54,6 +56,7 @@ def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetim
     Returns:
         The job if it is queued again; send its message after the commit.
     """
+    record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
     if job.cancel_requested_at is not None:
         move(job, JobState.CANCELLED, now=now)
     elif num_lost_attempts(job) >= job.max_attempts:

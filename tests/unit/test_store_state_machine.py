@@ -18,12 +18,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.store import jobs
 from service.store.jobs import ALLOWED_MOVES, Cancelled, JobState
+from service.store.models import EventKind, JobEvent
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
 from tests.store_helpers import FAILURE, SUCCESS, create, distilled_spec, progress_at
 
 MAX_ATTEMPTS = 2
 MAX_JOBS = 5
 CHOICES = st.integers(0, MAX_JOBS - 1)
+TELLS = {EventKind(state): state for state in JobState if state is not JobState.RUNNING} | {EventKind.CLAIMED: JobState.RUNNING}
 NOT_QUEUED = [state for state in JobState if state is not JobState.QUEUED]
 
 
@@ -296,7 +298,9 @@ class JobLives(RuleBasedStateMachine):
     def store_and_model_agree(self) -> None:
         with reading(self.sessions) as session:
             rows = jobs.list_jobs(session=session, limit=1000).rows
+            told = {event.job_id: TELLS[event.kind] for event in session.query(JobEvent).order_by(JobEvent.id) if event.kind in TELLS}
         assert {row.id: row.state for row in rows} == {job_id: one.state for job_id, one in self.expected.items()}
+        assert told == {row.id: row.state for row in rows}, "the last event of a move tells the state"
         for row in rows:
             assert (row.lease_token is not None) == (row.lease_expires_at is not None) == (row.state is JobState.RUNNING)
             assert (row.finished_at is not None) == row.state.is_finished

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints
 from cliprd_core.spec import JobSpec, merge_over
 from service.store.blobs import BlobStore
+from service.store.events import list_events
 from service.store.jobs import (
     JobState,
     LeaseLostError,
@@ -32,6 +33,7 @@ from service.store.jobs import (
     requeue_expired,
     resume_job,
 )
+from service.store.logs import read_log
 from service.store.metrics import list_evaluations, series
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
@@ -151,6 +153,12 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
     assert bench.blobs.path(models["open_clip_model.safetensors"].storage_key).read_bytes() == b"weights of a fake student"
     assert not bench.artifacts(job_id, ArtifactKind.CHECKPOINT), "a finished job needs none"
     assert "attempt 1 starts at step 0" in (bench.run_dir(job_id) / "log.txt").read_text()
+    with reading(bench.sessions) as session:
+        assert read_log(session=session, job_id=job_id)[0] == (bench.run_dir(job_id) / "log.txt").read_text()
+        kinds = [event.kind.value for event in list_events(session=session, job_id=job_id)]
+    assert kinds[:4] == ["created", "queued", "claimed", "started"]
+    assert kinds[-2:] == ["evaluated", "succeeded"]
+    assert set(kinds[4:-2]) <= {"checkpoint"}
 
 
 def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
