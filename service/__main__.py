@@ -11,7 +11,7 @@ from service.settings import Settings
 def main() -> None:
     """Serve until interrupted."""
     settings = Settings()
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port)
+    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
 
 
 if __name__ == "__main__":

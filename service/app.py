@@ -14,11 +14,12 @@ from fastapi.openapi.utils import get_openapi
 from service.errors import Problem, install_handlers
 from service.middleware import BodyLimit, ProblemsOnly
 from service.queue import JobQueue
-from service.routes import artifacts, health, jobs, teacher_stores
+from service.routes import artifacts, control, health, jobs, streams, teacher_stores
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.store.blobs import BlobStore
 from service.store.session import make_engine, make_sessions, migrate
+from service.streams import Streams
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -33,7 +34,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
     app.add_middleware(ProblemsOnly)
     install_handlers(app)
-    for part in (jobs, artifacts, teacher_stores, health):
+    for part in (jobs, control, streams, artifacts, teacher_stores, health):
         app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
@@ -47,6 +48,11 @@ def _make_services(settings: Settings) -> Services:
         sessions=make_sessions(engine),
         blobs=BlobStore(settings.artifacts_root),
         queue=JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds),
+        streams=Streams(
+            max_open=settings.max_streams,
+            poll_seconds=settings.stream_poll_seconds,
+            heartbeat_seconds=settings.stream_heartbeat_seconds,
+        ),
     )
 
 

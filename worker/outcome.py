@@ -16,6 +16,8 @@ class StopCause(Enum):
 
     CANCEL = auto()
     """A user asked for it."""
+    PAUSE = auto()
+    """A user asked to put the job aside; it goes on later, here or elsewhere."""
     SHUTDOWN = auto()
     """The worker was told to stop; another one shall go on with the job."""
 
@@ -31,7 +33,7 @@ def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | 
         return result
     if cause is StopCause.CANCEL:
         return Cancelled()
-    if cause is StopCause.SHUTDOWN:
+    if cause in (StopCause.PAUSE, StopCause.SHUTDOWN):
         return None
     error = read_record(run / ERROR_FILE, ErrorRecord)
     if error is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery
 from kombu import Connection
 
+from service.store.idempotency import forget_keys
 from service.store.jobs import QueuedJob, jobs_to_send, requeue_expired
 from service.store.session import make_engine, make_sessions, reading
 from worker.settings import WorkerSettings
@@ -51,6 +52,7 @@ class Reaper:
             sessions = make_sessions(engine)
             with sessions.begin() as session:
                 expired = requeue_expired(session=session)
+                forget_keys(session=session)
             for job in expired:
                 logger.warning("job %s: its worker vanished; it is queued again", job.job_id)
             send(self._app, sessions, expired)

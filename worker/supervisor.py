@@ -14,6 +14,7 @@ from cliprd_core.run_dir import (
     ERROR_FILE,
     EVALUATIONS_FILE,
     EXPORT_DIR,
+    LOG_FILE,
     METRICS_FILE,
     RESULT_FILE,
     SPEC_FILE,
@@ -32,12 +33,12 @@ from worker.lease import LeaseKeeper
 from worker.mirror import CheckpointMirror
 from worker.outcome import StopCause, decide
 from worker.process import TrainingProcess
-from worker.pump import RecordPump
+from worker.pump import LogPump, RecordPump
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-CANCEL_POLL_SECONDS = 1.0
+REQUEST_POLL_SECONDS = 1.0
 
 Launch = Callable[[Path, HeldJob], TrainingProcess]
 """Starts the training processes of a prepared run directory."""
@@ -65,7 +66,8 @@ class Supervisor:
             RecordPump(self._run / METRICS_FILE, MetricsRecord, job.record_metrics, OUT_OF_REACH),
             RecordPump(self._run / EVALUATIONS_FILE, EvaluationRecord, job.record_evaluations, OUT_OF_REACH),
         ]
-        self._cancel_polled_at = 0.0
+        self._log_pump = LogPump(self._run / LOG_FILE, job.append_log, OUT_OF_REACH)
+        self._requests_polled_at = 0.0
 
     def run(self) -> list[QueuedJob]:
         """Work on the job until it ends, is given back or is lost.
@@ -159,23 +161,24 @@ class Supervisor:
                 process.kill()
             for pump in self._pumps:
                 pump.pump()
+            self._log_pump.pump()
             self._mirror.start()
         return cause
 
     def _stop_cause(self) -> StopCause | None:
         if self._should_stop():
             return StopCause.SHUTDOWN
-        if time.monotonic() - self._cancel_polled_at < CANCEL_POLL_SECONDS:
+        if time.monotonic() - self._requests_polled_at < REQUEST_POLL_SECONDS:
             return None
-        self._cancel_polled_at = time.monotonic()
+        self._requests_polled_at = time.monotonic()
         try:
-            return StopCause.CANCEL if self._job.is_cancel_requested() else None
+            return self._job.requested_stop()
         except OUT_OF_REACH:
             return None  # asked again in a moment
 
     def _drain(self) -> None:
-        """Write the last records, however long the store is away."""
-        while not all(pump.is_drained() for pump in self._pumps):
+        """Write the last records and lines, however long the store is away."""
+        while not all([self._log_pump.drain(), *(pump.is_drained() for pump in self._pumps)]):
             if self._job.is_lost():
                 raise LeaseLostError(self._job.id)
             for pump in self._pumps:

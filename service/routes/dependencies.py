@@ -14,6 +14,7 @@ from service.queue import JobQueue
 from service.settings import Settings
 from service.store.blobs import BlobStore
 from service.store.errors import ArtifactNotFoundError, JobNotFoundError
+from service.streams import Streams
 
 _ID = re.compile(r"[0-9a-z-]{8,64}")
 
@@ -27,6 +28,7 @@ class Services:
     sessions: sessionmaker[Session]
     blobs: BlobStore
     queue: JobQueue
+    streams: Streams
 
 
 def _services(request: Request) -> Services:

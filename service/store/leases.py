@@ -14,10 +14,11 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, Progress, ResultRecord
 from service.store.errors import LeaseLostError
+from service.store.events import EventKind, record_event
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.transitions import QueuedJob, fail, lose_attempt, move, settle_dependents, sources_of
+from service.store.transitions import QueuedJob, fail, give_back, lose_attempt, move, settle_dependents, sources_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class LeaseStatus:
     """False: stop at once and write nothing more."""
     cancel_requested: bool
     """True: a user wants the job to end; stop it and finish it as `Cancelled`."""
+    pause_requested: bool
+    """True: a user wants the job put aside; stop it and give it back with `release_job`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
     if claimed is None:
         return None
     job = session.get_one(Job, job_id, populate_existing=True)
+    record_event(job, EventKind.CLAIMED, now=now, worker=worker)
     return Claim(job=job, attempt=job.attempt, lease_token=token)
 
 
@@ -78,10 +82,13 @@ def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_second
         update(Job)
         .where(Job.id == job_id, Job.lease_token == lease_token, Job.state == JobState.RUNNING)
         .values(lease_expires_at=expires_at)
-        .returning(Job.cancel_requested_at)
+        .returning(Job.cancel_requested_at, Job.pause_requested_at)
         .execution_options(synchronize_session=False)
     ).one_or_none()
-    return LeaseStatus(held=row is not None, cancel_requested=row is not None and row.cancel_requested_at is not None)
+    if row is None:
+        return LeaseStatus(held=False, cancel_requested=False, pause_requested=False)
+    cancelled_at, paused_at = row
+    return LeaseStatus(held=True, cancel_requested=cancelled_at is not None, pause_requested=paused_at is not None)
 
 
 def lock_held_job(*, session: Session, job_id: str, lease_token: str) -> Job:
@@ -104,8 +111,20 @@ def mark_started(*, session: Session, job_id: str, lease_token: str) -> None:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    now = database_now(session)
+    record_event(job, EventKind.STARTED, now=now)
     if job.started_at is None:
-        job.started_at = database_now(session)
+        job.started_at = now
+
+
+def record_checkpoint(*, session: Session, job_id: str, lease_token: str, step: int) -> None:
+    """Tell that the checkpoint of this step is in the artifact store.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    record_event(job, EventKind.CHECKPOINT, now=database_now(session), step=step)
 
 
 def record_progress(*, session: Session, job_id: str, lease_token: str, progress: Progress) -> None:
@@ -148,20 +167,13 @@ def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outc
 
 
 def release_job(*, session: Session, job_id: str, lease_token: str) -> QueuedJob | None:
-    """Give a job back unfinished, as a worker does that shuts down; the attempt doesn't count as a failure.
+    """Give a job back unfinished, as a worker does that shuts down or was asked to pause it; the attempt doesn't count as a failure.
 
     Returns:
-        The job, to be sent again after the commit; or None when its cancellation was requested, so that it is `cancelled` now.
+        The job, to be sent again after the commit; or None when it isn't queued, since its cancellation or a pause was requested.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
-    now = database_now(session)
-    if job.cancel_requested_at is not None:
-        move(job, JobState.CANCELLED, now=now)
-        settle_dependents(session=session, job=job, now=now)
-        return None
-    move(job, JobState.QUEUED, now=now)
-    job.num_releases += 1
-    return QueuedJob(job.id, job.queue)
+    return next(iter(give_back(session=session, job=job, now=database_now(session))), None)

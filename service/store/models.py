@@ -31,6 +31,33 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class EventKind(StrEnum):
+    """What can happen to a job."""
+
+    CREATED = "created"
+    WAITING = "waiting"
+    """A teacher of it is a job that has not finished."""
+    QUEUED = "queued"
+    CLAIMED = "claimed"
+    """A worker took it: a new attempt."""
+    STARTED = "started"
+    """The attempt's training process runs."""
+    CHECKPOINT = "checkpoint"
+    """A checkpoint is in the artifact store."""
+    EVALUATED = "evaluated"
+    LEASE_LOST = "lease_lost"
+    """The worker, or its training process, vanished."""
+    PAUSING = "pausing"
+    """Its worker was asked to pause it."""
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    RETRIED = "retried"
+    CANCEL_REQUESTED = "cancel_requested"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 class ArtifactKind(StrEnum):
     """What an artifact is for."""
 
@@ -53,6 +80,7 @@ class Base(DeclarativeBase):
         dict[str, Any]: JSON(none_as_null=True),
         JobState: _enum_column(JobState),
         ArtifactKind: _enum_column(ArtifactKind),
+        EventKind: _enum_column(EventKind),
     }
 
 
@@ -77,7 +105,7 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
-    """Attempts that a worker gave back in good order; they don't count against `max_attempts`."""
+    """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
     worker: Mapped[str | None] = mapped_column(String(255))
     """Name of the worker of the latest attempt."""
@@ -85,6 +113,8 @@ class Job(Base):
     """Known to the holder alone; set while running."""
     lease_expires_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]
+    pause_requested_at: Mapped[datetime | None]
+    """Set while its worker is asked to pause it."""
 
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]
@@ -128,13 +158,51 @@ class JobLabel(Base):
 
 
 class JobTeacher(Base):
-    """A job whose teacher, or one of whose teachers, is another job's result."""
+    """A job whose teacher, or one of whose teachers, is another job's result, be it named by job or by artifact."""
 
     __tablename__ = "job_teachers"
     __table_args__ = (Index("job_teachers_by_teacher", "teacher_job_id"),)
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     teacher_job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+
+
+class JobEvent(Base):
+    """One thing that happened to a job, written in the transaction that did it. Of one job, a later event has a higher id."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("job_events_by_job", "job_id", "id"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    kind: Mapped[EventKind]
+    attempt: Mapped[int]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class LogChunk(Base):
+    """Some of what a job's training processes printed, over all attempts."""
+
+    __tablename__ = "log_chunks"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """Characters of the job's log before this chunk."""
+    end: Mapped[int] = mapped_column(BigInteger)
+    text: Mapped[str] = mapped_column(Text)
+
+
+class IdempotencyKey(Base):
+    """A submission's `Idempotency-Key`, and the job it made."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("idempotency_keys_by_age", "created_at"), Index("idempotency_keys_by_job", "job_id"))
+
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime]
 
 
 class Metric(Base):

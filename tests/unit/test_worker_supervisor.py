@@ -21,7 +21,20 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord, complete
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.blobs import BlobStore
-from service.store.jobs import JobState, LeaseLostError, QueuedJob, claim_job, create_job, get_job, request_cancel, requeue_expired
+from service.store.events import list_events
+from service.store.jobs import (
+    JobState,
+    LeaseLostError,
+    QueuedJob,
+    claim_job,
+    create_job,
+    get_job,
+    request_cancel,
+    request_pause,
+    requeue_expired,
+    resume_job,
+)
+from service.store.logs import read_log
 from service.store.metrics import list_evaluations, series
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
@@ -143,6 +156,12 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
     assert bench.blobs.path(models["open_clip_model.safetensors"].storage_key).read_bytes() == b"weights of a fake student"
     assert not bench.artifacts(job_id, ArtifactKind.CHECKPOINT), "a finished job needs none"
     assert "attempt 1 starts at step 0" in (bench.run_dir(job_id) / "log.txt").read_text()
+    with reading(bench.sessions) as session:
+        assert read_log(session=session, job_id=job_id)[0] == (bench.run_dir(job_id) / "log.txt").read_text()
+        kinds = [event.kind.value for event in list_events(session=session, job_id=job_id)]
+    assert kinds[:4] == ["created", "queued", "claimed", "started"]
+    assert kinds[-2:] == ["evaluated", "succeeded"]
+    assert set(kinds[4:-2]) <= {"checkpoint"}
 
 
 def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
@@ -249,6 +268,27 @@ def test_a_job_resumes_on_another_machine(bench: Bench, tmp_path: Path) -> None:
     kept = {artifact.storage_key for kind in ArtifactKind for artifact in bench.artifacts(job_id, kind)}
     stored = {str(path.relative_to(bench.blobs.root)) for path in bench.blobs.root.rglob("*") if path.is_file()}
     assert stored == kept, "blobs that nothing names"
+
+
+def test_a_paused_job_saves_and_goes_on_on_another_machine(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+
+    def pause() -> None:
+        with bench.sessions.begin() as session:
+            request_pause(session=session, job_id=job_id)
+
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), pause)
+    assert bench.run(job_id) == []
+    assert bench.job(job_id).state is JobState.PAUSED
+    saved = int(complete_checkpoints(bench.run_dir(job_id))[-1].name.removeprefix("step-"))
+    with reading(bench.sessions) as session:
+        assert series(session=session, job=bench.job(job_id))["train/loss"].steps[-1] == saved, "it stopped right after saving"
+    with bench.sessions.begin() as session:
+        resume_job(session=session, job_id=job_id)
+    bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert (bench.job(job_id).state, bench.job(job_id).attempt) == (JobState.SUCCEEDED, 2)
+    assert f"attempt 2 starts at step {saved}\n" in (bench.run_dir(job_id) / "log.txt").read_text()
 
 
 def test_a_damaged_mirror_falls_back_to_the_older_one(bench: Bench, tmp_path: Path) -> None:
