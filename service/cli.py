@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.keys_cli import keys
 from service.store.states import JobState
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 # Imported where used: service.client and service.embedded, which take longer than `cliprd --help` should.
 
 app = typer.Typer(
-    help="Distil a large CLIP into a small one: submit jobs, watch them, download what they made.",
+    help="Distil a large CLIP into a small one: submit jobs, watch them, download what they made. A service that asks for an API key"
+    " takes it from CLIPRD_API_KEY.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys, name="keys")
 out = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 

@@ -173,9 +173,14 @@ def _on_not_ready(request: Request, error: Exception) -> Response:
 
 
 def _on_database_error(request: Request, error: Exception) -> Response:
-    logger.error("the database failed in %s %s", request.method, request.url.path, exc_info=error)
+    return database_problem(request.method, request.url.path, error)
+
+
+def database_problem(method: str, path: str, error: Exception) -> Response:
+    """The answer to a request that the database failed; the log says more."""
+    logger.error("the database failed in %s %s", method, path, exc_info=error)
     detail = "the database can't be used now; try again later (GET /readyz says more)"
-    return problem_response(request.url.path, 503, detail, kind="database-unavailable", headers={"Retry-After": "5"})
+    return problem_response(path, 503, detail, kind="database-unavailable", headers={"Retry-After": "5"})
 
 
 def _on_fault(request: Request, error: Exception) -> Response:  # noqa: ARG001  (the server logs it)

@@ -10,6 +10,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, Enum, Foreig
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from service.store.scopes import KeyScope
 from service.store.states import JobState
 
 
@@ -53,6 +54,7 @@ class Base(DeclarativeBase):
         dict[str, Any]: JSON(none_as_null=True),
         JobState: _enum_column(JobState),
         ArtifactKind: _enum_column(ArtifactKind),
+        KeyScope: _enum_column(KeyScope),
     }
 
 
@@ -187,3 +189,19 @@ class Artifact(Base):
     media_type: Mapped[str] = mapped_column(Text)
     storage_key: Mapped[str] = mapped_column(String(255))
     created_at: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """One API key; see `service.store.keys`. Rows stay when a key is revoked."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    scope: Mapped[KeyScope]
+    key_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    """SHA-256 of the key, lower-case hexadecimal."""
+    created_at: Mapped[datetime]
+    last_used_at: Mapped[datetime | None]
+    """To within a few minutes."""
+    revoked_at: Mapped[datetime | None]

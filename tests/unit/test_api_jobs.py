@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from service.settings import Settings
 from service.store import jobs
 from service.store.session import make_engine, make_sessions, reading
-from tests.store_helpers import FAILURE, SUCCESS, Sessions, claim, evaluated, finish, measured, spec_dict, write_table
+from tests.store_helpers import FAILURE, SUCCESS, Sessions, claim, evaluated, finish, local_client, measured, spec_dict, write_table
 
 
 @pytest.fixture
@@ -170,6 +170,6 @@ def test_links_know_where_a_proxy_has_mounted_the_api(settings: Settings, tmp_pa
     from service.app import create_app
 
     write_table(tmp_path)
-    with TestClient(create_app(settings), root_path="/cliprd") as client:
+    with local_client(create_app(settings), root_path="/cliprd") as client:
         job = submit(client)
     assert job["links"]["metrics"] == f"/cliprd/jobs/{job['id']}/metrics"
