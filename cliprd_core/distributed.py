@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
@@ -96,6 +96,14 @@ def broadcast_object(obj: T) -> T:
     dist.broadcast_object_list(box, src=0, device=_collective_device())
     received: T = box[0]
     return received
+
+
+@torch.no_grad()
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every rank the main one's buffers: each has normalised, and kept statistics of, its own share of the batches."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather_row_counts(num_rows: int) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from cliprd_core.data.batch import Preprocess, Tokenizer
+from cliprd_core.data.batch import ModelInput, Preprocess, Tokenizer
 from cliprd_core.spec import StudentSpec, TeacherSpec, check_model_config
 from cliprd_core.weights import file_sha256, load_weights, read_state_dict
 
@@ -63,6 +63,11 @@ class LoadedModel:
     config: dict[str, Any]  # open_clip's model_cfg; building it again gives the same architecture
     name: str | None  # open_clip name, where the model came by one
     weights_sha256: str | None  # of the weights file; None: random weights
+
+    @property
+    def model_input(self) -> ModelInput:
+        """How the data has to prepare its inputs."""
+        return ModelInput(preprocess=self.preprocess, tokenizer=self.tokenizer, context_length=self.context_length)
 
 
 @dataclass(frozen=True)

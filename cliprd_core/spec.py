@@ -100,14 +100,23 @@ class TeacherSpec(SpecModel):
         return self
 
 
+REMOTE_SCHEMES = ("s3://", "http://", "https://")
+"""Where shards are read from beside the local disk."""
+
+
 class WebDatasetSource(SpecModel):
     """Tar shards holding `KEY.png|jpg|jpeg|webp` and `KEY.txt` of each pair, as `webdataset` and img2dataset write them."""
 
     type: Literal["webdataset"]
     shards: Path = Field(
-        description="Shards, with brace ranges (`{00000..00007}.tar`) or globs.", examples=["examples/emoji/train/{00000..00007}.tar"]
+        description="Shards: a path, `s3://…`, `http://…` or `https://…`, with brace ranges (`{00000..00007}.tar`); globs, not on HTTP.",
+        examples=["examples/emoji/train/{00000..00007}.tar"],
     )
     num_samples: StrictInt | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+
+    @property
+    def is_remote(self) -> bool:
+        return self.shards.startswith(REMOTE_SCHEMES)
 
 
 class CsvSource(SpecModel):
@@ -135,6 +144,13 @@ class DataSpec(SpecModel):
         default=[], max_length=MAX_LIST_LENGTH, description="Held-out pairs: the job reports retrieval on them."
     )
     crop_scale: tuple[Fraction, Fraction] = Field(default=(0.9, 1.0), description="RandomResizedCrop's area range, fractions of the image.")
+    teacher_views: StrictInt = Field(
+        default=4,
+        ge=0,
+        le=10_000,
+        description="Different crops of each image, which epochs take in turn: the teacher sees each once, and its features are kept"
+        " for later epochs, jobs and restarts. 0: a new crop every epoch, and the teacher runs in every step, as in the papers.",
+    )
 
     @field_validator("crop_scale")
     @classmethod
@@ -179,7 +195,8 @@ class ObjectiveSpec(SpecModel):
     mfd_mask_ratio: StrictFloat = Field(default=0.75, gt=0, lt=1, description="Fraction of an image's patches that `mfd` masks.")
     soft: Weight = Field(default=0.0, description="Soft targets: cross-entropy with the teacher's distribution (MobileCLIP, open_clip).")
     gd: Weight = Field(
-        default=0.0, description="Gradient distillation (CLIP-KD), of losses summed over pairs: CLIP-KD's weight is 1e8 / batch²."
+        default=0.0,
+        description="Gradient distillation (CLIP-KD), of losses summed over pairs, so that CLIP-KD's weight of 1e8 does not carry over.",
     )
     afd: Weight = Field(default=0.0, description="Augmented feature distillation (CLIP-KD): contrast of fused student-teacher features.")
     vrd_kl: Weight | None = Field(default=None, description="Weight of `vrd`'s agreement part. Null: `vrd`.")

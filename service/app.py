@@ -15,7 +15,7 @@ from service.auth import OPEN_PATHS, Authorization
 from service.errors import Problem, install_handlers, problem_responses
 from service.middleware import BodyLimit, ProblemsOnly
 from service.queue import JobQueue
-from service.routes import artifacts, health, jobs
+from service.routes import artifacts, health, jobs, teacher_stores
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.store.blobs import BlobStore
@@ -40,7 +40,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Authorization, sessions=services.sessions)
     app.add_middleware(ProblemsOnly)
     install_handlers(app)
-    for part in (jobs, artifacts, health):
+    for part in (jobs, artifacts, teacher_stores, health):
         app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app

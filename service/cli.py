@@ -37,6 +37,9 @@ app.add_typer(keys, name="keys")
 out = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
+stores_app = typer.Typer(help="List teacher stores, or delete one.", invoke_without_command=True)
+app.add_typer(stores_app, name="stores")
+
 Url = Annotated[str, typer.Option(envvar="CLIPRD_URL", help="Address of the service.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job, in full.", show_default=False)]
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -200,6 +203,39 @@ def download(
     name = f'"local-dir:{folder.resolve()}"'
     out.print(f"    model, _, preprocess = open_clip.create_model_and_transforms({name})", soft_wrap=True, markup=False)
     out.print(f"    tokenizer = open_clip.get_tokenizer({name})", soft_wrap=True, markup=False)
+
+
+@stores_app.callback()
+def stores(context: typer.Context, url: Url = DEFAULT_URL) -> None:
+    """List teacher stores, most recently used first; `cliprd stores delete KEY` deletes one."""
+    if context.invoked_subcommand is not None:
+        return
+    table = Table("key", "teacher", "data", "GB", "filled", "hits", "last used", "in use", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    with _client(url) as client:
+        for store in client.teacher_stores():
+            table.add_row(
+                store.key,
+                store.teacher or "?",
+                store.data or "?",
+                f"{store.num_bytes_on_disk / 1e9:.2f} of {store.num_bytes / 1e9:.2f}",
+                "?" if store.filled is None else f"{store.filled:.0%}",
+                f"{store.hits:,}",
+                f"{store.last_used_at.astimezone():%Y-%m-%d %H:%M}",
+                "yes" if store.in_use else "no",
+            )
+    out.print(table)
+
+
+@stores_app.command("delete")
+def delete_store(
+    key: Annotated[str, typer.Argument(help="Key of the store, in full.", show_default=False)],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Delete a teacher store and free its space. One that a run uses is refused."""
+    with _client(url) as client:
+        client.delete_teacher_store(key)
+    out.print("deleted")
 
 
 @contextmanager

@@ -23,7 +23,17 @@ from pydantic import BaseModel, ValidationError
 from cliprd_core.run_dir import EvaluationRecord
 from cliprd_core.spec import JobSpec
 from service.errors import Problem
-from service.schemas import ArtifactList, ArtifactView, EvaluationList, JobList, JobView, MetricsView, SeriesView
+from service.schemas import (
+    ArtifactList,
+    ArtifactView,
+    EvaluationList,
+    JobList,
+    JobView,
+    MetricsView,
+    SeriesView,
+    TeacherStoreList,
+    TeacherStoreView,
+)
 from service.store.models import ArtifactKind
 from service.store.states import JobState
 
@@ -129,6 +139,14 @@ class Client:
                 return found
             params["cursor"] = page.next_cursor
 
+    def teacher_stores(self) -> list[TeacherStoreView]:
+        """All teacher stores that the service sees, most recently used first."""
+        return self._call("GET", "/teacher-stores", TeacherStoreList).teacher_stores
+
+    def delete_teacher_store(self, key: str) -> None:
+        """Delete a teacher store; one that is in use is refused."""
+        self._request("DELETE", f"/teacher-stores/{key}")
+
     def wait(self, job_id: str, *, poll_seconds: float = 1.0, on_poll: Callable[[JobView], None] | None = None) -> JobView:
         """Wait until the job has finished, whichever way; `on_poll` sees it each time it is looked at.
 
@@ -194,6 +212,13 @@ class Client:
                     file.write(chunk)
 
     def _call(self, method: str, path: str, view: type[AnyView], **arguments: Any) -> AnyView:
+        response = self._request(method, path, **arguments)
+        try:
+            return view.model_validate_json(response.content)
+        except ValidationError as error:
+            raise CliprdError(f"{self.url} answers, but not as cliprd does; check the address") from error
+
+    def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **arguments)
         except httpx.TransportError as error:
@@ -201,10 +226,7 @@ class Client:
             raise UnreachableError(message) from error
         if response.is_error:
             raise _error_of(response)
-        try:
-            return view.model_validate_json(response.content)
-        except ValidationError as error:
-            raise CliprdError(f"{self.url} answers, but not as cliprd does; check the address") from error
+        return response
 
 
 def _error_of(response: httpx.Response) -> CliprdError:

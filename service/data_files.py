@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
@@ -45,16 +46,44 @@ def is_dir(path: Path | str) -> bool:
 def shards_problem(pattern: str) -> Found:
     """Every shard that brace ranges and globs name must be a non-empty file."""
     if _ADDRESS.search(pattern):
-        return "is an address, but only local files are read", "Mount the data, or copy it to the worker's disk, and give its path."
-    num_in_ranges = math.prod(abs(int(end) - int(start)) // (int(step or 1) or 1) + 1 for start, end, step in _INT_RANGE.findall(pattern))
-    if num_in_ranges > MAX_SHARDS:
-        return f"names {num_in_ranges} shards; at most {MAX_SHARDS} are read", "Use narrower ranges, or fewer and larger shards."
+        remedy = "Give a path, or an address that begins with s3://, http:// or https://; or mount the data."
+        return "is an address of a kind that isn't read", remedy
+    found = _ranges_problem(pattern)
+    if found is not None:
+        return found
     try:
         return _files_problem(list(islice(expand_shards(pattern), MAX_SHARDS + 1)))
     except ValueError:
         return f"`{pattern}` has unbalanced braces", "Write a range as {00000..00007}."
     except FileNotFoundError as error:
         return f"no file matches {error.filename}", CHECK_PATH
+
+
+def _ranges_problem(pattern: str) -> Found:
+    num_in_ranges = math.prod(abs(int(end) - int(start)) // (int(step or 1) or 1) + 1 for start, end, step in _INT_RANGE.findall(pattern))
+    if num_in_ranges > MAX_SHARDS:
+        return f"names {num_in_ranges} shards; at most {MAX_SHARDS} are read", "Use narrower ranges, or fewer and larger shards."
+    return None
+
+
+def remote_problem(pattern: str) -> Found:
+    """Every address that brace ranges name must be well-formed. No server is asked."""
+    found = _ranges_problem(pattern)
+    if found is not None:
+        return found
+    try:
+        urls = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
+        parts = [urlsplit(url) for url in urls]
+    except ValueError as error:
+        return f"`{pattern}` is no pattern of addresses: {error}", "Write a range as {00000..00007}, and brackets only in a host's number."
+    if len(urls) > MAX_SHARDS:
+        return f"names more than {MAX_SHARDS} shards", "Use fewer and larger shards."
+    for url, part in zip(urls, parts, strict=True):
+        if part.scheme not in ("s3", "http", "https") or not part.netloc or part.path in ("", "/") or any(c.isspace() for c in url):
+            return f"`{url}` is no address of a shard", "Write s3://BUCKET/KEY.tar or https://HOST/PATH.tar."
+        if part.scheme != "s3" and "*" in part.path:
+            return f"`{url}` holds a `*`, but HTTP lists no files", "Write a range as {00000..00007}."
+    return None
 
 
 def _files_problem(files: list[Path]) -> Found:

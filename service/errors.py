@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from cliprd_core.spec import JobSpec
+from cliprd_core.store_dir import StoreInUseError, StoreNotFoundError
 from service.problems import BODY, FieldProblem, SpecError, problems_of
 from service.store.errors import (
     ArtifactNotFoundError,
@@ -91,7 +92,9 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(NoSuchLabelError, _on_refused_field)
     app.add_exception_handler(JobNotFoundError, _on_not_found)
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
+    app.add_exception_handler(StoreNotFoundError, _on_not_found)
     app.add_exception_handler(JobFinishedError, _on_job_finished)
+    app.add_exception_handler(StoreInUseError, _on_store_in_use)
     app.add_exception_handler(NotReadyError, _on_not_ready)
     app.add_exception_handler(OperationalError, _on_database_error)
     app.add_exception_handler(InterfaceError, _on_database_error)
@@ -164,6 +167,10 @@ def _on_not_found(request: Request, error: Exception) -> Response:
 
 def _on_job_finished(request: Request, error: Exception) -> Response:
     return problem_response(request.url.path, 409, str(error), kind="job-finished", title="The job has finished")
+
+
+def _on_store_in_use(request: Request, error: Exception) -> Response:
+    return problem_response(request.url.path, 409, str(error), kind="teacher-store-in-use", title="The teacher store is in use")
 
 
 def _on_not_ready(request: Request, error: Exception) -> Response:

@@ -25,6 +25,10 @@ class Settings(BaseSettings):
     artifacts_root: Path = Field(
         default=Path(".cliprd/artifacts"), description="Folder of the artifacts' bytes; the API and all workers see the same one."
     )
+    teacher_store_root: Path = Field(
+        default=Path(".cliprd/teacher-stores"),
+        description="Folder of the teacher stores, as the workers'. The API lists and deletes those it can see there.",
+    )
     data_root: Path = Field(default=Path(), description="Folder that relative paths in specs start from. Default: the current directory.")
 
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")

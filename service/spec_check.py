@@ -126,6 +126,11 @@ class _Check:
 
     def _source(self, field: str, source: DataSource) -> DataSource:
         if isinstance(source, WebDatasetSource):
+            if source.is_remote:
+                found = data_files.remote_problem(source.shards)
+                if found is not None:
+                    self._add(f"{field}.shards", *found)
+                return source
             shards = source.model_copy(update={"shards": self._absolute(source.shards)})
             self._add_files(f"{field}.shards", data_files.shards_problem, shards.shards)
             return shards
@@ -255,6 +260,8 @@ def _rows_of(source: CsvSource) -> int | None:
 
 
 def _pairs_of(source: WebDatasetSource) -> int | None:
+    if source.is_remote:
+        return None
     shards = list(data_files.expand_shards(source.shards))
     sizes: dict[Path, dict[str, Any]] = {}
     total = 0

@@ -110,6 +110,7 @@ def settings(tmp_path: Path) -> Settings:
         database_url=f"sqlite:///{tmp_path / 'cliprd.db'}",
         broker_url="memory://",
         artifacts_root=tmp_path / "artifacts",
+        teacher_store_root=tmp_path / "teacher-stores",
         data_root=tmp_path,
     )
 

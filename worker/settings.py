@@ -8,6 +8,8 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from cliprd_core.run_dir import CACHE_DIR_VARIABLE, DEFAULT_SHARD_CACHE_BYTES, SHARD_CACHE_BYTES_VARIABLE, TEACHER_STORE_VARIABLE
+
 
 class WorkerSettings(BaseSettings):
     """Shared with the API: database, broker and artifact store. The rest is the worker's own."""
@@ -18,6 +20,16 @@ class WorkerSettings(BaseSettings):
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis, as the API's.")
     artifacts_root: Path = Field(default=Path(".cliprd/artifacts"), description="Folder of the artifact store, as the API's.")
     runs_root: Path = Field(default=Path(".cliprd/runs"), description="Run directories of this machine's jobs, one each.")
+    teacher_store_root: Path = Field(
+        default=Path(".cliprd/teacher-stores"), description="Folder of the teacher stores, as the API's; on a disk of this machine."
+    )
+    teacher_store_max_bytes: int = Field(
+        default=200_000_000_000,
+        ge=0,
+        description="Before each job, stores are deleted until all together take at most this on disk; the longest unused first.",
+    )
+    cache_dir: Path = Field(default=Path(".cliprd/cache"), description="What all jobs remember of data: shard indexes, remote shards.")
+    shard_cache_bytes: int = Field(default=DEFAULT_SHARD_CACHE_BYTES, ge=1, description="Most that copies of remote shards take there.")
     queues: Annotated[tuple[str, ...], NoDecode] = Field(default=("default",), description="Queues to take jobs from; comma-separated.")
     lease_seconds: float = Field(default=60.0, gt=0, description="A worker silent for this long loses its job to another.")
     heartbeat_seconds: float = Field(default=10.0, gt=0, description="Pause between renewals of the lease.")
@@ -27,6 +39,15 @@ class WorkerSettings(BaseSettings):
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
+
+    @property
+    def trainer_environment(self) -> dict[str, str]:
+        """What the trainer is to know of these settings."""
+        return {
+            CACHE_DIR_VARIABLE: str(self.cache_dir.absolute()),
+            SHARD_CACHE_BYTES_VARIABLE: str(self.shard_cache_bytes),
+            TEACHER_STORE_VARIABLE: str(self.teacher_store_root.absolute()),
+        }
 
     @field_validator("queues", mode="before")
     @classmethod

@@ -19,7 +19,8 @@ import numpy as np
 
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.shard_index import load_shard_index
-from cliprd_core.data.sources import PairSource, ShardReader, clean_caption
+from cliprd_core.data.shard_reader import ShardReader
+from cliprd_core.data.sources import PairSource, clean_caption
 from cliprd_core.spec import EvaluationSet
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,8 @@ def _open_shards(
     def read(index: int) -> KnownImage[Truth]:
         row = rows[index]
         key = reader.key(row)
-        return KnownImage(key, reader.read(row, "images"), parse(key, reader.read(row, kind)))
+        image_bytes, truth = reader.read(row, "images", kind)
+        return KnownImage(key, image_bytes, parse(key, truth))
 
     return ImageSet(len(rows), read)
 

@@ -7,16 +7,20 @@ import os
 import socket
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.spec import ObjectiveSpec, ScaleMode
+from tests.unit import numpy_objective as oracle
+from tests.unit.test_objective import STUDENT_FEATURES, Problem, problems, run_problem
 
 PAPER = ObjectiveSpec()
 UNEQUAL_WEIGHTS = ObjectiveSpec(task=0.5, fd=20, icl=2, hrd=3, vrd=0.25, xrd=4)
@@ -24,7 +28,9 @@ PLAIN_CLIP = ObjectiveSpec(task=1, fd=0, icl=0, hrd=0, vrd=0, xrd=0)
 CLIP_KD = ObjectiveSpec(vrd=0, xrd=0)
 NO_CONTRAST = ObjectiveSpec(task=0, fd=1, icl=0, hrd=1, vrd=0, xrd=0)
 FD_ONLY = ObjectiveSpec(task=0, fd=1, icl=0, hrd=0, vrd=0, xrd=0)
-WIDENED = ObjectiveSpec(vrd_kl=3, vrd_ce_image=0.5, vrd_ce_text=0, soft=2, soft_temperature=0.1, gd=2, afd=3, scale_mode=ScaleMode.EXP)
+WIDENED = ObjectiveSpec(
+    **{"vrd_kl": 3, "vrd_ce_image": 0.5, "vrd_ce_text": 0}, soft=2, soft_temperature=0.1, gd=2, afd=3, mfd=5, scale_mode=ScaleMode.EXP
+)
 STUDENT_WIDTH, RAW_WIDTH = 6, 5
 
 
@@ -42,20 +48,23 @@ class TrainedModules(nn.Module):
         )
         self.double()
 
-    def forward(self, images: Tensor, texts: Tensor, teacher_images: Tensor, teacher_texts: Tensor) -> ObjectiveOutput:
+    def forward(self, batch: list[Tensor], row_counts: list[int] | None = None) -> ObjectiveOutput:
+        images, texts, teacher_images, teacher_texts, masked_images = batch
         output: ObjectiveOutput = self.objective(
             student_image_features=self.image(images),
             student_text_features=self.text(texts),
             student_logit_scale=self.log_logit_scale.exp(),
             teacher_image_features=teacher_images,
             teacher_text_features=teacher_texts,
+            student_masked_image_features=self.image(masked_images),
+            row_counts=row_counts,
         )
         return output
 
 
 def make_batch(num_pairs: int, teacher_width: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(num_pairs)
-    widths = (RAW_WIDTH, RAW_WIDTH, teacher_width, teacher_width)
+    widths = (RAW_WIDTH, RAW_WIDTH, teacher_width, teacher_width, RAW_WIDTH)
     return [torch.randn(num_pairs, width, generator=generator, dtype=torch.float64) for width in widths]
 
 
@@ -89,16 +98,17 @@ def check_objective(rank: int, num_processes: int, port: int) -> None:
     expected = []
     for weights, teacher_width, row_counts in cases:
         alone = TrainedModules(weights, teacher_width)
-        output = alone(*make_batch(sum(row_counts), teacher_width))
+        output = alone(make_batch(sum(row_counts), teacher_width))
         output.loss.backward()
         expected.append((output, {name: parameter.grad for name, parameter in alone.named_parameters()}))
     start(rank, num_processes, port)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, num_processes, rank == 0)
-    for (weights, teacher_width, row_counts), (whole, gradients) in zip(cases, expected, strict=True):
+    for number, ((weights, teacher_width, row_counts), (whole, gradients)) in enumerate(zip(cases, expected, strict=True)):
         modules = TrainedModules(weights, teacher_width)
         wrapped: nn.Module = DistributedDataParallel(modules) if num_processes > 1 else modules
         batch = make_batch(sum(row_counts), teacher_width)
-        output = wrapped(*(tensor.split(row_counts)[rank] for tensor in batch))
+        known_row_counts = row_counts if number % 4 < 2 else None  # even and uneven ones, both with and without
+        output = wrapped([tensor.split(row_counts)[rank] for tensor in batch], known_row_counts)
         output.loss.backward()
         torch.testing.assert_close(output.total, whole.total, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(output.terms, whole.terms, rtol=1e-9, atol=1e-12)
@@ -106,6 +116,41 @@ def check_objective(rank: int, num_processes: int, port: int) -> None:
         torch.testing.assert_close(mean_loss, whole.total, rtol=1e-9, atol=1e-12)
         for name, parameter in modules.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-11)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def check_properties(rank: int, num_processes: int, port: int) -> None:
+    """Random problems in random shares, some of them empty: NumPy's values, and the gradients of one process."""
+    drawn: list[Problem] = []
+
+    @settings(
+        max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(problems())
+    def draw(problem: Problem) -> None:
+        drawn.append(problem)
+
+    draw()  # alike on every rank, as it is derandomised
+    assert len(drawn) == 40
+    alone = [run_problem(*problem) for problem in drawn]
+    start(rank, num_processes, port)
+    generator = np.random.default_rng(0)
+    for problem, (whole, gradients) in zip(drawn, alone, strict=True):
+        variables, teacher, _, max_block_elements = problem
+        row_counts = generator.multinomial(len(teacher.image), [1 / num_processes] * num_processes).tolist()
+        rows = slice(sum(row_counts[:rank]), sum(row_counts[: rank + 1]))
+        output, found = run_problem(*problem, rows=rows, row_counts=row_counts if max_block_elements % 2 else None)
+        expected = oracle.terms(variables, teacher)
+        for name in output.terms.keys() - {"vrd"}:
+            assert output.terms[name].item() == pytest.approx(expected[name], rel=1e-9, abs=1e-10)
+        torch.testing.assert_close(output.total, whole.total, rtol=1e-9, atol=1e-12)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            of_rank = gradient[rows] * num_processes if name in STUDENT_FEATURES else gradient
+            mean = found[name] if name in STUDENT_FEATURES else distributed.all_reduce_sum(found[name]) / num_processes
+            smallest = 1e-9 * (1e-3 + float(gradient.abs().max()))
+            torch.testing.assert_close(mean, of_rank, rtol=1e-9, atol=smallest, msg=lambda text, name=name: f"{name}: {text}")
     distributed.barrier()
     distributed.shutdown()
 
@@ -171,6 +216,12 @@ def run(check: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
 def test_equals_one_process_on_the_whole_batch(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run(check_objective, num_processes, monkeypatch)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_random_problems_equal_numpy_and_one_process(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(check_properties, num_processes, monkeypatch)
 
 
 @pytest.mark.timeout(120)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from cliprd_core.data.batch import Batch, ModelInput
+from cliprd_core.data.batch import Batch, FeatureReader, ModelInput
 from cliprd_core.data.batch_builder import BatchBuilder
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.hashing import CROP_STREAM, stream_key, uniforms
@@ -27,18 +27,23 @@ from cliprd_core.data.tokens import same_tokens
 from cliprd_core.data.transforms import DRAWS_PER_CROP, decode_rgb, normalise, random_crop_box, resize_crop
 from cliprd_core.spec import JobSpec
 from tests.data_files import character_tokenizer, image_bytes, model_input, pair_members, reversing_tokenizer, write_tar
+from tests.feature_stores import MemoryStore
 
 NUM_PAIRS = 42
 GLOBAL_BATCH_SIZE = 8  # 5 steps an epoch, 2 pairs dropped
 
 
-def job(folder: Path, **training: Any) -> JobSpec:
+def job(folder: Path, teacher_views: int = 0, **training: Any) -> JobSpec:
     return JobSpec.model_validate(
         {
             "name": "test",
             "recipe": "clip",
             "student": {"model": "ViT-T-16"},
-            "data": {"train": [{"type": "webdataset", "shards": str(folder / "*.tar")}], "crop_scale": (0.5, 1.0)},
+            "data": {
+                "train": [{"type": "webdataset", "shards": str(folder / "*.tar")}],
+                "crop_scale": (0.5, 1.0),
+                "teacher_views": teacher_views,
+            },
             "training": {"global_batch_size": GLOBAL_BATCH_SIZE, "num_data_workers": 0, "seed": 3, **training},
             "resources": {"device": "cpu"},
         }
@@ -54,10 +59,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loader(folder: Path, *, rank: int = 0, world_size: int = 1, teachers: Sequence[ModelInput] = (), **training: Any) -> TrainLoader:
-    spec = job(folder, **training)
+def loader(
+    folder: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    teachers: Sequence[ModelInput] = (),
+    teacher_views: int = 0,
+    readers: Sequence[FeatureReader | None] = (),
+    **training: Any,
+) -> TrainLoader:
+    spec = job(folder, teacher_views, **training)
     source = open_sources(spec.data.train, folder / "cache")
-    return build_train_loader(spec, source, student=model_input(), teachers=teachers, rank=rank, world_size=world_size)
+    return build_train_loader(spec, source, student=model_input(), teachers=teachers, readers=readers, rank=rank, world_size=world_size)
 
 
 def epochs(train_loader: TrainLoader, count: int) -> list[Batch]:
@@ -69,11 +83,10 @@ def joined(batches: list[list[Batch]]) -> list[Batch]:
     """The global batches of several ranks' batches."""
     return [
         Batch(
-            torch.cat([share.sample_indices for share in shares]),
-            torch.cat([share.student_images for share in shares]),
-            torch.cat([share.student_tokens for share in shares]),
-            None,
-            None,
+            sample_indices=torch.cat([share.sample_indices for share in shares]),
+            view=shares[0].view,
+            student_images=torch.cat([share.student_images for share in shares]),
+            student_tokens=torch.cat([share.student_tokens for share in shares]),
         )
         for shares in zip(*batches, strict=True)
     ]
@@ -204,6 +217,48 @@ class TestContent:
         captions = [f"caption {index}" for index in batch.sample_indices.tolist()]
         assert torch.equal(tokens, reversing_tokenizer(captions))
         assert torch.equal(batch.student_tokens, character_tokenizer(captions))
+
+    def test_views_are_taken_in_turn_by_epochs_and_a_limit_changes_none_of_them(self, folder: Path) -> None:
+        """View v is the crop that epoch v would have without a limit."""
+        free = epochs(loader(folder, teachers=[model_input()], teacher_views=0), 3)
+        turns = epochs(loader(folder, teachers=[model_input()], teacher_views=2), 4)
+        assert [batch.view for batch in free[::5]] == [0, 1, 2]
+        assert [batch.view for batch in turns[::5]] == [0, 1, 0, 1]
+        assert_same(turns[:10], free[:10])
+        crops: list[dict[int, torch.Tensor]] = []
+        for mine in (turns[:5], turns[10:15]):
+            indices = torch.cat([batch.sample_indices for batch in mine]).tolist()
+            crops.append(dict(zip(indices, torch.cat([batch.student_images for batch in mine]), strict=True)))
+        common = crops[0].keys() & crops[1].keys()
+        assert len(common) >= 38
+        assert all(torch.equal(crops[0][index], crops[1][index]) for index in common), "the third epoch sees the first one's crops"
+
+    def test_teachers_whose_features_are_stored_get_no_inputs(self, folder: Path) -> None:
+        store = MemoryStore(NUM_PAIRS, 4, num_views=1)
+        teacher = model_input(image_size=24, tokenizer=reversing_tokenizer)
+        made = loader(folder, teachers=[teacher], teacher_views=1, readers=[store])
+        batches = epochs(made, 1)
+        assert all(batch.teacher_images[0] is not None and batch.teacher_tokens[0] is not None for batch in batches)
+        store.image_present[:], store.text_present[:] = True, True
+        store.images.normal_()
+        for before, batch in zip(batches, epochs(loader(folder, teachers=[teacher], teacher_views=1, readers=[store]), 1), strict=True):
+            assert (batch.teacher_images, batch.teacher_tokens) == ((None,), (None,))
+            assert torch.equal(batch.student_images, before.student_images)
+            (stored,) = batch.stored_features
+            assert stored is not None
+            assert torch.equal(stored.image, store.images[0, batch.sample_indices])
+            with pytest.raises(AssertionError, match="not prepared"):
+                batch.inputs_of_teacher(0)
+
+    def test_a_stand_in_for_an_unreadable_pair_may_lack_what_the_pair_had_stored(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "0.tar", pair_members(range(8), corrupt=frozenset({2})))
+        store = MemoryStore(8, 4, num_views=1)
+        store.image_present[:], store.text_present[:] = True, True
+        store.image_present[0, 3] = False  # the next readable one
+        (batch,) = epochs(loader(tmp_path, teachers=[model_input(image_size=24)], teacher_views=1, readers=[store]), 1)
+        assert sorted(batch.sample_indices.tolist()) == [0, 1, 3, 3, 4, 5, 6, 7]
+        images, _ = batch.inputs_of_teacher(0)
+        assert images.shape == (8, 3, 24, 24)
 
     def test_captions_beyond_the_token_cache_are_tokenised_all_the_same(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = epochs(loader(folder), 2)
