@@ -7,9 +7,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from cliprd_core.locations import Locations, split_hosts, split_roots
+
+Roots = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(lambda value: split_roots(value) if isinstance(value, str) else value)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(lambda value: split_hosts(value) if isinstance(value, str) else value)]
 
 
 class Settings(BaseSettings):
@@ -31,6 +37,15 @@ class Settings(BaseSettings):
     )
     data_root: Path = Field(default=Path(), description="Folder that relative paths in specs start from. Default: the current directory.")
 
+    data_roots: Roots = Field(
+        default=(), description="Folders that jobs may read data and checkpoints from, separated by `:`. None: `data_root` alone."
+    )
+    remote_hosts: Hosts = Field(
+        default=(),
+        description="What jobs may read shards from beside local folders: `HOST`, `HOST:PORT` or `s3://BUCKET`, separated by commas;"
+        " `*`: anything.",
+    )
+
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the API listens on; 0: any free one.")
 
@@ -44,3 +59,8 @@ class Settings(BaseSettings):
     broker_timeout_seconds: float = Field(
         default=2.0, gt=0, description="A broker that doesn't answer for this long counts as down; the reaper re-sends."
     )
+
+    @property
+    def locations(self) -> Locations:
+        """Where jobs may read from."""
+        return Locations.of(self.data_roots or (self.data_root,), self.remote_hosts)

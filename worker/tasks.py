@@ -72,7 +72,7 @@ def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProc
             num_processes=job.spec.resources.num_processes,
             grace_seconds=settings.grace_seconds,
             trainer=shlex.split(settings.trainer),
-            environment=settings.trainer_environment,
+            environment={**settings.trainer_environment, **settings.locations_of(run).environment()},
         )
 
     return launch

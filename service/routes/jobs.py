@@ -30,7 +30,7 @@ def submit_job(
 ) -> JobView:
     """Check the spec, store the job, and send it to the workers of its queue. Every problem that was found is named at once."""
     settings = services.settings
-    resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
+    resolved = check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
     with services.sessions.begin() as session:
         job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)
     if job.state is JobState.QUEUED and services.queue.send(job.id, job.queue):
