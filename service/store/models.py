@@ -151,6 +151,21 @@ class Metric(Base):
     value: Mapped[float] = mapped_column(Double)
 
 
+class MetricRollup(Base):
+    """The lowest and the highest point of a metric in `width` steps from step `bucket * width` on; see `service.store.rollups`."""
+
+    __tablename__ = "metric_rollups"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    width: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    bucket: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    low_step: Mapped[int] = mapped_column(BigInteger)
+    low_value: Mapped[float] = mapped_column(Double)
+    high_step: Mapped[int] = mapped_column(BigInteger)
+    high_value: Mapped[float] = mapped_column(Double)
+
+
 class Evaluation(Base):
     """One run_dir.EvaluationRecord; replaced like a metric."""
 

@@ -111,6 +111,7 @@ def test_a_database_that_fails_is_a_503(client: TestClient, settings: Settings) 
     with client.app.state.services.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.execute(text("DROP TABLE job_labels"))
         connection.execute(text("DROP TABLE metrics"))
+        connection.execute(text("DROP TABLE metric_rollups"))
         connection.execute(text("DROP TABLE evaluations"))
         connection.execute(text("DROP TABLE artifacts"))
         connection.execute(text("DROP TABLE jobs"))
