@@ -18,7 +18,7 @@ from service.queue import JobQueue
 from service.routes import artifacts, health, jobs, teacher_stores
 from service.routes.dependencies import Services
 from service.settings import Settings
-from service.store.blobs import BlobStore
+from service.store.blobs import make_blobs
 from service.store.session import make_engine, make_sessions, migrate
 
 KEY_DESCRIPTION = (
@@ -52,7 +52,7 @@ def _make_services(settings: Settings) -> Services:
         settings=settings,
         engine=engine,
         sessions=make_sessions(engine),
-        blobs=BlobStore(settings.artifacts_root),
+        blobs=make_blobs(settings.artifacts_url, settings.artifacts_root),
         queue=JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds),
     )
 

@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     artifacts_root: Path = Field(
         default=Path(".cliprd/artifacts"), description="Folder of the artifacts' bytes; the API and all workers see the same one."
     )
+    artifacts_url: str = Field(
+        default="", description="`s3://BUCKET/PREFIX`: keep the artifacts' bytes there (extra `s3`). Empty: in `artifacts_root`."
+    )
     teacher_store_root: Path = Field(
         default=Path(".cliprd/teacher-stores"),
         description="Folder of the teacher stores, as the workers'. The API lists and deletes those it can see there.",

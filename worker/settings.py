@@ -21,6 +21,7 @@ class WorkerSettings(BaseSettings):
     database_url: str = Field(default="sqlite:///.cliprd/cliprd.db", description="`sqlite:///FILE` or `postgresql://…`, as the API's.")
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis, as the API's.")
     artifacts_root: Path = Field(default=Path(".cliprd/artifacts"), description="Folder of the artifact store, as the API's.")
+    artifacts_url: str = Field(default="", description="`s3://BUCKET/PREFIX` in place of that folder, as the API's.")
     runs_root: Path = Field(default=Path(".cliprd/runs"), description="Run directories of this machine's jobs, one each.")
     teacher_store_root: Path = Field(
         default=Path(".cliprd/teacher-stores"), description="Folder of the teacher stores, as the API's; on a disk of this machine."
