@@ -32,7 +32,7 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tupl
     if earlier is not None:
         return earlier, True
     settings = services.settings
-    resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
+    resolved = check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
     try:
         with services.sessions.begin() as session:
             job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
-from service.store.blobs import BlobStore
+from service.store.blobs import make_blobs
 from service.store.jobs import Claim, QueuedJob, claim_job, finish_job, mark_sent
 from service.store.session import make_engine, make_sessions
 from worker.held_job import OUT_OF_REACH, HeldJob
@@ -44,7 +44,9 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
             logger.info("job %s: not queued, so there is nothing to do", job_id)
             return
         try:
-            job = HeldJob(claim, sessions, BlobStore(settings.artifacts_root), lease_seconds=settings.lease_seconds)
+            job = HeldJob(
+                claim, sessions, make_blobs(settings.artifacts_url, settings.artifacts_root), lease_seconds=settings.lease_seconds
+            )
         except ValidationError as error:
             queued = refuse(sessions, claim, error)
         else:
@@ -72,7 +74,7 @@ def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProc
             num_processes=job.spec.resources.num_processes,
             grace_seconds=settings.grace_seconds,
             trainer=shlex.split(settings.trainer),
-            environment=settings.trainer_environment,
+            environment={**settings.trainer_environment, **settings.locations_of(run).environment()},
         )
 
     return launch

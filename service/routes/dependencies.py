@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.queue import JobQueue
 from service.settings import Settings
-from service.store.blobs import BlobStore
+from service.store.blobs import Blobs
 from service.store.errors import ArtifactNotFoundError, JobNotFoundError
 from service.streams import Streams
 
@@ -26,7 +26,7 @@ class Services:
     settings: Settings
     engine: Engine
     sessions: sessionmaker[Session]
-    blobs: BlobStore
+    blobs: Blobs
     queue: JobQueue
     streams: Streams
 

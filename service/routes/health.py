@@ -30,7 +30,10 @@ def readyz(services: ServicesOf) -> Health:
     checks: dict[str, tuple[Callable[[Services], None], str]] = {
         "database": (_check_database, "Look at CLIPRD_DATABASE_URL and at the database's log."),
         "broker": (_check_broker, "Look at CLIPRD_BROKER_URL and at the broker's log. Jobs are stored meanwhile and sent later."),
-        "artifacts_root": (_check_artifacts, "Make the folder of CLIPRD_ARTIFACTS_ROOT writable for this process."),
+        "artifacts_root": (
+            _check_artifacts,
+            "Make the folder of CLIPRD_ARTIFACTS_ROOT, or the bucket of CLIPRD_ARTIFACTS_URL, writable for this process.",
+        ),
     }
     problems = []
     for part, (check, remedy) in checks.items():
