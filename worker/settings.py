@@ -45,6 +45,9 @@ class WorkerSettings(BaseSettings):
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
+    checkpoint_retention_seconds: float = Field(
+        default=7 * 24 * 3600.0, ge=0, description="How long the mirrored checkpoints of a failed or cancelled job stay after its end."
+    )
 
     def locations_of(self, run: Path) -> Locations:
         """Where a job may read from: as the API says, and its own run directory, where fetched teachers are."""
