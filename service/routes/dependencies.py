@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -27,6 +28,8 @@ class Services:
     sessions: sessionmaker[Session]
     blobs: Blobs
     queue: JobQueue
+    registry: CollectorRegistry
+    """What `/metrics` tells."""
 
 
 def _services(request: Request) -> Services:

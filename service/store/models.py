@@ -80,6 +80,8 @@ class Job(Base):
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
     """Attempts that a worker gave back in good order; they don't count against `max_attempts`."""
+    num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Attempts lost with their worker or its training process."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
     worker: Mapped[str | None] = mapped_column(String(255))
     """Name of the worker of the latest attempt."""
