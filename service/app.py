@@ -10,10 +10,13 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
+from prometheus_client import CollectorRegistry
 
 from service.auth import OPEN_PATHS, Authorization
 from service.errors import Problem, install_handlers, problem_responses
+from service.logs import configure
 from service.middleware import BodyLimit, ProblemsOnly
+from service.monitoring import JobCollector, RequestMonitor
 from service.queue import JobQueue
 from service.routes import artifacts, control, health, jobs, streams, teacher_stores
 from service.routes.dependencies import Services
@@ -38,8 +41,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(title="cliprd", version=version("cliprd"), summary="Distils a large CLIP into a small one.", lifespan=_lifespan)
     app.state.services = services
     app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
-    app.add_middleware(Authorization, sessions=services.sessions)
+    open_paths = OPEN_PATHS if services.settings.metrics_need_key else OPEN_PATHS | {"/metrics"}
+    app.add_middleware(Authorization, sessions=services.sessions, open_paths=open_paths)
     app.add_middleware(ProblemsOnly)
+    app.add_middleware(RequestMonitor, registry=services.registry)
     install_handlers(app)
     for part in (jobs, control, streams, artifacts, teacher_stores, health):
         app.include_router(part.router)
@@ -49,10 +54,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _make_services(settings: Settings) -> Services:
     engine = make_engine(settings.database_url)
+    sessions = make_sessions(engine)
+    registry = CollectorRegistry()
+    registry.register(JobCollector(sessions))
     return Services(
+        registry=registry,
         settings=settings,
         engine=engine,
-        sessions=make_sessions(engine),
+        sessions=sessions,
         blobs=make_blobs(settings.artifacts_url, settings.artifacts_root),
         queue=JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds),
         streams=Streams(
@@ -66,6 +75,7 @@ def _make_services(settings: Settings) -> Services:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
+    configure(services.settings.log_format)
     if services.settings.migrate_on_start:
         await run_in_threadpool(migrate, services.settings.database_url)
     try:

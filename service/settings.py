@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from cliprd_core.locations import Locations, split_hosts, split_roots
+from service.logs import LogFormat
 
 Roots = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(lambda value: split_roots(value) if isinstance(value, str) else value)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(lambda value: split_hosts(value) if isinstance(value, str) else value)]
@@ -55,6 +56,10 @@ class Settings(BaseSettings):
     check_files: bool = Field(
         default=True,
         description="Look at the files a spec names when it is submitted. Turn off where the API doesn't see the workers' files.",
+    )
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="`json`: one object a line, with job id and attempt.")
+    metrics_need_key: bool = Field(
+        default=True, description="Whether `/metrics` needs an API key like all routes; false: anyone who reaches the service may read it."
     )
     migrate_on_start: bool = Field(default=True, description="Bring the database to the newest schema when the API starts.")
     max_body_bytes: int = Field(default=1_000_000, ge=1_000, description="A longer request body is refused (413).")

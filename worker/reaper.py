@@ -67,9 +67,9 @@ class Reaper:
             engine.dispose()
 
     def _drop_finished_checkpoints(self, sessions: sessionmaker[Session]) -> None:
-        """Those of failed and cancelled jobs; a job that succeeds drops its own."""
+        """Those of jobs that failed or were cancelled so long ago that nobody goes on with them; a job that succeeds drops its own."""
         with sessions.begin() as session:
-            keys = remove_finished_checkpoints(session=session)
+            keys = remove_finished_checkpoints(session=session, older_than_seconds=self._settings.checkpoint_retention_seconds)
         if keys:
             blobs = make_blobs(self._settings.artifacts_url, self._settings.artifacts_root)
             for key in keys:

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from cliprd_core.locations import Locations
 from cliprd_core.run_dir import CACHE_DIR_VARIABLE, DEFAULT_SHARD_CACHE_BYTES, SHARD_CACHE_BYTES_VARIABLE, TEACHER_STORE_VARIABLE
+from service.logs import LogFormat
 from service.settings import Hosts, Roots
 
 
@@ -45,6 +46,11 @@ class WorkerSettings(BaseSettings):
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
+    checkpoint_retention_seconds: float = Field(
+        default=7 * 24 * 3600.0, ge=0, description="How long the mirrored checkpoints of a failed or cancelled job stay after its end."
+    )
+
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="`json`: one object a line, with job id and attempt.")
 
     def locations_of(self, run: Path) -> Locations:
         """Where a job may read from: as the API says, and its own run directory, where fetched teachers are."""

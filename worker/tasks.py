@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.logs import clear_job, set_job
 from service.store.blobs import make_blobs
 from service.store.jobs import Claim, QueuedJob, claim_job, finish_job, mark_sent
 from service.store.session import make_engine, make_sessions
@@ -50,9 +51,11 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
         except ValidationError as error:
             queued = refuse(sessions, claim, error)
         else:
+            set_job(claim.job.id, claim.attempt)
             queued = Supervisor(job, settings, should_stop, launcher(settings)).run()
         send(app, sessions, queued)
     finally:
+        clear_job()
         engine.dispose()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -29,6 +30,8 @@ class Services:
     blobs: Blobs
     queue: JobQueue
     streams: Streams
+    registry: CollectorRegistry
+    """What `/metrics` tells."""
 
 
 def _services(request: Request) -> Services:

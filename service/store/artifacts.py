@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection
+from datetime import timedelta
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -99,13 +100,14 @@ def are_registered(*, session: Session, storage_keys: Collection[str]) -> bool:
     return session.scalar(select(Artifact.id).where(Artifact.storage_key.in_(storage_keys)).limit(1)) is not None
 
 
-def remove_finished_checkpoints(*, session: Session) -> list[str]:
-    """Forget all checkpoints of jobs that have finished, whichever way: nothing resumes them.
+def remove_finished_checkpoints(*, session: Session, older_than_seconds: float) -> list[str]:
+    """Forget all checkpoints of jobs that finished this long ago, whichever way.
 
     Returns:
         The storage keys that nothing names any more; delete them in the blob store after the commit.
     """
-    finished = select(Job.id).where(Job.state.in_([state for state in JobState if state.is_finished]))
+    cutoff = database_now(session) - timedelta(seconds=older_than_seconds)
+    finished = select(Job.id).where(Job.state.in_([state for state in JobState if state.is_finished]), Job.finished_at <= cutoff)
     of_finished = (Artifact.kind == ArtifactKind.CHECKPOINT, Artifact.job_id.in_(finished))
     return list(session.scalars(delete(Artifact).where(*of_finished).returning(Artifact.storage_key)))
 

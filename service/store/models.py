@@ -108,6 +108,8 @@ class Job(Base):
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
     """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
+    num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Attempts lost with their worker or its training process."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
     worker: Mapped[str | None] = mapped_column(String(255))
     """Name of the worker of the latest attempt."""

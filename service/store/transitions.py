@@ -57,6 +57,7 @@ def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetim
         The job if it is queued again; send its message after the commit.
     """
     record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
+    job.num_lost += 1
     if job.cancel_requested_at is not None:
         move(job, JobState.CANCELLED, now=now)
     elif num_lost_attempts(job) >= job.max_attempts:

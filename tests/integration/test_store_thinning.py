@@ -101,6 +101,7 @@ def test_migrating_an_older_database_makes_its_rollups(sessions: Sessions, claim
         written = connection.execute(text("SELECT * FROM metric_rollups ORDER BY name, width, bucket")).all()
         for table in ("metric_rollups", "api_keys"):
             connection.execute(text(f"DROP TABLE {table}"))
+        connection.execute(text("ALTER TABLE jobs DROP COLUMN num_lost"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
     migrate(database_url)
     with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""API keys, and rollups of metrics, which are made here of the metrics there are."""
+"""API keys, a count of lost attempts, and rollups of metrics, which are made here of the metrics there are."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ UNION ALL SELECT job_id, name, high_step, high_value FROM metric_rollups WHERE w
 
 
 def upgrade() -> None:
+    op.add_column("jobs", sa.Column("num_lost", sa.Integer, nullable=False, server_default="0"))
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(64), primary_key=True),
