@@ -49,6 +49,10 @@ class StoredFeatures:
         """What `reader` has now of the samples `indices` (B,), their images as cropped in `view`."""
         return cls(*reader.read_images(indices, view), *reader.read_texts(indices))
 
+    def pin_memory(self) -> StoredFeatures:
+        """The features in memory from which copies to a GPU overlap with computing; what is present is asked on the host alone."""
+        return replace(self, image=self.image.pin_memory(), text=self.text.pin_memory())
+
     @property
     def is_complete(self) -> bool:
         return bool(self.image_present.all()) and bool(self.text_present.all())
@@ -97,8 +101,11 @@ class Batch:
         return self._with_pixels(lambda pixels: pixels.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Pixels in memory from which copies to a GPU overlap with computing."""
-        return self._with_pixels(lambda pixels: pixels.pin_memory())
+        """In memory from which copies to a GPU overlap with computing."""
+        tokens = tuple(None if one is None else one.pin_memory() for one in self.teacher_tokens)
+        stored = tuple(None if one is None else one.pin_memory() for one in self.stored_features)
+        pinned = self._with_pixels(lambda pixels: pixels.pin_memory())
+        return replace(pinned, student_tokens=self.student_tokens.pin_memory(), teacher_tokens=tokens, stored_features=stored)
 
     def inputs_of_teacher(self, index: int) -> tuple[Tensor, Tensor]:
         """Pixels (B, H, W, 3) and tokens (B, context), these on the host, of one teacher whose features are not all stored."""
