@@ -146,12 +146,11 @@ class _Check:
         """Batch and warm-up against the number of pairs, as far as that is known without reading the data."""
         if not self.check_files or self.problems:
             return
-        counts = [_at_most_num_pairs(source) for source in spec.data.train]
-        if None in counts:
+        num_pairs = known_num_pairs(spec)
+        if num_pairs is None:
             return
-        num_pairs = sum(count for count in counts if count is not None)
         training = spec.training
-        num_steps = num_pairs // training.global_batch_size * training.epochs
+        num_steps = num_steps_of(spec, num_pairs)
         if num_steps == 0:
             self._add(
                 "training.global_batch_size",
@@ -234,6 +233,17 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def known_num_pairs(spec: JobSpec) -> int | None:
+    """The training pairs of a resolved spec, at most: unreadable ones are among them. None: unknown without much reading."""
+    counts = [_at_most_num_pairs(source) for source in spec.data.train]
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def num_steps_of(spec: JobSpec, num_pairs: int) -> int:
+    """Optimiser updates of a whole run; the pairs that fill no batch at an epoch's end are left out."""
+    return num_pairs // spec.training.global_batch_size * spec.training.epochs
 
 
 def _at_most_num_pairs(source: DataSource) -> int | None:

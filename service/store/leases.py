@@ -75,6 +75,25 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
     return Claim(job=job, attempt=job.attempt, lease_token=token)
 
 
+def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: float) -> Claim | None:
+    """Take, for a message that names `job_id`, the best job of that job's queue: the highest priority, and the oldest of several.
+
+    A queue has a message for each job, so whatever job a message names, as many messages as jobs find one.
+    """
+    named = session.execute(select(Job.queue, Job.queued_at).where(Job.id == job_id)).one_or_none()
+    if named is None:
+        return None
+    queue, queued_at = named
+    now = database_now(session)
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.queue == queue, Job.queued_at <= now)
+    query = query.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
+    best = session.scalars(query.with_for_update(skip_locked=True)).first()
+    if best is None and (queued_at is None or queued_at > now):
+        return None
+    # None that is not locked: the named one may be, by whoever marks it as sent, and that is worth waiting for.
+    return claim_job(session=session, job_id=best or job_id, worker=worker, lease_seconds=lease_seconds)
+
+
 def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> LeaseStatus:
     """Keep the job for another `lease_seconds` from now. A lease that ran out is renewed too, as long as nobody took it away."""
     expires_at = database_now(session) + timedelta(seconds=lease_seconds)

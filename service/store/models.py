@@ -91,6 +91,7 @@ class Job(Base):
     __table_args__ = (
         Index("jobs_newest", "created_at", "id"),
         Index("jobs_newest_by_state", "state", "created_at", "id"),
+        Index("jobs_to_claim", "state", "queue", "priority", "created_at"),
         Index("jobs_by_lease", "state", "lease_expires_at"),
     )
 
@@ -101,6 +102,8 @@ class Job(Base):
     spec: Mapped[dict[str, Any]]
     """The resolved JobSpec: recipe applied, paths absolute."""
     queue: Mapped[str] = mapped_column(String(64))
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    """Of the queued jobs of a queue, the one with the highest is claimed first, the oldest of several."""
 
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -280,3 +281,42 @@ def test_idempotency_keys_are_kept_for_two_days(sessions: Sessions) -> None:
             forget_keys(session=session)
         with reading(sessions) as session:
             assert session.query(IdempotencyKey).count() == num_left
+
+
+def of_priority(sessions: Sessions, priority: int, queue: str = "default") -> str:
+    spec = spec_dict(resources={"priority": priority, "queue": queue})
+    return create(sessions, JobSpec.model_validate(spec)).id
+
+
+def claim_next(sessions: Sessions, job_id: str) -> str | None:
+    with sessions.begin() as session:
+        claimed = jobs.claim_next(session=session, job_id=job_id, worker="w", lease_seconds=60)
+    return None if claimed is None else claimed.job.id
+
+
+def test_whatever_job_a_message_names_the_best_of_its_queue_is_claimed(sessions: Sessions) -> None:
+    low, first, second, high = (of_priority(sessions, priority) for priority in (-1, 0, 0, 7))
+    elsewhere = of_priority(sessions, 100, queue="other")
+    assert claim_next(sessions, "00000000-none") is None
+    assert [claim_next(sessions, low) for _ in range(5)] == [high, first, second, low, None]
+    assert claim_next(sessions, elsewhere) == elsewhere
+
+
+def test_a_job_that_is_queued_for_later_is_not_claimed_yet(sessions: Sessions) -> None:
+    later, now = of_priority(sessions, 5), of_priority(sessions, 0)
+    with sessions.begin() as session:
+        session.get_one(Job, later).queued_at = database_now(session) + timedelta(seconds=60)
+    assert [claim_next(sessions, later) for _ in range(2)] == [now, None]
+
+
+def test_workers_that_claim_at_once_get_different_jobs(sessions: Sessions) -> None:
+    expected = [of_priority(sessions, number % 2) for number in range(8)]
+    gate = threading.Barrier(4)
+
+    def claim_two(job_ids: list[str]) -> list[str | None]:
+        gate.wait()
+        return [claim_next(sessions, job_id) for job_id in job_ids]
+
+    with ThreadPoolExecutor(4) as pool:
+        claimed = [one for some in pool.map(claim_two, [expected[at : at + 2] for at in range(0, 8, 2)]) for one in some]
+    assert sorted(one for one in claimed if one is not None) == sorted(expected)

@@ -1,4 +1,4 @@
-"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs."""
+"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs; priorities."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ down_revision = "0002"
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("pause_requested_at", sa.DateTime(timezone=True)))
+    op.add_column("jobs", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
+    op.create_index("jobs_to_claim", "jobs", ["state", "queue", "priority", "created_at"])
     op.create_table(
         "idempotency_keys",
         sa.Column("key", sa.String(255), primary_key=True),
