@@ -15,6 +15,7 @@ neither knows more of the other. It imports pydantic only.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from enum import StrEnum
@@ -35,6 +36,9 @@ EXPORT_DIR = "export"
 
 ATTEMPT_VARIABLE = "CLIPRD_ATTEMPT"
 """Environment variable that tells the trainer which attempt it is; unset means 1."""
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, or of a used-up quota."""
 
 EXIT_CODE_STOPPED = 75
 """The trainer's exit code after SIGTERM: it saved a checkpoint and can be resumed (EX_TEMPFAIL of sysexits.h)."""
@@ -60,6 +64,10 @@ class ErrorReason(StrEnum):
     """The worker vanished, or its training process was killed, too often."""
     TEACHER_UNAVAILABLE = "teacher_unavailable"
     """The job or artifact that should be the teacher failed, was cancelled or is gone."""
+    DISK_FULL = "disk_full"
+    """A disk of the worker, or the artifact store, is full."""
+    TIMEOUT = "timeout"
+    """It ran for `resources.max_hours` without coming to its end."""
     INTERNAL = "internal"
     """A fault of cliprd itself."""
 

@@ -110,6 +110,10 @@ class Job(Base):
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
     """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
+    attempt_started_at: Mapped[datetime | None]
+    """When the latest attempt was claimed."""
+    seconds_run: Mapped[float] = mapped_column(Double, default=0.0)
+    """From claim to end, over the ended attempts since the job was made or last retried."""
     worker: Mapped[str | None] = mapped_column(String(255))
     """Name of the worker of the latest attempt."""
     lease_token: Mapped[str | None] = mapped_column(String(64))
@@ -121,7 +125,7 @@ class Job(Base):
 
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]
-    """When it last became claimable. Null: it has been waiting ever since."""
+    """When it last became claimable, or will, where it is to wait before it is tried again. Null: it has been waiting ever since."""
     sent_at: Mapped[datetime | None]
     """When its message last went to the broker. Null: not since it was queued."""
     started_at: Mapped[datetime | None]

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from cliprd_core.run_dir import ErrorReason
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.store import jobs
 from service.store.artifacts import register_artifact
 from service.store.blobs import StoredBlob
+from service.store.failure_policy import FAILURE_POLICIES
 from service.store.idempotency import find_submitted, forget_keys, remember_key
 from service.store.jobs import JobState
 from service.store.models import ArtifactKind, IdempotencyKey, Job
@@ -320,3 +321,51 @@ def test_workers_that_claim_at_once_get_different_jobs(sessions: Sessions) -> No
     with ThreadPoolExecutor(4) as pool:
         claimed = [one for some in pool.map(claim_two, [expected[at : at + 2] for at in range(0, 8, 2)]) for one in some]
     assert sorted(one for one in claimed if one is not None) == sorted(expected)
+
+
+@pytest.mark.parametrize("reason", list(ErrorReason))
+def test_each_reason_is_retried_as_the_table_says(sessions: Sessions, reason: ErrorReason) -> None:
+    policy = FAILURE_POLICIES[reason]
+    assert policy.what_to_do.endswith(".")
+    job = create(sessions, max_attempts=2)
+    error = ErrorRecord(reason=reason, message="so it is")
+    queued = finish(sessions, claim(sessions, job.id), error)
+    once = read(sessions, job.id)
+    assert (once.state is JobState.QUEUED) == policy.is_retried
+    if policy.is_retried:
+        assert queued == ([] if policy.delay_seconds else [jobs.QueuedJob(job.id, "default")])
+        with sessions.begin() as session:
+            assert once.queued_at is not None
+            wait = (once.queued_at - database_now(session)).total_seconds()
+            assert policy.delay_seconds - 30 < wait <= policy.delay_seconds
+            sent = jobs.jobs_to_send(session=session, older_than_seconds=1, now=once.queued_at + timedelta(seconds=2))
+            assert sent == [jobs.QueuedJob(job.id, "default")]
+        assert (claim_next(sessions, job.id) is None) == (policy.delay_seconds > 0)
+        if policy.delay_seconds:
+            claim(sessions, job.id)
+        assert finish_running(sessions, job.id, error) == []
+    last = read(sessions, job.id)
+    assert last.state is JobState.FAILED
+    assert last.error is not None
+    assert last.error["reason"] == reason.value
+
+
+def finish_running(sessions: Sessions, job_id: str, outcome: jobs.Outcome) -> list[jobs.QueuedJob]:
+    """Finish a job in the name of whoever holds it."""
+    token = read(sessions, job_id).lease_token
+    assert token is not None
+    with sessions.begin() as session:
+        return jobs.finish_job(session=session, job_id=job_id, lease_token=token, outcome=outcome)
+
+
+def test_the_time_run_adds_up_over_attempts_and_starts_anew_with_a_retry(sessions: Sessions) -> None:
+    job = create(sessions)
+    for _ in range(2):
+        claimed = claim(sessions, job.id)
+        with sessions.begin() as session:
+            session.get_one(Job, job.id).attempt_started_at = database_now(session) - timedelta(seconds=100)
+        release(sessions, claimed)
+    assert 200 <= read(sessions, job.id).seconds_run < 230
+    finish(sessions, claim(sessions, job.id), FAILURE)
+    retry(sessions, job.id)
+    assert read(sessions, job.id).seconds_run == 0

@@ -1,4 +1,4 @@
-"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs; priorities."""
+"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs; priorities; time run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ down_revision = "0002"
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("pause_requested_at", sa.DateTime(timezone=True)))
     op.add_column("jobs", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
+    op.add_column("jobs", sa.Column("attempt_started_at", sa.DateTime(timezone=True)))
+    op.add_column("jobs", sa.Column("seconds_run", sa.Double(), nullable=False, server_default="0"))
     op.create_index("jobs_to_claim", "jobs", ["state", "queue", "priority", "created_at"])
     op.create_table(
         "idempotency_keys",
