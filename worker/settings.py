@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 
 
 class WorkerSettings(BaseSettings):
@@ -28,7 +31,14 @@ class WorkerSettings(BaseSettings):
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
 
-    @field_validator("queues", mode="before")
+    webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Told of every job's changes of state; comma-separated. All workers need the same ones."
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 random bytes."
+    )
+
+    @field_validator("queues", "webhook_urls", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -41,4 +51,22 @@ class WorkerSettings(BaseSettings):
             raise ValueError("queues: name at least one, as in CLIPRD_QUEUES=default")
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("heartbeat_seconds must be at most half of lease_seconds, or one missed heartbeat loses the job")
+        if self.webhook_urls:
+            _check_webhooks(self.webhook_urls, self.webhook_secret)
         return self
+
+
+def _check_webhooks(urls: tuple[str, ...], secret: SecretStr | None) -> None:
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"webhook_urls: {url!r} is no address; write it as https://HOST/PATH")
+    encoded = "" if secret is None else secret.get_secret_value()
+    try:
+        num_bytes = len(base64.b64decode(encoded.removeprefix("whsec_"), validate=True))
+    except ValueError:
+        num_bytes = 0
+    if not encoded.startswith("whsec_") or not MIN_SECRET_BYTES <= num_bytes <= MAX_SECRET_BYTES:
+        raise ValueError(
+            "webhook_secret: webhooks need one to be signed with; make it with"
+            """ `python -c "import base64, os; print('whsec_' + base64.b64encode(os.urandom(32)).decode())"`"""
+        )

@@ -188,6 +188,22 @@ class JobEvent(Base):
     created_at: Mapped[datetime]
 
 
+class WebhookDelivery(Base):
+    """A message about a job that is still to be delivered: the outbox, written in the transaction of the event it tells of."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index("webhook_deliveries_by_time", "next_try_at"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    message_id: Mapped[str] = mapped_column(String(64))
+    """The same for every URL and every try."""
+    url: Mapped[str | None] = mapped_column(Text)
+    """Null: not yet addressed; only a worker knows the URLs."""
+    body: Mapped[str] = mapped_column(Text)
+    num_tries: Mapped[int]
+    next_try_at: Mapped[datetime]
+
+
 class LogChunk(Base):
     """Some of what a job's training processes printed, over all attempts."""
 

@@ -159,8 +159,8 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
         assert read_log(session=session, job_id=job_id)[0] == (bench.run_dir(job_id) / "log.txt").read_text()
         kinds = [event.kind.value for event in list_events(session=session, job_id=job_id)]
     assert kinds[:4] == ["created", "queued", "claimed", "started"]
-    assert kinds[-2:] == ["evaluated", "succeeded"]
-    assert set(kinds[4:-2]) <= {"checkpoint"}
+    assert kinds[-1] == "succeeded"
+    assert {"evaluated"} <= set(kinds[4:-1]) <= {"checkpoint", "evaluated"}  # how many checkpoints are mirrored is a matter of time
 
 
 def test_a_run_that_says_why_it_failed(bench: Bench) -> None:

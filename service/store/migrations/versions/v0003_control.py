@@ -1,4 +1,4 @@
-"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs; priorities; time run."""
+"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs; priorities; time run; webhooks."""
 
 from __future__ import annotations
 
@@ -42,3 +42,14 @@ def upgrade() -> None:
         sa.Column("end", sa.BigInteger(), nullable=False),
         sa.Column("text", sa.Text(), nullable=False),
     )
+    op.create_table(
+        "webhook_deliveries",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+        sa.Column("message_id", sa.String(64), nullable=False),
+        sa.Column("url", sa.Text()),
+        sa.Column("body", sa.Text(), nullable=False),
+        sa.Column("num_tries", sa.Integer(), nullable=False),
+        sa.Column("next_try_at", sa.DateTime(timezone=True), nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("webhook_deliveries_by_time", "webhook_deliveries", ["next_try_at"])
