@@ -90,6 +90,17 @@ def submit(
             _watch(client, job.id)
 
 
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="Job spec, a JSON file.", exists=True, dir_okay=False, show_default=False)],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Check a job spec without submitting it; prints what it would become."""
+    spec = json_object(file)
+    with connected(url) as client:
+        out.print_json(client.check(spec).model_dump_json())
+
+
 @app.command("watch")
 def watch_job(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Show a job's progress until it ends. Exit code 0 if it succeeded, else 1."""

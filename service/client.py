@@ -28,6 +28,7 @@ from service.schemas import (
     ArtifactList,
     ArtifactView,
     CancelledJobs,
+    DryRunView,
     EvaluationList,
     EventList,
     EventView,
@@ -101,6 +102,11 @@ class Client:
         body = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         return self._call("POST", "/jobs", JobView, json=body, headers=headers)
+
+    def check(self, spec: JobSpec | Mapping[str, Any]) -> DryRunView:
+        """What a spec would become as a job; nothing is submitted."""
+        body = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
+        return self._call("POST", "/jobs", DryRunView, json=body, params={"dry_run": True})
 
     def job(self, job_id: str) -> JobView:
         return self._call("GET", f"/jobs/{job_id}", JobView)

@@ -60,6 +60,10 @@ class HeldJob:
         self.id = claim.job.id
         self.attempt = claim.attempt
         self.spec = JobSpec.model_validate(claim.job.spec)
+        self.seconds_left = float("inf")
+        """For which it may still run; not counted down."""
+        if self.spec.resources.max_hours is not None:
+            self.seconds_left = 3600 * self.spec.resources.max_hours - claim.job.seconds_run
         self.blobs = blobs
         self.is_lost: Callable[[], bool] = lambda: False
         """Set by whoever keeps the lease."""

@@ -6,25 +6,36 @@ import re
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi.responses import JSONResponse
 
 from cliprd_core.spec import JobSpec
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf
-from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
+from service.schemas import ArtifactList, DryRunView, EvaluationList, JobList, JobView, MetricsView
 from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
-from service.submission import submit
+from service.submission import dry_run, submit
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 
 
-@router.post("", status_code=201, summary="Submit a job", responses=problem_responses(400, 413, 422, 500, 503))
+@router.post(
+    "",
+    status_code=201,
+    summary="Submit a job",
+    response_model=JobView,
+    responses={
+        200: {"description": "Dry run: what the job would be", "model": DryRunView},
+        **problem_responses(400, 413, 422, 500, 503),
+    },
+)
 def submit_job(
+    *,
     services: ServicesOf,
     root_path: RootPath,
     response: Response,
@@ -33,12 +44,15 @@ def submit_job(
         str | None,
         Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$", description="Repeating a submission under one key makes one job."),
     ] = None,
-) -> JobView:
+    is_dry_run: Annotated[bool, Query(alias="dry_run", description="Only check the spec, and answer what it would become (200).")] = False,
+) -> JobView | JSONResponse:
     """Check the spec, store the job, and send it to the workers of its queue. Every problem that was found is named at once.
 
     With an `Idempotency-Key` (a UUID, say) a submission whose answer was lost can be repeated for two days: the same key and spec answer
     with the same job, and `Idempotency-Replayed: true`; the same key and another spec are refused (422).
     """
+    if is_dry_run:
+        return JSONResponse(dry_run(services, spec).model_dump(mode="json"))
     job, is_replayed = submit(services, spec, key=idempotency_key)
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self

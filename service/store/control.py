@@ -125,6 +125,7 @@ def retry_job(*, session: Session, job_id: str) -> Changed:
     job.error = None
     job.cancel_requested_at = None
     job.num_releases = job.attempt
+    job.seconds_run = 0.0
     session.flush()
     return Changed(job, [] if waits else [QueuedJob(job.id, job.queue)])
 

@@ -12,13 +12,13 @@ from datetime import timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import ErrorReason, ErrorRecord, Progress, ResultRecord
+from cliprd_core.run_dir import ErrorRecord, Progress, ResultRecord
 from service.store.errors import LeaseLostError
 from service.store.events import EventKind, record_event
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.transitions import QueuedJob, fail, give_back, lose_attempt, move, settle_dependents, sources_of
+from service.store.transitions import QueuedJob, end_badly, give_back, move, settle_dependents, sources_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
         .values(
             state=JobState.RUNNING,
             attempt=Job.attempt + 1,
+            attempt_started_at=now,
             worker=worker,
             lease_token=token,
             lease_expires_at=now + timedelta(seconds=lease_seconds),
@@ -73,6 +74,25 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
     job = session.get_one(Job, job_id, populate_existing=True)
     record_event(job, EventKind.CLAIMED, now=now, worker=worker)
     return Claim(job=job, attempt=job.attempt, lease_token=token)
+
+
+def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: float) -> Claim | None:
+    """Take, for a message that names `job_id`, the best job of that job's queue: the highest priority, and the oldest of several.
+
+    A queue has a message for each job, so whatever job a message names, as many messages as jobs find one.
+    """
+    named = session.execute(select(Job.queue, Job.queued_at).where(Job.id == job_id)).one_or_none()
+    if named is None:
+        return None
+    queue, queued_at = named
+    now = database_now(session)
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.queue == queue, Job.queued_at <= now)
+    query = query.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
+    best = session.scalars(query.with_for_update(skip_locked=True)).first()
+    if best is None and (queued_at is None or queued_at > now):
+        return None
+    # None that is not locked: the named one may be, by whoever marks it as sent, and that is worth waiting for.
+    return claim_job(session=session, job_id=best or job_id, worker=worker, lease_seconds=lease_seconds)
 
 
 def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> LeaseStatus:
@@ -140,7 +160,7 @@ def record_progress(*, session: Session, job_id: str, lease_token: str, progress
 def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outcome) -> list[QueuedJob]:
     """Record how the run ended, and settle the jobs that waited for it as their teacher.
 
-    A run whose processes were killed from outside (`worker_lost`) is queued again while attempts are left.
+    A run that failed for a reason that may pass is queued again while attempts are left, as `failure_policy` says.
 
     Returns:
         The jobs that became claimable by this; send their messages after the commit.
@@ -155,10 +175,8 @@ def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outc
         case ResultRecord():
             move(job, JobState.SUCCEEDED, now=now)
             job.result = outcome.model_dump(mode="json")
-        case ErrorRecord(reason=ErrorReason.WORKER_LOST):
-            return lose_attempt(session=session, job=job, error=outcome, now=now)
         case ErrorRecord():
-            fail(job, outcome, now=now)
+            return end_badly(session=session, job=job, error=outcome, now=now)
         case Cancelled():
             if job.cancel_requested_at is None:
                 raise ValueError(f"nobody asked to cancel job {job_id}; give it back with release_job")

@@ -93,6 +93,7 @@ class Job(Base):
     __table_args__ = (
         Index("jobs_newest", "created_at", "id"),
         Index("jobs_newest_by_state", "state", "created_at", "id"),
+        Index("jobs_to_claim", "state", "queue", "priority", "created_at"),
         Index("jobs_by_lease", "state", "lease_expires_at"),
     )
 
@@ -103,6 +104,8 @@ class Job(Base):
     spec: Mapped[dict[str, Any]]
     """The resolved JobSpec: recipe applied, paths absolute."""
     queue: Mapped[str] = mapped_column(String(64))
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    """Of the queued jobs of a queue, the one with the highest is claimed first, the oldest of several."""
 
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""
@@ -111,6 +114,10 @@ class Job(Base):
     num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Attempts lost with their worker or its training process."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
+    attempt_started_at: Mapped[datetime | None]
+    """When the latest attempt was claimed."""
+    seconds_run: Mapped[float] = mapped_column(Double, default=0.0)
+    """From claim to end, over the ended attempts since the job was made or last retried."""
     worker: Mapped[str | None] = mapped_column(String(255))
     """Name of the worker of the latest attempt."""
     lease_token: Mapped[str | None] = mapped_column(String(64))
@@ -122,7 +129,7 @@ class Job(Base):
 
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]
-    """When it last became claimable. Null: it has been waiting ever since."""
+    """When it last became claimable, or will, where it is to wait before it is tried again. Null: it has been waiting ever since."""
     sent_at: Mapped[datetime | None]
     """When its message last went to the broker. Null: not since it was queued."""
     started_at: Mapped[datetime | None]
@@ -183,6 +190,22 @@ class JobEvent(Base):
     attempt: Mapped[int]
     data: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
+
+
+class WebhookDelivery(Base):
+    """A message about a job that is still to be delivered: the outbox, written in the transaction of the event it tells of."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index("webhook_deliveries_by_time", "next_try_at"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    message_id: Mapped[str] = mapped_column(String(64))
+    """The same for every URL and every try."""
+    url: Mapped[str | None] = mapped_column(Text)
+    """Null: not yet addressed; only a worker knows the URLs."""
+    body: Mapped[str] = mapped_column(Text)
+    num_tries: Mapped[int]
+    next_try_at: Mapped[datetime]
 
 
 class LogChunk(Base):

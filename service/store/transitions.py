@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.events import EventKind, record_event
+from service.store.failure_policy import FAILURE_POLICIES
 from service.store.models import Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
 
@@ -32,6 +33,8 @@ def move(job: Job, target: JobState, *, now: datetime, **data: Any) -> None:
     Claiming is not done here but in one UPDATE (`leases.claim_job`), since two claimers race for an unlocked row.
     """
     assert target in ALLOWED_MOVES[job.state], f"job {job.id} can't go from {job.state} to {target}"
+    if job.state is JobState.RUNNING and job.attempt_started_at is not None:
+        job.seconds_run += (now - job.attempt_started_at).total_seconds()
     job.state = target
     job.lease_token = None
     job.lease_expires_at = None
@@ -49,16 +52,20 @@ def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
     job.error = error.model_dump(mode="json")
 
 
-def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetime) -> list[QueuedJob]:
-    """After a locked job's worker or training process vanished: queue the job again; or cancel it, if that was requested; or fail it
-    with `error`, when this was the last attempt that may be lost; or leave it paused, if it was to be.
+def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime) -> list[QueuedJob]:
+    """After a locked job's attempt failed: do what `FAILURE_POLICIES` says of the reason. A job that is to be tried again is queued; or
+    cancelled or left paused, if that was requested; or failed, when this was the last attempt that may be lost.
 
     Returns:
-        The job if it is queued again; send its message after the commit.
+        Jobs that are claimable by this, now; send their messages after the commit. One that is to wait is sent by the reaper.
     """
-    record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
-    job.num_lost += 1
-    if job.cancel_requested_at is not None:
+    policy = FAILURE_POLICIES[error.reason]
+    if error.reason is ErrorReason.WORKER_LOST:
+        record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
+        job.num_lost += 1
+    if not policy.is_retried:
+        fail(job, error, now=now)
+    elif job.cancel_requested_at is not None:
         move(job, JobState.CANCELLED, now=now)
     elif num_lost_attempts(job) >= job.max_attempts:
         fail(job, error, now=now)
@@ -66,8 +73,9 @@ def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetim
         move(job, JobState.PAUSED, now=now)
         return []
     else:
-        move(job, JobState.QUEUED, now=now)
-        return [QueuedJob(job.id, job.queue)]
+        move(job, JobState.QUEUED, now=now, reason=error.reason.value, message=error.message, delay_seconds=policy.delay_seconds)
+        job.queued_at = now + timedelta(seconds=policy.delay_seconds)
+        return [] if policy.delay_seconds else [QueuedJob(job.id, job.queue)]
     return settle_dependents(session=session, job=job, now=now)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from cliprd_core.run_dir import ErrorReason
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.store import jobs
 from service.store.artifacts import register_artifact
 from service.store.blobs import StoredBlob
+from service.store.failure_policy import FAILURE_POLICIES
 from service.store.idempotency import find_submitted, forget_keys, remember_key
 from service.store.jobs import JobState
 from service.store.models import ArtifactKind, IdempotencyKey, Job
@@ -280,3 +282,90 @@ def test_idempotency_keys_are_kept_for_two_days(sessions: Sessions) -> None:
             forget_keys(session=session)
         with reading(sessions) as session:
             assert session.query(IdempotencyKey).count() == num_left
+
+
+def of_priority(sessions: Sessions, priority: int, queue: str = "default") -> str:
+    spec = spec_dict(resources={"priority": priority, "queue": queue})
+    return create(sessions, JobSpec.model_validate(spec)).id
+
+
+def claim_next(sessions: Sessions, job_id: str) -> str | None:
+    with sessions.begin() as session:
+        claimed = jobs.claim_next(session=session, job_id=job_id, worker="w", lease_seconds=60)
+    return None if claimed is None else claimed.job.id
+
+
+def test_whatever_job_a_message_names_the_best_of_its_queue_is_claimed(sessions: Sessions) -> None:
+    low, first, second, high = (of_priority(sessions, priority) for priority in (-1, 0, 0, 7))
+    elsewhere = of_priority(sessions, 100, queue="other")
+    assert claim_next(sessions, "00000000-none") is None
+    assert [claim_next(sessions, low) for _ in range(5)] == [high, first, second, low, None]
+    assert claim_next(sessions, elsewhere) == elsewhere
+
+
+def test_a_job_that_is_queued_for_later_is_not_claimed_yet(sessions: Sessions) -> None:
+    later, now = of_priority(sessions, 5), of_priority(sessions, 0)
+    with sessions.begin() as session:
+        session.get_one(Job, later).queued_at = database_now(session) + timedelta(seconds=60)
+    assert [claim_next(sessions, later) for _ in range(2)] == [now, None]
+
+
+def test_workers_that_claim_at_once_get_different_jobs(sessions: Sessions) -> None:
+    expected = [of_priority(sessions, number % 2) for number in range(8)]
+    gate = threading.Barrier(4)
+
+    def claim_two(job_ids: list[str]) -> list[str | None]:
+        gate.wait()
+        return [claim_next(sessions, job_id) for job_id in job_ids]
+
+    with ThreadPoolExecutor(4) as pool:
+        claimed = [one for some in pool.map(claim_two, [expected[at : at + 2] for at in range(0, 8, 2)]) for one in some]
+    assert sorted(one for one in claimed if one is not None) == sorted(expected)
+
+
+@pytest.mark.parametrize("reason", list(ErrorReason))
+def test_each_reason_is_retried_as_the_table_says(sessions: Sessions, reason: ErrorReason) -> None:
+    policy = FAILURE_POLICIES[reason]
+    assert policy.what_to_do.endswith(".")
+    job = create(sessions, max_attempts=2)
+    error = ErrorRecord(reason=reason, message="so it is")
+    queued = finish(sessions, claim(sessions, job.id), error)
+    once = read(sessions, job.id)
+    assert (once.state is JobState.QUEUED) == policy.is_retried
+    if policy.is_retried:
+        assert queued == ([] if policy.delay_seconds else [jobs.QueuedJob(job.id, "default")])
+        with sessions.begin() as session:
+            assert once.queued_at is not None
+            wait = (once.queued_at - database_now(session)).total_seconds()
+            assert policy.delay_seconds - 30 < wait <= policy.delay_seconds
+            sent = jobs.jobs_to_send(session=session, older_than_seconds=1, now=once.queued_at + timedelta(seconds=2))
+            assert sent == [jobs.QueuedJob(job.id, "default")]
+        assert (claim_next(sessions, job.id) is None) == (policy.delay_seconds > 0)
+        if policy.delay_seconds:
+            claim(sessions, job.id)
+        assert finish_running(sessions, job.id, error) == []
+    last = read(sessions, job.id)
+    assert last.state is JobState.FAILED
+    assert last.error is not None
+    assert last.error["reason"] == reason.value
+
+
+def finish_running(sessions: Sessions, job_id: str, outcome: jobs.Outcome) -> list[jobs.QueuedJob]:
+    """Finish a job in the name of whoever holds it."""
+    token = read(sessions, job_id).lease_token
+    assert token is not None
+    with sessions.begin() as session:
+        return jobs.finish_job(session=session, job_id=job_id, lease_token=token, outcome=outcome)
+
+
+def test_the_time_run_adds_up_over_attempts_and_starts_anew_with_a_retry(sessions: Sessions) -> None:
+    job = create(sessions)
+    for _ in range(2):
+        claimed = claim(sessions, job.id)
+        with sessions.begin() as session:
+            session.get_one(Job, job.id).attempt_started_at = database_now(session) - timedelta(seconds=100)
+        release(sessions, claimed)
+    assert 200 <= read(sessions, job.id).seconds_run < 230
+    finish(sessions, claim(sessions, job.id), FAILURE)
+    retry(sessions, job.id)
+    assert read(sessions, job.id).seconds_run == 0

@@ -160,6 +160,13 @@ def test_cancelling_ends_the_watch_with_exit_code_1(bench: Bench) -> None:
     assert "finished already" in bench.run("cancel", job_id)[2]
 
 
+def test_checking_a_spec_submits_nothing(bench: Bench) -> None:
+    code, stdout, _ = bench.run("check", str(bench.spec_file))
+    assert code == 0
+    assert json.loads(stdout)["num_pairs"] == 32
+    assert bench.run("jobs")[1].splitlines() == ["id  name  state  attempt  status"]
+
+
 def test_pausing_and_resuming(bench: Bench) -> None:
     job_id = bench.submit()
     assert bench.run("pause", job_id) == (0, "paused\n", "")

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store import jobs
 from service.store.jobs import ALLOWED_MOVES, Cancelled, JobState
 from service.store.models import EventKind, JobEvent
@@ -26,6 +27,7 @@ MAX_ATTEMPTS = 2
 MAX_JOBS = 5
 CHOICES = st.integers(0, MAX_JOBS - 1)
 TELLS = {EventKind(state): state for state in JobState if state is not JobState.RUNNING} | {EventKind.CLAIMED: JobState.RUNNING}
+FULL = ErrorRecord(reason=ErrorReason.DISK_FULL, message="No space left.")
 NOT_QUEUED = [state for state in JobState if state is not JobState.QUEUED]
 
 
@@ -122,11 +124,15 @@ class JobLives(RuleBasedStateMachine):
             assert jobs.claim_job(session=session, job_id=job_id, worker="w", lease_seconds=60) is None
 
     @precondition(has(JobState.RUNNING))
-    @rule(choice=CHOICES, outcome=st.sampled_from([SUCCESS, FAILURE]))
+    @rule(choice=CHOICES, outcome=st.sampled_from([SUCCESS, FAILURE, FULL]))
     def finish(self, choice: int, outcome: jobs.Outcome) -> None:
         job_id = pick(self.ids(JobState.RUNNING), choice)
         with self.sessions.begin() as session:
             queued = jobs.finish_job(session=session, job_id=job_id, lease_token=self.expected[job_id].tokens[-1], outcome=outcome)
+        if outcome is FULL:
+            self.lose(job_id)
+            assert queued == [], "what is queued for later is not sent now"
+            return
         became_queued = self.end(job_id, JobState.SUCCEEDED if outcome is SUCCESS else JobState.FAILED)
         assert sorted(job.job_id for job in queued) == sorted(became_queued)
 
@@ -248,13 +254,7 @@ class JobLives(RuleBasedStateMachine):
             queued = jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61))
         again = []
         for job_id in self.ids(JobState.RUNNING):
-            one = self.expected[job_id]
-            one.num_lost += 1
-            if one.cancel_requested:
-                self.end(job_id, JobState.CANCELLED)
-            elif one.num_lost >= MAX_ATTEMPTS:
-                self.end(job_id, JobState.FAILED)
-            elif self.stop(job_id) is JobState.QUEUED:
+            if self.lose(job_id) is JobState.QUEUED:
                 again.append(job_id)
         assert sorted(job.job_id for job in queued) == sorted(again)
 
@@ -271,6 +271,18 @@ class JobLives(RuleBasedStateMachine):
                     assert status == jobs.LeaseStatus(holds, holds and one.cancel_requested, holds and one.pause_requested)
                     with nullcontext() if holds else pytest.raises(jobs.LeaseLostError):
                         jobs.record_progress(**lease, progress=progress_at(1))
+
+    def lose(self, job_id: str) -> JobState:
+        """The model's end of an attempt that is tried again while attempts are left."""
+        one = self.expected[job_id]
+        one.num_lost += 1
+        if one.cancel_requested:
+            self.end(job_id, JobState.CANCELLED)
+        elif one.num_lost >= MAX_ATTEMPTS:
+            self.end(job_id, JobState.FAILED)
+        else:
+            self.stop(job_id)
+        return one.state
 
     def stop(self, job_id: str) -> JobState:
         """The model's end of an attempt after which the job goes on, or waits to be resumed."""

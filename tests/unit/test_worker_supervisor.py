@@ -1,5 +1,6 @@
 """The supervisor against a fake trainer and a real store: every way a run can end, and what the store then says."""
 
+import errno
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ from service.store.jobs import (
     request_pause,
     requeue_expired,
     resume_job,
+    retry_job,
 )
 from service.store.logs import read_log
 from service.store.metrics import list_evaluations, series
@@ -160,8 +162,8 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
         assert read_log(session=session, job_id=job_id)[0] == (bench.run_dir(job_id) / "log.txt").read_text()
         kinds = [event.kind.value for event in list_events(session=session, job_id=job_id)]
     assert kinds[:4] == ["created", "queued", "claimed", "started"]
-    assert (kinds[-1], kinds.count("evaluated")) == ("succeeded", 1)
-    assert set(kinds[4:-1]) <= {"checkpoint", "evaluated"}
+    assert kinds[-1] == "succeeded"
+    assert {"evaluated"} <= set(kinds[4:-1]) <= {"checkpoint", "evaluated"}  # how many checkpoints are mirrored is a matter of time
 
 
 def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
@@ -289,6 +291,35 @@ def test_a_paused_job_saves_and_goes_on_on_another_machine(bench: Bench, tmp_pat
     bench.run(job_id)
     assert (bench.job(job_id).state, bench.job(job_id).attempt) == (JobState.SUCCEEDED, 2)
     assert f"attempt 2 starts at step {saved}\n" in (bench.run_dir(job_id) / "log.txt").read_text()
+
+
+def test_a_job_that_runs_for_too_long_saves_and_can_be_tried_again(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"}, resources={"max_hours": 0.5 / 3600})
+    bench.run(job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.TIMEOUT
+    saved = int(complete_checkpoints(bench.run_dir(job_id))[-1].name.removeprefix("step-"))
+    assert 0 < saved < 60
+    with bench.sessions.begin() as session:
+        retry_job(session=session, job_id=job_id)
+        session.get_one(Job, job_id).seconds_run = -1000.0  # that is, with time enough
+    bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert f"attempt 2 starts at step {saved}\n" in (bench.run_dir(job_id) / "log.txt").read_text()
+
+
+def test_a_full_disk_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "2"}, max_attempts=2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("worker.supervisor.restore_checkpoint", full)
+    assert bench.run(job_id) == []
+    assert bench.job(job_id).state is JobState.QUEUED
+    bench.run(job_id)
+    assert bench.error(job_id).reason is ErrorReason.DISK_FULL
 
 
 def test_a_damaged_mirror_falls_back_to_the_older_one(bench: Bench, tmp_path: Path) -> None:

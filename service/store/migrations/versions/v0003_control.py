@@ -1,4 +1,4 @@
-"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs."""
+"""Jobs can be paused; idempotency keys of submissions; events and logs of jobs; priorities; time run; webhooks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ down_revision = "0002"
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("pause_requested_at", sa.DateTime(timezone=True)))
+    op.add_column("jobs", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
+    op.add_column("jobs", sa.Column("attempt_started_at", sa.DateTime(timezone=True)))
+    op.add_column("jobs", sa.Column("seconds_run", sa.Double(), nullable=False, server_default="0"))
+    op.create_index("jobs_to_claim", "jobs", ["state", "queue", "priority", "created_at"])
     op.create_table(
         "idempotency_keys",
         sa.Column("key", sa.String(255), primary_key=True),
@@ -38,3 +42,14 @@ def upgrade() -> None:
         sa.Column("end", sa.BigInteger(), nullable=False),
         sa.Column("text", sa.Text(), nullable=False),
     )
+    op.create_table(
+        "webhook_deliveries",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+        sa.Column("message_id", sa.String(64), nullable=False),
+        sa.Column("url", sa.Text()),
+        sa.Column("body", sa.Text(), nullable=False),
+        sa.Column("num_tries", sa.Integer(), nullable=False),
+        sa.Column("next_try_at", sa.DateTime(timezone=True), nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("webhook_deliveries_by_time", "webhook_deliveries", ["next_try_at"])
