@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -199,3 +200,22 @@ def test_without_limits_everything_may_be_read() -> None:
     with pytest.raises(ForbiddenLocationError, match="none"):
         Locations((), ()).check_path("/etc/passwd")
     Locations(("/",), ()).check_path("/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("tower", "key", "value"),
+    [
+        ("text_cfg", "hf_tokenizer_name", "/etc"),
+        ("text_cfg", "hf_tokenizer_name", "../secret"),
+        ("text_cfg", "hf_model_name", "a/../../secret"),
+        ("vision_cfg", "timm_model_name", "local-dir:/data/secret"),
+        ("vision_cfg", "timm_model_name", "hf-hub:someone/anything"),
+    ],
+)
+def test_a_model_config_names_no_folder(root: Path, tower: str, key: str, value: str) -> None:
+    config = {**TINY_CONFIG, tower: {**TINY_CONFIG[tower], key: value}}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=f"{tower}.{key}.*plain name"):
+        JobSpec.model_validate(spec_dict(student={"config": config}))
+    (root / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(ValueError, match=f"{tower}.{key}.*plain name"):
+        load_teacher(TeacherSpec(model=f"local-dir:{root}"))
