@@ -8,6 +8,7 @@ what it changes against these defaults, which are the CLIP-RD paper's (arXiv 260
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from importlib.resources import files
@@ -19,6 +20,11 @@ Weight = Annotated[StrictFloat, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[StrictFloat, Field(gt=0.0, le=1.0)]
 JobId = Annotated[str, Field(pattern=r"^[0-9a-z-]{8,64}$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
+
+NAMED_ELSEWHERE = (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name"), ("text_cfg", "hf_tokenizer_name"))
+"""Keys of model configs that timm and Hugging Face's libraries look up, and which those also take as folders of the machine."""
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 MAX_LIST_LENGTH = 256
 MAX_TEACHERS = 8
@@ -355,6 +361,15 @@ class ResourcesSpec(SpecModel):
     queue: str = Field(
         default="default", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Workers subscribe to queues; the job waits in this one."
     )
+    priority: StrictInt = Field(
+        default=0, ge=-100, le=100, description="Of the jobs in a queue, those of the highest number start first, the oldest of them first."
+    )
+    max_hours: StrictFloat | None = Field(
+        default=None,
+        gt=0,
+        description="Hours it may run, over all attempts since it was submitted or last retried; then it saves a checkpoint and fails"
+        " (`timeout`). Null: no limit.",
+    )
 
 
 class JobSpec(SpecModel):
@@ -452,3 +467,9 @@ def check_model_config(config: dict[str, Any]) -> None:
             raise ValueError(f"`{key}` in the model config must be {'a whole number' if kind is int else 'an object'}")
     if config["embed_dim"] < 1:
         raise ValueError("`embed_dim` in the model config must be at least 1")
+    for tower, key in NAMED_ELSEWHERE:
+        name = config[tower].get(key)
+        if isinstance(name, str) and name and not PLAIN_NAME.fullmatch(name):
+            raise ValueError(
+                f"`{tower}.{key}` in the model config is {name[:200]!r}; use a plain name, as `NAME` or `OWNER/NAME`, not a path"
+            )

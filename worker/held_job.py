@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store.artifacts import are_registered, list_artifacts, register_artifact, remove_artifacts
-from service.store.blobs import BlobStore, StoredBlob
+from service.store.blobs import Blobs, BlobsUnreachableError, StoredBlob
 from service.store.jobs import (
     Claim,
     LeaseLostError,
@@ -25,17 +26,20 @@ from service.store.jobs import (
     finish_job,
     get_job,
     mark_started,
+    record_checkpoint,
     record_evaluations,
     record_metrics,
     release_job,
     renew_lease,
 )
+from service.store.logs import append_log
 from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
+from worker.outcome import StopCause
 
 logger = logging.getLogger(__name__)
 
-OUT_OF_REACH = (OperationalError, InterfaceError, PoolTimeoutError)
+OUT_OF_REACH = (OperationalError, InterfaceError, PoolTimeoutError, BlobsUnreachableError)
 """What the store raises when it cannot be reached just now, or is too busy: worth another try."""
 
 EXPORT_GROUP = "export"
@@ -48,14 +52,18 @@ AnyResult = TypeVar("AnyResult")
 class HeldJob:
     """What the supervisor does to its job in the store. Every write raises LeaseLostError once the lease is gone.
 
-    `record_…`, `renew` and `is_cancel_requested` raise one of OUT_OF_REACH at once; their callers try again in their own time.
+    `record_…`, `append_log`, `renew` and `requested_stop` raise one of OUT_OF_REACH at once; their callers try again in their own time.
     All other methods keep trying for as long as the lease is held.
     """
 
-    def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: BlobStore, *, lease_seconds: float) -> None:
+    def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: Blobs, *, lease_seconds: float) -> None:
         self.id = claim.job.id
         self.attempt = claim.attempt
         self.spec = JobSpec.model_validate(claim.job.spec)
+        self.seconds_left = float("inf")
+        """For which it may still run; not counted down."""
+        if self.spec.resources.max_hours is not None:
+            self.seconds_left = 3600 * self.spec.resources.max_hours - claim.job.seconds_run
         self.blobs = blobs
         self.is_lost: Callable[[], bool] = lambda: False
         """Set by whoever keeps the lease."""
@@ -67,9 +75,13 @@ class HeldJob:
         with self._sessions.begin() as session:
             return renew_lease(session=session, job_id=self.id, lease_token=self._token, lease_seconds=self._lease_seconds)
 
-    def is_cancel_requested(self) -> bool:
+    def requested_stop(self) -> StopCause | None:
+        """What users want of the run."""
         with reading(self._sessions) as session:
-            return get_job(session=session, job_id=self.id).cancel_requested_at is not None
+            job = get_job(session=session, job_id=self.id)
+        if job.cancel_requested_at is not None:
+            return StopCause.CANCEL
+        return StopCause.PAUSE if job.pause_requested_at is not None else None
 
     def record_metrics(self, records: Sequence[MetricsRecord]) -> None:
         with self._sessions.begin() as session:
@@ -79,15 +91,19 @@ class HeldJob:
         with self._sessions.begin() as session:
             record_evaluations(session=session, job_id=self.id, lease_token=self._token, records=records)
 
+    def append_log(self, text: str) -> None:
+        with self._sessions.begin() as session:
+            append_log(session=session, job_id=self.id, lease_token=self._token, text=text)
+
     def mark_started(self) -> None:
         self._persist(lambda session: mark_started(session=session, job_id=self.id, lease_token=self._token))
 
     def finish(self, outcome: Outcome, export_files: Sequence[Path] = ()) -> list[QueuedJob]:
         """Record the outcome together with the exported files, so that a succeeded job has its model and no other job has one.
 
-        A job that succeeded needs its mirrored checkpoints no more; any other keeps them.
+        A job that succeeded needs its mirrored checkpoints no more; those of jobs that ended otherwise are dropped by the reaper.
         """
-        stored = [(file.name, self.blobs.put_file(file)) for file in export_files]
+        stored = [(file.name, self._patiently(partial(self.blobs.put_file, file))) for file in export_files]
         is_success = isinstance(outcome, ResultRecord)
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
@@ -119,7 +135,7 @@ class HeldJob:
         return remove_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, keep_groups=keep_groups)
 
     def release(self) -> QueuedJob | None:
-        """Give the job back; None if it was cancelled meanwhile."""
+        """Give the job back; None if it was to be cancelled or paused, so that it is not queued."""
         return self._persist(lambda session: release_job(session=session, job_id=self.id, lease_token=self._token))
 
     def artifacts(self, job_id: str, kind: ArtifactKind, group: str | None = None) -> list[Artifact]:
@@ -144,6 +160,7 @@ class HeldJob:
         def write(session: Session) -> list[str]:
             for name, blob in stored:
                 self._register(session, name, blob, kind=ArtifactKind.CHECKPOINT, group=group, step=step)
+            record_checkpoint(session=session, job_id=self.id, lease_token=self._token, step=step)
             return self._drop_checkpoints(session, keep_groups)
 
         self._delete_blobs([*self._persist(write), *replaced])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from cliprd_core.locations import Locations
 from cliprd_core.run_dir import CACHE_DIR_VARIABLE, DEFAULT_SHARD_CACHE_BYTES, SHARD_CACHE_BYTES_VARIABLE, TEACHER_STORE_VARIABLE
+from service.logs import LogFormat
+from service.settings import Hosts, Roots
+
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 
 
 class WorkerSettings(BaseSettings):
@@ -19,6 +25,7 @@ class WorkerSettings(BaseSettings):
     database_url: str = Field(default="sqlite:///.cliprd/cliprd.db", description="`sqlite:///FILE` or `postgresql://…`, as the API's.")
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis, as the API's.")
     artifacts_root: Path = Field(default=Path(".cliprd/artifacts"), description="Folder of the artifact store, as the API's.")
+    artifacts_url: str = Field(default="", description="`s3://BUCKET/PREFIX` in place of that folder, as the API's.")
     runs_root: Path = Field(default=Path(".cliprd/runs"), description="Run directories of this machine's jobs, one each.")
     teacher_store_root: Path = Field(
         default=Path(".cliprd/teacher-stores"), description="Folder of the teacher stores, as the API's; on a disk of this machine."
@@ -28,6 +35,9 @@ class WorkerSettings(BaseSettings):
         ge=0,
         description="Before each job, stores are deleted until all together take at most this on disk; the longest unused first.",
     )
+    data_root: Path = Field(default=Path(), description="As the API's; only `data_roots` falls back on it.")
+    data_roots: Roots = Field(default=(), description="As the API's: the trainer looks again at what it opens.")
+    remote_hosts: Hosts = Field(default=(), description="As the API's.")
     cache_dir: Path = Field(default=Path(".cliprd/cache"), description="What all jobs remember of data: shard indexes, remote shards.")
     shard_cache_bytes: int = Field(default=DEFAULT_SHARD_CACHE_BYTES, ge=1, description="Most that copies of remote shards take there.")
     queues: Annotated[tuple[str, ...], NoDecode] = Field(default=("default",), description="Queues to take jobs from; comma-separated.")
@@ -39,6 +49,15 @@ class WorkerSettings(BaseSettings):
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
+    checkpoint_retention_seconds: float = Field(
+        default=7 * 24 * 3600.0, ge=0, description="How long the mirrored checkpoints of a failed or cancelled job stay after its end."
+    )
+
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="`json`: one object a line, with job id and attempt.")
+
+    def locations_of(self, run: Path) -> Locations:
+        """Where a job may read from: as the API says, and its own run directory, where fetched teachers are."""
+        return Locations.of([*(self.data_roots or (self.data_root,)), run], self.remote_hosts)
 
     @property
     def trainer_environment(self) -> dict[str, str]:
@@ -49,7 +68,14 @@ class WorkerSettings(BaseSettings):
             TEACHER_STORE_VARIABLE: str(self.teacher_store_root.absolute()),
         }
 
-    @field_validator("queues", mode="before")
+    webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Told of every job's changes of state; comma-separated. All workers need the same ones."
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 random bytes."
+    )
+
+    @field_validator("queues", "webhook_urls", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -62,4 +88,22 @@ class WorkerSettings(BaseSettings):
             raise ValueError("queues: name at least one, as in CLIPRD_QUEUES=default")
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("heartbeat_seconds must be at most half of lease_seconds, or one missed heartbeat loses the job")
+        if self.webhook_urls:
+            _check_webhooks(self.webhook_urls, self.webhook_secret)
         return self
+
+
+def _check_webhooks(urls: tuple[str, ...], secret: SecretStr | None) -> None:
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"webhook_urls: {url!r} is no address; write it as https://HOST/PATH")
+    encoded = "" if secret is None else secret.get_secret_value()
+    try:
+        num_bytes = len(base64.b64decode(encoded.removeprefix("whsec_"), validate=True))
+    except ValueError:
+        num_bytes = 0
+    if not encoded.startswith("whsec_") or not MIN_SECRET_BYTES <= num_bytes <= MAX_SECRET_BYTES:
+        raise ValueError(
+            "webhook_secret: webhooks need one to be signed with; make it with"
+            """ `python -c "import base64, os; print('whsec_' + base64.b64encode(os.urandom(32)).decode())"`"""
+        )

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
-from service.store.blobs import BlobStore
-from service.store.jobs import Claim, QueuedJob, claim_job, finish_job, mark_sent
+from service.logs import clear_job, set_job
+from service.store.blobs import make_blobs
+from service.store.jobs import Claim, QueuedJob, claim_next, finish_job, mark_sent
 from service.store.session import make_engine, make_sessions
 from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.process import TrainingProcess
@@ -28,7 +29,7 @@ RUN_JOB = "cliprd.run_job"
 
 
 def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], job_id: str) -> None:
-    """Claim the job and see it through. A message for a job that is not queued (any more) does nothing."""
+    """Claim the best job of the named one's queue and see it through. Where none is queued (any more), this does nothing."""
     if should_stop():
         return  # taken while shutting down: the job stays queued, and the reaper sends it again
     engine = make_engine(settings.database_url)  # made here, in the pool's child: connections don't survive a fork
@@ -36,21 +37,25 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
         sessions = make_sessions(engine)
         try:
             with sessions.begin() as session:
-                claim = claim_job(session=session, job_id=job_id, worker=worker_name(), lease_seconds=settings.lease_seconds)
+                claim = claim_next(session=session, job_id=job_id, worker=worker_name(), lease_seconds=settings.lease_seconds)
         except OUT_OF_REACH as error:
             logger.warning("job %s: not claimed, as the store is out of reach (%s); the reaper sends it again", job_id, error)
             return
         if claim is None:
-            logger.info("job %s: not queued, so there is nothing to do", job_id)
+            logger.info("nothing is queued where job %s was, so there is nothing to do", job_id)
             return
         try:
-            job = HeldJob(claim, sessions, BlobStore(settings.artifacts_root), lease_seconds=settings.lease_seconds)
+            job = HeldJob(
+                claim, sessions, make_blobs(settings.artifacts_url, settings.artifacts_root), lease_seconds=settings.lease_seconds
+            )
         except ValidationError as error:
             queued = refuse(sessions, claim, error)
         else:
+            set_job(claim.job.id, claim.attempt)
             queued = Supervisor(job, settings, should_stop, launcher(settings)).run()
         send(app, sessions, queued)
     finally:
+        clear_job()
         engine.dispose()
 
 
@@ -72,7 +77,7 @@ def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProc
             num_processes=job.spec.resources.num_processes,
             grace_seconds=settings.grace_seconds,
             trainer=shlex.split(settings.trainer),
-            environment=settings.trainer_environment,
+            environment={**settings.trainer_environment, **settings.locations_of(run).environment()},
         )
 
     return launch

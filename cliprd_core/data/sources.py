@@ -23,6 +23,7 @@ from cliprd_core.data.shard_files import without_secrets
 from cliprd_core.data.shard_index import ShardIndex, load_shard_index
 from cliprd_core.data.shard_reader import ShardReader
 from cliprd_core.data.string_table import StringTable
+from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.run_dir import SHARD_CACHE_BYTES_VARIABLE, shard_cache_bytes
 from cliprd_core.spec import CsvSource, DataSource, WebDatasetSource
 
@@ -83,8 +84,9 @@ class WebDatasetPairs:
 class CsvPairs:
     """The pairs of a table; images are files of their own."""
 
-    def __init__(self, image_paths: StringTable, captions: StringTable, image_root: Path) -> None:
+    def __init__(self, image_paths: StringTable, captions: StringTable, image_root: Path, allowed: Locations) -> None:
         assert len(image_paths) == len(captions)
+        self._allowed = allowed
         self._image_paths = image_paths
         self._captions = captions
         self._image_root = image_root
@@ -101,7 +103,7 @@ class CsvPairs:
             fingerprint.add_array(table.offsets)
         for index in spread(len(self), NUM_SAMPLED_FILES):
             try:
-                content = self._path(index).read_bytes()
+                content = self._read_image(self._path(index))
             except (OSError, ValueError):  # it is corrupt for training, too
                 fingerprint.add(b"unreadable")
             else:
@@ -111,11 +113,15 @@ class CsvPairs:
     def _path(self, index: int) -> Path:
         return self._image_root / self._image_paths[index]  # an absolute path stays as it is
 
+    def _read_image(self, path: Path) -> bytes:
+        self._allowed.check_path(path)
+        return path.read_bytes()
+
     def read(self, index: int) -> RawSample:
         path = self._path(index)
         try:
-            image_bytes = path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            image_bytes = self._read_image(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path, or a path that is not allowed
             raise CorruptSampleError(str(path), f"cannot read its image: {error}") from error
         return RawSample(str(path), image_bytes, clean_caption(str(path), self._captions[index].encode()))
 
@@ -172,21 +178,37 @@ def expand_shards(pattern: str) -> Iterator[str]:
     """The paths and URLs that brace ranges and globs name, in order (a glob's matches sorted). `http` has no globs.
 
     Raises:
-        InvalidDataError: unbalanced braces, or nothing matches.
+        InvalidDataError: unbalanced braces, nothing matches, or a job may not read from there.
     """
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
         raise InvalidDataError(f"`shards` has unbalanced braces: {pattern!r}; write a range as {{00000..00007}}") from error
-    for name in names:
-        is_plain = not glob.has_magic(name) or name.startswith("http") or (not is_remote(name) and Path(name).exists())
-        if is_plain:
-            yield name
-            continue
-        matches = expand_s3_glob(name) if is_remote(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
-        if not matches:
-            raise InvalidDataError(f"no file matches {name!r}; check the path in `shards`")
-        yield from matches
+    allowed = Locations.from_environment()
+    try:
+        for name in names:
+            yield from _expand_glob(name, allowed)
+    except ForbiddenLocationError as error:
+        raise InvalidDataError(f"`shards`: {error}") from error
+
+
+def _expand_glob(name: str, allowed: Locations) -> Iterator[str]:
+    """The files or objects of one name without braces, as far as they are allowed. No server is asked that is not."""
+    if is_remote(name):
+        allowed.check_url(name)
+    is_plain = not glob.has_magic(name) or name.startswith("http") or (not is_remote(name) and Path(name).exists())
+    if is_plain:
+        matches = [name]
+    elif is_remote(name):
+        matches = expand_s3_glob(name)
+    else:
+        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
+    if not matches:
+        raise InvalidDataError(f"no file matches {name!r}; check the path in `shards`")
+    for match in matches:
+        if not is_remote(match):
+            allowed.check_path(match)
+        yield match
 
 
 def _open_shards(source: WebDatasetSource, cache_dir: Path) -> WebDatasetPairs:
@@ -233,7 +255,9 @@ def _open_table(source: CsvSource) -> CsvPairs:
     root_prefix = f"{image_root}/"  # taken off, so that the fingerprint doesn't tell where the data lies
     image_paths: list[str] = []
     captions: list[str] = []
+    allowed = Locations.from_environment()
     try:
+        allowed.check_path(path)
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file, delimiter=source.separator)
             header = next(rows, [])
@@ -249,13 +273,15 @@ def _open_table(source: CsvSource) -> CsvPairs:
                     captions.append(row[caption_column] if caption_column < len(row) else "")
     except OSError as error:
         raise InvalidDataError(f"cannot read table {path}: {error.strerror}; check `path`") from error
+    except ForbiddenLocationError as error:
+        raise InvalidDataError(f"`path`: {error}") from error
     except UnicodeDecodeError as error:
         raise InvalidDataError(f"table {path} is not UTF-8: {error}") from error
     except csv.Error as error:
         raise InvalidDataError(f"table {path} is malformed near line {rows.line_num}: {error}") from error
     if not image_paths:
         raise InvalidDataError(f"table {path} has a header but no rows")
-    return CsvPairs(StringTable.from_strings(image_paths), StringTable.from_strings(captions), image_root)
+    return CsvPairs(StringTable.from_strings(image_paths), StringTable.from_strings(captions), image_root, allowed)
 
 
 def _column(header: list[str], name: str, source: CsvSource) -> int:

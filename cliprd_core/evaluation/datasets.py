@@ -21,6 +21,7 @@ from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.shard_index import load_shard_index
 from cliprd_core.data.shard_reader import ShardReader
 from cliprd_core.data.sources import PairSource, clean_caption
+from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.spec import EvaluationSet
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ def _open_shards(
         raise InvalidDataError(f"{file} holds {lines[0]!r}; it must hold the number of shards of the split")
     paths = [folder / split / f"{number}.tar" for number in range(int(lines[0]))]
     for path in paths:
+        _check_allowed(path)
         if not path.exists():
             raise InvalidDataError(
                 f"{path} is missing; {file} says that there are {len(paths)} shards, named 0.tar to {len(paths) - 1}.tar"
@@ -148,6 +150,7 @@ def _open_shards(
 
 
 def _check_type(folder: Path, wanted: str) -> None:
+    _check_allowed(folder)
     if not folder.is_dir():
         raise InvalidDataError(f"there is no folder {folder}; check the `path` of the evaluation set")
     file = folder / TYPE_FILE
@@ -157,8 +160,16 @@ def _check_type(folder: Path, wanted: str) -> None:
         raise InvalidDataError(f"{folder} is a {found} set, as {TYPE_FILE} (or its absence) says; list it under {place}")
 
 
+def _check_allowed(path: Path) -> None:
+    try:
+        Locations.from_environment().check_path(path)
+    except ForbiddenLocationError as error:
+        raise InvalidDataError(f"an evaluation set's `path`: {error}") from error
+
+
 def _lines(file: Path, content: str) -> list[str]:
     """The lines of a text file that are not blank, stripped."""
+    _check_allowed(file)
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError as error:

@@ -25,6 +25,13 @@ class ArtifactNotFoundError(StoreError):
         self.artifact_id = artifact_id
 
 
+class KeyNotFoundError(StoreError):
+    """There is no API key of this id."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"there is no API key {key_id!r}; `cliprd keys list` shows what there is")
+
+
 class LeaseLostError(StoreError):
     """The caller no longer holds the job: its lease ran out and was taken away, or the job has finished. Nothing was written."""
 
@@ -40,6 +47,23 @@ class JobFinishedError(StoreError):
         super().__init__(f"job {job_id} has finished already ({state})")
         self.job_id = job_id
         self.state = state
+
+
+class JobConflictError(StoreError):
+    """What was asked is not possible in the state the job is in."""
+
+    def __init__(self, job_id: str, problem: str) -> None:
+        super().__init__(f"job {job_id} {problem}")
+        self.job_id = job_id
+
+
+class IdempotencyConflictError(StoreError):
+    """The idempotency key belongs to a submission of another spec."""
+
+    def __init__(self, key: str, job_id: str) -> None:
+        super().__init__(f"the key was used for another spec, which became job {job_id}")
+        self.key = key
+        self.job_id = job_id
 
 
 class TeacherUnavailableError(StoreError):

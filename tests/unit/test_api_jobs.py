@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from service.settings import Settings
 from service.store import jobs
 from service.store.session import make_engine, make_sessions, reading
-from tests.store_helpers import FAILURE, SUCCESS, Sessions, claim, evaluated, finish, measured, spec_dict, write_table
+from tests.store_helpers import FAILURE, SUCCESS, Sessions, claim, evaluated, finish, local_client, measured, spec_dict, write_table
 
 
 @pytest.fixture
@@ -65,6 +65,21 @@ def test_a_submitted_job_is_sent(client: TestClient, sessions: Sessions) -> None
         assert jobs.get_job(session=session, job_id=job["id"]).sent_at is not None
 
 
+def test_a_dry_run_answers_what_the_job_would_be_and_makes_none(client: TestClient, sessions: Sessions, tmp_path: Path) -> None:
+    teacher = submit(client)
+    changes: dict[str, Any] = {"recipe": "clip_kd", "teacher": {"job": teacher["id"]}, "training": {"global_batch_size": 2, "epochs": 3}}
+    changes["training"]["warmup_steps"] = 1
+    response = client.post("/jobs", params={"dry_run": True}, json=spec_dict(**changes))
+    assert response.status_code == 200
+    answer = response.json()
+    assert (answer["num_pairs"], answer["num_steps"], answer["state"], answer["teacher_job_ids"]) == (4, 6, "waiting", [teacher["id"]])
+    assert answer["spec"]["data"]["train"][0]["path"] == f"{tmp_path}/pairs.tsv"
+    assert [job["id"] for job in client.get("/jobs").json()["jobs"]] == [teacher["id"]]
+    assert submit(client, **changes)["spec"] == answer["spec"]
+    for refused in ({"training": {"epochs": 0}}, {"recipe": "clip_kd", "teacher": {"job": "00000000-none"}}):
+        problem(client.post("/jobs", params={"dry_run": True}, json=spec_dict(**refused)), 422)
+
+
 def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessions) -> None:
     job = submit(client)
     claimed = claim(sessions, job["id"])
@@ -84,7 +99,7 @@ def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessi
     assert whole["train/loss"] == {"steps": list(range(1, 11)), "values": [1 / step for step in range(1, 11)]}
     query: dict[str, str | int] = {"names": "train/loss,nothing", "since_step": 3, "max_points": 4}
     part = client.get(f"/jobs/{job['id']}/metrics", params=query).json()["series"]
-    assert part == {"train/loss": {"steps": [3, 4, 9, 10], "values": [1 / 3, 1 / 4, 1 / 9, 1 / 10]}}
+    assert part == {"train/loss": {"steps": [3, 10], "values": [1 / 3, 1 / 10]}}
 
     assert client.get(f"/jobs/{job['id']}/evaluations").json() == {"evaluations": [evaluated(10).model_dump(mode="json")]}
     finish(sessions, claimed)
@@ -170,6 +185,6 @@ def test_links_know_where_a_proxy_has_mounted_the_api(settings: Settings, tmp_pa
     from service.app import create_app
 
     write_table(tmp_path)
-    with TestClient(create_app(settings), root_path="/cliprd") as client:
+    with local_client(create_app(settings), root_path="/cliprd") as client:
         job = submit(client)
     assert job["links"]["metrics"] == f"/cliprd/jobs/{job['id']}/metrics"
