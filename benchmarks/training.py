@@ -135,6 +135,7 @@ def make_batches(args: argparse.Namespace, student: LoadedModel, teacher: Loaded
         batches.append(
             Batch(
                 sample_indices=torch.arange(args.batch_size),
+                stand_ins=torch.zeros(args.batch_size, dtype=torch.bool),
                 view=0,
                 student_pixels=images[0],
                 student_tokens=tokens,

@@ -134,7 +134,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     teachers = [load_teacher(teacher, field) for field, teacher in spec.teacher_fields.items()]
     computed_in = autocast_type(spec.training.precision, device)
     source, validation = _open_pairs(spec, run_dir, control)
-    stores = open_teacher_stores(spec, run_dir, source, student=student, teachers=teachers, autocast_type=computed_in)
+    stores = open_teacher_stores(spec, run_dir, source, student=student, teachers=teachers, device=device, autocast_type=computed_in)
     loader = build_train_loader(
         spec,
         source,

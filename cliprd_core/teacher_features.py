@@ -106,17 +106,20 @@ class TeacherFeatures:
         found = batch.stored_features[index]
         assert found is not None, "the loader was given another set of stores"
         if not found.is_complete:
-            found = StoredFeatures.read(store, indices, batch.view)  # with what has been written since the batch was prepared
+            # With what has been written since the batch was prepared.
+            found = StoredFeatures.read(store, indices, batch.view).without(batch.stand_ins)
         image, text = (one.to(self._device, non_blocking=True) for one in (found.image, found.text))
         if not found.is_complete:
             pixels, tokens = batch.inputs_of_teacher(index)
             of_images, of_texts = self._encoders(teacher)
 
             def keep_images(rows: Tensor, features: Tensor) -> None:
-                store.write_images(indices[rows.numpy()], batch.view, features)
+                is_kept = ~batch.stand_ins[rows]
+                store.write_images(indices[rows[is_kept].numpy()], batch.view, features[is_kept])
 
             def keep_texts(rows: Tensor, features: Tensor) -> None:
-                store.write_texts(indices[rows.numpy()], features)
+                is_kept = ~batch.stand_ins[rows]
+                store.write_texts(indices[rows[is_kept].numpy()], features[is_kept])
 
             image = self._completed(image, found.image_present, pixels, lambda part: store.rounded(of_images(part)), keep_images)
             text = self._completed(text, found.text_present, tokens, lambda part: store.rounded(of_texts(part)), keep_texts)

@@ -89,6 +89,11 @@ def _delete(root: Path, key: StoreKey) -> None:
         return  # another process was first
 
 
+def rounded_features(features_bD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(b, D) features, L2-normalised, in the type of a store."""
+    return F.normalize(features_bD.float(), dim=-1).to(dtype)
+
+
 class TeacherStore:
     """An open store; see the module. Safe to use from any number of processes, forked ones included. Closed by `close` or `with`.
 
@@ -132,7 +137,7 @@ class TeacherStore:
 
         A step that has computed features trains on these, so that it sees the numbers that a later epoch or a resumed run reads.
         """
-        return F.normalize(features_bD.float(), dim=-1).to(self._dtype)
+        return rounded_features(features_bD, self._dtype)
 
     def read_images(self, indices: Indices, view: int) -> tuple[Tensor, Tensor]:
         """Features of images.

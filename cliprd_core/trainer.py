@@ -82,7 +82,7 @@ def train(spec: JobSpec, run_dir: Path, stop: StopRequest) -> Outcome:
 def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     """One update, the one after `step` updates, from this process's share of the batch.
 
-    It never waits for the device, except that the objective of several GPUs exchanges its row counts.
+    It never waits for the device, except that a step which fills teacher stores waits at its end for the teachers' features.
     """
     learning_rate = lr_at(step, run.spec.training, run.num_steps)
     set_learning_rate(run.optimizer, learning_rate)

@@ -49,6 +49,10 @@ class StoredFeatures:
         """What `reader` has now of the samples `indices` (B,), their images as cropped in `view`."""
         return cls(*reader.read_images(indices, view), *reader.read_texts(indices))
 
+    def without(self, rows_B: Tensor) -> StoredFeatures:
+        """The same with some rows, (B,) bool, not present."""
+        return replace(self, image_present=self.image_present & ~rows_B, text_present=self.text_present & ~rows_B)
+
     def pin_memory(self) -> StoredFeatures:
         """The features in memory from which copies to a GPU overlap with computing; what is present is asked on the host alone."""
         return replace(self, image=self.image.pin_memory(), text=self.text.pin_memory())
@@ -89,6 +93,7 @@ class Batch:
     """One process's share of a step. B is the number of pairs in it."""
 
     sample_indices: Tensor  # (B,) int64, position of each pair in the training set
+    stand_ins: Tensor  # (B,) bool, pairs that stand in for unreadable ones; no store knows them
     view: int  # which crop of each image this is; without a limit on their number, the epoch
     student_pixels: Tensor  # (B, H, W, 3) uint8; a quarter of what it is once normalised
     student_tokens: Tensor  # (B, context) int64

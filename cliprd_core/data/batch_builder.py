@@ -101,24 +101,24 @@ class BatchBuilder:
             InvalidDataError: more than half of the step's global batch cannot be read.
         """
         view = request.epoch % self._num_views if self._num_views else request.epoch
-        stored = self._stored(request.indices, view)
-        draft = self._filled(request, view, stored)
-        if draft.corrupt:  # other pairs than asked for, so perhaps other features
-            stored = self._stored(np.array(draft.indices, dtype=np.int64), view)
-            if any(self._crops_for(stored) - draft.pixels.keys()):
-                draft = self._filled(request, view, stored)
-        return BuiltBatch(self._finish(draft, view, stored), draft.corrupt)
-
-    def _stored(self, indices: NDArray[np.int64], view: int) -> list[StoredFeatures | None]:
-        return [None if reader is None else StoredFeatures.read(reader, indices, view) for reader in self._readers]
+        stored = [None if reader is None else StoredFeatures.read(reader, request.indices, view) for reader in self._readers]
+        crops = self._crops_for(stored)
+        while True:
+            draft = self._filled(request, view, crops)
+            # A pair may stand in at several places of a step, and would be computed in several ways; so no store is asked for it.
+            stand_ins = torch.from_numpy(np.array(draft.indices, dtype=np.int64) != request.indices)
+            found = [None if one is None else one.without(stand_ins) for one in stored]
+            if self._crops_for(found) <= crops:
+                return BuiltBatch(self._finish(draft, view, stand_ins, found), draft.corrupt)
+            crops |= self._crops_for(found)  # what could be read is tried anew, and may differ; the crops only grow, so this ends
 
     def _crops_for(self, stored: Sequence[StoredFeatures | None]) -> set[_Crop]:
         """What the student and the teachers that are to run want."""
         return {_crop(self._student)} | {_crop(teacher) for teacher, found in zip(self._teachers, stored, strict=True) if _must_run(found)}
 
-    def _filled(self, request: BatchRequest, view: int, stored: Sequence[StoredFeatures | None]) -> _Draft:
+    def _filled(self, request: BatchRequest, view: int, crops: set[_Crop]) -> _Draft:
         indices: list[int] = request.indices.tolist()
-        pixels = {crop: np.empty((len(indices), crop.size, crop.size, 3), dtype=np.uint8) for crop in self._crops_for(stored)}
+        pixels = {crop: np.empty((len(indices), crop.size, crop.size, 3), dtype=np.uint8) for crop in crops}
         draft = _Draft(indices=indices, captions=[""] * len(indices), pixels=pixels)
         draws = self._draws(draft.indices, view)
         unread = [row for row, index in enumerate(draft.indices) if not self._fill(draft, row, index, draws[row])]
@@ -178,7 +178,7 @@ class BatchBuilder:
             return False  # reported by the process whose row it is
         return True
 
-    def _finish(self, draft: _Draft, view: int, stored: Sequence[StoredFeatures | None]) -> Batch:
+    def _finish(self, draft: _Draft, view: int, stand_ins: Tensor, stored: Sequence[StoredFeatures | None]) -> Batch:
         def pixels(model_input: ModelInput) -> Tensor:
             return torch.from_numpy(draft.pixels[_crop(model_input)])
 
@@ -187,6 +187,7 @@ class BatchBuilder:
 
         return Batch(
             sample_indices=torch.tensor(draft.indices, dtype=torch.int64),
+            stand_ins=stand_ins,
             view=view,
             student_pixels=pixels(self._student),
             student_tokens=tokens(self._student_tokens),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,10 +16,11 @@ from torch import Tensor
 
 from cliprd_core import run_setup
 from cliprd_core.models import ClipModel, LoadedModel, load_teacher
-from cliprd_core.run_dir import TEACHER_STORE_VARIABLE
+from cliprd_core.run_dir import RESULT_FILE, TEACHER_STORE_VARIABLE, ResultRecord, read_record
 from cliprd_core.spec import JobSpec, TeacherSpec
 from cliprd_core.store_dir import CREATING_PREFIX
 from cliprd_core.store_removal import list_stores
+from tests.tiny import tiny_spec, write_shards
 from tests.training_runs import TIMEOUT_SECONDS, Inputs, assert_same_weights, losses, make_inputs, run_here, start, wait_for_step
 
 NUM_PAIRS, NUM_STEPS_PER_EPOCH = 32, 4
@@ -131,6 +134,59 @@ def test_a_store_that_cannot_be_made_costs_a_warning(
     assert run_here(tmp_path / "run", with_views(inputs, 2, epochs=3)) == 0
     assert "so it runs in every step" in caplog.text
     assert teachers.num_images == 3 * NUM_PAIRS
+
+
+def test_a_run_that_has_a_store_only_later_goes_on_with_the_same_numbers(inputs: Inputs, tmp_path: Path, root: Path) -> None:
+    spec = with_views(inputs, 2, epochs=3)
+    assert run_here(tmp_path / "stored", spec) == 0
+    shutil.rmtree(root)
+    root.write_text("a file where the folder should be")
+    process = start(tmp_path / "run", spec)
+    wait_for_step(tmp_path / "run", 5, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(TIMEOUT_SECONDS)
+    root.unlink()
+    assert run_here(tmp_path / "run", spec) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "stored")
+    assert_same_weights(tmp_path / "run", tmp_path / "stored")
+
+
+def test_killed_with_corrupt_pairs_it_ends_with_the_same_weights(inputs: Inputs, tmp_path: Path) -> None:
+    """Two of 32 pairs cannot be read: others stand in for them, some of them twice in a step."""
+    shards = write_shards(tmp_path / "shards", 32)
+    content = bytearray(Path(shards).read_bytes())
+    for name in (b"000003.png", b"000004.png"):
+        place = content.index(name) + 512
+        content[place : place + 64] = bytes(64)
+    Path(shards).write_bytes(content)
+    source = {"type": "webdataset", "shards": shards}
+    spec = inputs.spec(data={"teacher_views": 1, "train": [source]}, training={"epochs": 4})
+    assert run_here(tmp_path / "reference", spec) == 0
+    result = read_record(tmp_path / "reference" / RESULT_FILE, ResultRecord)
+    assert result is not None
+    assert result.num_corrupt_samples == 2
+    step = random.Random(time.time_ns()).randrange(1, 14)
+    process = start(tmp_path / "killed", spec)
+    wait_for_step(tmp_path / "killed", step, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(TIMEOUT_SECONDS)
+    assert run_here(tmp_path / "killed", spec) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "reference"), f"killed at step {step}"
+    assert_same_weights(tmp_path / "killed", tmp_path / "reference")
+
+
+def test_a_tokenizer_of_its_own_has_a_store_of_its_own(inputs: Inputs, tmp_path: Path, root: Path) -> None:
+    """The same weights, reading captions in another way."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(inputs.teacher.removeprefix("local-dir:"), folder)
+    spec = tiny_spec(inputs.shards, teacher=f"local-dir:{folder}", data={"teacher_views": 1}, training={"epochs": 1, "warmup_steps": 0})
+    assert run_here(tmp_path / "one", spec) == 0
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": "whitespace"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert run_here(tmp_path / "two", spec) == 0
+    tokenizers = {str(store.meta.key.transform["tokenizer"]) for store in list_stores(root) if store.meta is not None}
+    assert len(tokenizers) == 2
 
 
 def test_two_processes_fill_one_store(inputs: Inputs, tmp_path: Path, root: Path) -> None:

@@ -84,6 +84,7 @@ def joined(batches: list[list[Batch]]) -> list[Batch]:
     return [
         Batch(
             sample_indices=torch.cat([share.sample_indices for share in shares]),
+            stand_ins=torch.cat([share.stand_ins for share in shares]),
             view=shares[0].view,
             student_pixels=torch.cat([share.student_pixels for share in shares]),
             student_tokens=torch.cat([share.student_tokens for share in shares]),
@@ -250,15 +251,18 @@ class TestContent:
             with pytest.raises(AssertionError, match="not prepared"):
                 batch.inputs_of_teacher(0)
 
-    def test_a_stand_in_for_an_unreadable_pair_may_lack_what_the_pair_had_stored(self, tmp_path: Path) -> None:
+    def test_no_store_is_asked_for_stand_ins(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "0.tar", pair_members(range(8), corrupt=frozenset({2})))
         store = MemoryStore(8, 4, num_views=1)
         store.image_present[:], store.text_present[:] = True, True
-        store.image_present[0, 3] = False  # the next readable one
         (batch,) = epochs(loader(tmp_path, teachers=[model_input(image_size=24)], teacher_views=1, readers=[store]), 1)
         assert sorted(batch.sample_indices.tolist()) == [0, 1, 3, 3, 4, 5, 6, 7]
+        row = batch.stand_ins.nonzero().item()
+        (stored,) = batch.stored_features
+        assert stored is not None
+        assert (~stored.image_present).nonzero().item() == (~stored.text_present).nonzero().item() == row
         images, _ = batch.inputs_of_teacher(0)
-        assert images.shape == (8, 24, 24, 3)
+        assert images.shape == (8, 24, 24, 3), "so the teacher has to run"
 
     def test_captions_beyond_the_token_cache_are_tokenised_all_the_same(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = epochs(loader(folder), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -61,6 +62,7 @@ def make_batch(start: int, view: int, stores: Sequence[MemoryStore | None]) -> B
     everything = torch.randint(0, 256, (NUM_SAMPLES, 2, 2, 3), generator=generator, dtype=torch.uint8)
     return Batch(
         sample_indices=indices,
+        stand_ins=torch.zeros(NUM_ROWS, dtype=torch.bool),
         view=view,
         student_pixels=everything[indices],
         student_tokens=torch.stack([indices + 1, 2 * indices + 3, 0 * indices], dim=1),
@@ -125,6 +127,21 @@ def test_what_was_written_since_the_batch_was_prepared_is_found() -> None:
     encoder.seen["images"].clear()
     assert torch.equal(run(features, early)[0], expected[0])
     assert encoder.seen["images"] == []
+
+
+def test_stand_ins_are_computed_every_time_and_never_kept() -> None:
+    encoder, store = Encoder(0), MemoryStore(NUM_SAMPLES, WIDTH, 1)
+    features = features_of([encoder], [store])
+    stand_ins = torch.zeros(NUM_ROWS, dtype=torch.bool)
+    stand_ins[[1, 9]] = True
+    batch = replace(make_batch(0, 0, [store]), stand_ins=stand_ins)
+    first = run(features, batch)
+    assert sorted(store.written_texts) == [0, 2, 3, 4, 5, 6, 7, 8]
+    encoder.seen["images"].clear()
+    again = run(features, batch)
+    assert encoder.seen["images"] == [4, 2], "the chunks that hold them"
+    assert torch.equal(first[0], again[0])
+    assert len(store.written_images) == 8
 
 
 def test_nothing_is_kept_before_the_step_ends() -> None:

@@ -285,6 +285,7 @@ def test_the_host_knows_the_lengths_before_the_device_is_asked() -> None:
     tokens = make_tokens([3, 4])
     batch = Batch(
         sample_indices=torch.arange(2),
+        stand_ins=torch.zeros(2, dtype=torch.bool),
         view=0,
         student_pixels=torch.zeros(2, 4, 4, 3, dtype=torch.uint8),
         student_tokens=tokens,
