@@ -15,7 +15,7 @@ setup: $(INSTALLED)  ## the virtual environment .venv with everything in it
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cliprd needs Python 3.11 or newer; set PYTHON=path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[core,service,worker,embedded,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[core,remote,s3,service,worker,embedded,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## teacher, student alone, student distilled: end to end on embedded defaults

@@ -1,7 +1,8 @@
 """Peak memory and time of the objective, dense against blocked: `python benchmarks/objective.py`.
 
-One forward and backward pass of all terms, in float32, one process, the paper's weights. "Dense" is the sum of the functions of
-``cliprd_core.losses``; "blocked" is ``cliprd_core.objective.Objective``. Every measurement has a process of its own, so that
+One forward and backward pass of the paper's six terms, in float32, one process, its weights; with `--terms all`, of `soft`, `gd`,
+`afd` and `mfd` besides. "Dense" is the sum of the functions of ``cliprd_core.losses``, for the paper's terms alone; "blocked" is
+``cliprd_core.objective.Objective``. Every measurement has a process of its own, so that
 its peak is its own. Extra memory is the peak above the inputs and their gradients, which are there before it is measured; on the
 CPU it is resident memory as Linux counts it (so Linux only), after a small warm-up. Wall time suffers from whatever else the
 machine does, CPU time (over all threads) hardly; both are the least of the repetitions.
@@ -29,6 +30,7 @@ SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 NUM_DENSE_MATRICES = 28  # roughly, at the dense peak: 26 similarity-sized float32 tensors alive, 32 by resident memory at B = 4,096
 MAX_DENSE_BYTES = 6e9
 TEACHER_LOGIT_SCALE = 100.0
+WEIGHTS = {"paper": ObjectiveSpec(), "all": ObjectiveSpec(soft=1, soft_temperature=0.05, gd=1, afd=1, mfd=1)}  # soft with a T of its own
 
 
 @dataclass(frozen=True)
@@ -45,24 +47,25 @@ class Measurement:
 class Problem:
     """Unnormalised features, (B, D) each, student's with a gradient already there; and the objective."""
 
-    student: tuple[Tensor, Tensor]
+    student: tuple[Tensor, ...]  # images, texts and, with `mfd`, masked images
     teacher: tuple[Tensor, Tensor]
     log_logit_scale: Tensor
     objective: Objective
     dense_scales: tuple[Tensor, Tensor, Tensor]  # what the dense form learns in place of the objective's
 
 
-def make_problem(batch_size: int, width: int, device: torch.device, max_block_elements: int) -> Problem:
+def make_problem(batch_size: int, width: int, device: torch.device, max_block_elements: int, terms: str) -> Problem:
     generator = torch.Generator().manual_seed(0)
 
     def features() -> Tensor:
         return torch.randn(batch_size, width, generator=generator).to(device)
 
-    student = (features().requires_grad_(), features().requires_grad_())
+    weights = WEIGHTS[terms]
+    student = tuple(features().requires_grad_() for _ in range(3 if weights.mfd else 2))
     for tensor in student:
         tensor.grad = torch.ones_like(tensor)  # written to, so that its pages are resident
     objective = Objective(
-        ObjectiveSpec(),
+        weights,
         student_width=width,
         teacher_width=width,
         teacher_logit_scale=TEACHER_LOGIT_SCALE,
@@ -79,6 +82,7 @@ def blocked_loss(problem: Problem) -> Tensor:
         student_logit_scale=problem.log_logit_scale.exp(),
         teacher_image_features=problem.teacher[0],
         teacher_text_features=problem.teacher[1],
+        student_masked_image_features=problem.student[2] if len(problem.student) > 2 else None,
     ).loss
     return loss
 
@@ -131,8 +135,8 @@ def peak_bytes(device: torch.device) -> int:
 def measure(form: str, batch_size: int, args: argparse.Namespace) -> Measurement:
     device = torch.device(args.device)
     compute = FORMS[form]
-    compute(make_problem(64, args.width, device, args.max_block_elements)).backward()
-    problem = make_problem(batch_size, args.width, device, args.max_block_elements)
+    compute(make_problem(64, args.width, device, args.max_block_elements, args.terms)).backward()
+    problem = make_problem(batch_size, args.width, device, args.max_block_elements, args.terms)
     before = reset_peak(device)
     times = []
     for _ in range(args.repetitions):
@@ -148,7 +152,7 @@ def measure(form: str, batch_size: int, args: argparse.Namespace) -> Measurement
 
 def measure_in_subprocess(form: str, batch_size: int, device: str, args: argparse.Namespace) -> Measurement:
     command = [sys.executable, __file__, "--measure", form, "--sizes", str(batch_size), "--device", device, "--width", str(args.width)]
-    command += ["--repetitions", str(args.repetitions), "--max-block-elements", str(args.max_block_elements)]
+    command += ["--repetitions", str(args.repetitions), "--max-block-elements", str(args.max_block_elements), "--terms", args.terms]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return Measurement(**json.loads(printed))
 
@@ -168,9 +172,11 @@ def print_table(args: argparse.Namespace) -> None:
     print("| device | B | form | extra memory | wall s | CPU s | wall / CPU time against dense |\n|---|---|---|---|---|---|---|")
     for device in devices:
         for batch_size in args.sizes:
-            fits = NUM_DENSE_MATRICES * batch_size**2 * 4 <= MAX_DENSE_BYTES
-            dense = measure_in_subprocess("dense", batch_size, device, args) if fits else None
-            print(row(device, batch_size, "dense", dense, None), flush=True)
+            dense = None
+            if args.terms == "paper":
+                fits = NUM_DENSE_MATRICES * batch_size**2 * 4 <= MAX_DENSE_BYTES
+                dense = measure_in_subprocess("dense", batch_size, device, args) if fits else None
+                print(row(device, batch_size, "dense", dense, None), flush=True)
             print(row(device, batch_size, "blocked", measure_in_subprocess("blocked", batch_size, device, args), dense), flush=True)
 
 
@@ -180,6 +186,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="width of the features")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: both where there is a GPU")
     parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--terms", choices=WEIGHTS, default="paper", help="CLIP-RD's six terms (`paper`), or every term there is (`all`)")
     parser.add_argument("--max-block-elements", type=int, default=MAX_BLOCK_ELEMENTS)
     parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -53,7 +53,7 @@ NUM_KEPT = 2
 
 OPERATIONAL_FIELDS = frozenset({"training.checkpoint_every_steps", "training.log_every_steps", "training.num_data_workers"})
 """Fields that may change between attempts without changing what is learned."""
-COMPARED_SECTIONS = ("student", "data.train", "data.crop_scale", "objective", "training")
+COMPARED_SECTIONS = ("student", "data.train", "data.crop_scale", "data.teacher_views", "objective", "training")
 """Parts of the spec that a checkpoint belongs to. The teacher is compared by its weights: its folder may differ between machines."""
 
 

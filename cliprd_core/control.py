@@ -7,12 +7,14 @@ in an evaluation, which the group for gradients must not.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cliprd_core import distributed
+
+T = TypeVar("T")
 
 LONGEST_ABSENCE = timedelta(days=1)
 """How long the other processes wait for the main one. One that died is noticed at once, by its closed connection."""
@@ -31,6 +33,23 @@ class ControlGroup:
         votes = torch.tensor(int(flag))
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
         return bool(votes.item())
+
+    def gather(self, own: T) -> list[T] | None:
+        """Every rank's `own`, by rank, on the main rank; None elsewhere. Pickled, so not for what others may have made."""
+        if self._group is None:
+            return [own]
+        gathered: list[Any] | None = [None] * distributed.world_size() if distributed.is_main() else None
+        dist.gather_object(own, gathered, dst=0, group=self._group)
+        return gathered
+
+    def broadcast(self, obj: T) -> T:
+        """The main rank's `obj`, on every rank."""
+        if self._group is None:
+            return obj
+        box: list[Any] = [obj]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        received: T = box[0]
+        return received
 
     def union(self, numbers: frozenset[int]) -> frozenset[int]:
         """All ranks' `numbers` together."""

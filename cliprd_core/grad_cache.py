@@ -32,7 +32,7 @@ class FeatureEncoder(nn.Module):
         self.module = module
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """(b, 3, H, W) images and (b, context) tokens to (b, Ds) features of each kind."""
+        """(b, 3, H, W) images and (b, context) tokens on the host to (b, Ds) features of each kind."""
         return self.module.encode(images, tokens)
 
 
@@ -88,7 +88,7 @@ class GradCache:
     def forward(
         self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
-        """Passes 1 and 2. Images and tokens may be on the host: each micro batch is moved when its turn comes."""
+        """Passes 1 and 2. Images may be on the host: each micro batch is moved when its turn comes."""
         generator_states: list[_GeneratorState] = []
 
         def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -140,10 +140,13 @@ class GradCache:
 
 
 def micro_batches(images: Tensor, tokens: Tensor, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut (B, …) images and tokens into as few parts as the size allows, as even as can be, each moved to `device` in its turn."""
+    """Cut (B, …) images and tokens into as few parts as the size allows, as even as can be.
+
+    Images are moved to `device` part by part; tokens stay on the host, for `encode_text`.
+    """
     num_parts = -(-len(images) // micro_batch_size)
     for image_part, token_part in zip(images.tensor_split(num_parts), tokens.tensor_split(num_parts), strict=True):
-        yield image_part.to(device, non_blocking=True), token_part.to(device, non_blocking=True)
+        yield image_part.to(device, non_blocking=True), token_part
 
 
 def encode_in_micro_batches(

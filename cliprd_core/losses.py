@@ -67,8 +67,9 @@ def fd(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tens
 def mfd(masked_student_image_BD: Tensor, teacher_image_BD: Tensor) -> Tensor:
     """Masked feature distillation (arXiv 2307.12732): mean((s̃_I − t_I)²), s̃_I the student's features of masked images.
 
-    Images only: the published term adds `fd`'s own text part. There, every other term sees the masked images too, and masked patches
-    are left out of the student's sequence; here the masked view is one more, so that students without patches can have it.
+    Images only: CLIP-KD's code has no such term but a mask ratio, with which `fd`, text part included, and every other term sees masked
+    images. Masked patches are left out of the student's sequence there; here the masked view is one more, so that students without
+    patches can have it.
     """
     return F.mse_loss(masked_student_image_BD, teacher_image_BD)
 
@@ -115,10 +116,11 @@ def soft(
     student_logit_scale: Scale,
     teacher_scale: Scale,
 ) -> Tensor:
-    """Soft targets (MobileCLIP, arXiv 2311.17049, and open_clip's distillation loss): ½[H(T, S) + H(Tᵀ, Sᵀ)].
+    """Soft targets (open_clip's distillation loss, and MobileCLIP's, arXiv 2311.17049): ½[H(T, S) + H(Tᵀ, Sᵀ)].
 
-    S = σ_s s_I s_Tᵀ, T = `teacher_scale` · t_I t_Tᵀ, and H as in :func:`soft_cross_entropy`. `teacher_scale` is σ_t, or one over a
-    temperature. With σ_t its gradient is `hrd`'s; its value is greater by the entropy of the teacher's distributions.
+    S = σ_s s_I s_Tᵀ, T = `teacher_scale` · t_I t_Tᵀ, and H as in :func:`soft_cross_entropy`. `teacher_scale` is σ_t, as in open_clip's
+    `DistillClipLoss`, or one over a temperature, as in MobileCLIP's training code, which gives the teachers a fixed scale and averages
+    the softmaxes of several. With σ_t its gradient is `hrd`'s; its value is greater by the entropy of the teacher's distributions.
     """
     student_BB = student_logit_scale * student_image_BD @ student_text_BD.T
     teacher_BB = teacher_scale * teacher_image_BD @ teacher_text_BD.T
@@ -146,10 +148,11 @@ def gd(
 ) -> Tensor:
     """Gradient distillation (arXiv 2307.12732): mean((G_I − H_I)²) + mean((G_T − H_T)²), means over all B·D elements.
 
-    G are the student's :func:`contrastive_gradients` at σ_s, H the teacher's at σ_t. From the paper comes that the gradients of the
-    whole CLIP loss with respect to both features are matched by squared error, and that the student's are differentiated. Ours are
-    of the loss summed over pairs, so that the weight needs no adjustment to the batch: averaged as in CLIP-KD's code, the value
-    would be B² times smaller. Both models' features must be of one width.
+    G are the student's :func:`contrastive_gradients` at σ_s, H the teacher's at σ_t. As in CLIP-KD's code, gradients of the contrastive
+    loss with respect to normalised features are matched by squared error, and the student's are differentiated. It departs in three
+    points, so CLIP-KD's weight says nothing about this term's: that code averages the loss over pairs, where ours is its sum; it takes
+    the gradients of the loss's two directions apart, four errors in all; and it divides similarities by the scale, where every other
+    term, and this one, multiplies. Both models' features must be of one width.
     """
     student = contrastive_gradients(student_image_BD, student_text_BD, student_logit_scale)
     teacher = contrastive_gradients(teacher_image_BD, teacher_text_BD, teacher_logit_scale)
@@ -160,7 +163,7 @@ def afd(fused_image_BD: Tensor, fused_text_BD: Tensor, *, fusion_scale: Scale) -
     """Augmented feature distillation (arXiv 2307.12732): ½[CE(σ_f f_I f_Tᵀ) + CE(σ_f f_T f_Iᵀ)].
 
     f = the normalised rows of W [s; t] + b, one learned linear map per modality of the student's own and the teacher's normalised
-    features, concatenated in that order, to the student's width. σ_f is learned.
+    features, concatenated in that order, to the student's width. σ_f is learned. So it is in CLIP-KD's code for equal widths.
     """
     return task(fused_image_BD, fused_text_BD, student_logit_scale=fusion_scale)
 

@@ -20,7 +20,8 @@ import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from cliprd_core.data.batch import Preprocess, Tokenizer
+from cliprd_core.data.batch import ModelInput, Preprocess, Tokenizer
+from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.spec import StudentSpec, TeacherSpec, check_model_config
 from cliprd_core.weights import file_sha256, load_weights, read_state_dict
 
@@ -63,6 +64,11 @@ class LoadedModel:
     config: dict[str, Any]  # open_clip's model_cfg; building it again gives the same architecture
     name: str | None  # open_clip name, where the model came by one
     weights_sha256: str | None  # of the weights file; None: random weights
+
+    @property
+    def model_input(self) -> ModelInput:
+        """How the data has to prepare its inputs."""
+        return ModelInput(preprocess=self.preprocess, tokenizer=self.tokenizer, context_length=self.context_length)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ def _resolve(role: str, model: str | None, config: dict[str, Any] | None, pretra
 def _resolve_local_dir(role: str, model: str) -> _Source:
     folder = Path(model.removeprefix(LOCAL_DIR_PREFIX))
     config_path = folder / CONFIG_FILE
+    _check_allowed(f"{role}.model", config_path)
     if not config_path.is_file():
         raise ValueError(f"`{role}.model`: {folder} has no {CONFIG_FILE}; give a folder in open_clip's `local-dir:` layout")
     try:
@@ -152,6 +159,7 @@ def _resolve_local_dir(role: str, model: str) -> _Source:
     found = [folder / name for name in (WEIGHTS_FILE, *OTHER_WEIGHTS_FILES) if (folder / name).is_file()]
     if not found:
         raise ValueError(f"`{role}.model`: {folder} has no weights; put {WEIGHTS_FILE} beside its {CONFIG_FILE}")
+    _check_allowed(f"{role}.model", found[0])
     return _Source(config, preprocess, found[0], _named_tokenizer(f"{role}.model", model), None)
 
 
@@ -182,9 +190,17 @@ def _resolve_name(role: str, model: str, pretrained: str | None) -> _Source:
     return _Source(config, tag, weights, tokenizer, name)
 
 
+def _check_allowed(field: str, path: Path) -> None:
+    try:
+        Locations.from_environment().check_path(path)
+    except ForbiddenLocationError as error:
+        raise ValueError(f"`{field}`: {error}; move it there") from error
+
+
 def _weights_path(role: str, pretrained: str, name: str | None = None) -> Path:
     path = Path(pretrained)
     if path.is_file():
+        _check_allowed(f"{role}.pretrained", path)
         return path
     if name is None:
         raise ValueError(f"`{role}.pretrained`: no file {pretrained!r}; with `{role}.config` it must be the path of a checkpoint file")

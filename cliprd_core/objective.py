@@ -36,9 +36,8 @@ class ObjectiveOutput:
     """What one step's objective came to. B is the number of pairs over all ranks.
 
     `terms` and `weighted` have an entry for each term whose weight is not 0: `task`, `fd`, `icl`, `hrd`, `vrd`, `xrd`, `soft`,
-    `gd`, `afd`,
-    `mfd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up to it,
-    weighted or not: leave them out when adding terms up.
+    `gd`, `afd`, `mfd`. With `vrd` come those of its parts `vrd_kl`, `vrd_ce_image`, `vrd_ce_text` whose weights are not 0. They add up
+    to it, weighted or not: leave them out when adding terms up.
     """
 
     loss: Tensor
@@ -153,6 +152,7 @@ class Objective(nn.Module):
         teacher_image_features: Tensor | None = None,
         teacher_text_features: Tensor | None = None,
         student_masked_image_features: Tensor | None = None,
+        row_counts: list[int] | None = None,
     ) -> ObjectiveOutput:
         """Compute the objective of the global batch. A collective: every rank must call it, with its own pairs.
 
@@ -166,6 +166,8 @@ class Objective(nn.Module):
             teacher_image_features: (b, teacher_width), normalised or not; they never get a gradient.
             teacher_text_features: (b, teacher_width), likewise.
             student_masked_image_features: (b, student_width), of the masked images; needed by mfd.
+            row_counts: every rank's b, by rank, where the caller knows them; they must be true on every rank. None: the ranks ask each
+                other, for which a GPU's queue has to run empty first.
 
         Raises:
             ValueError: a shape is not as above, or the teacher's features are missing.
@@ -183,7 +185,9 @@ class Objective(nn.Module):
         dtype = compute_dtype(*(tensor for tensor in features if tensor is not None))
         self._clamp_scales()
         with torch.autocast(student_image_features.device.type, enabled=False):
-            row_counts = gather_row_counts(len(student_image_features))
+            if row_counts is None:
+                row_counts = gather_row_counts(len(student_image_features))
+            assert row_counts[rank()] == len(student_image_features), "row_counts do not belong to the features"
             images = self._side(student_image_features, teacher.get("teacher_image_features"), self.image_projection, dtype)
             texts = self._side(student_text_features, teacher.get("teacher_text_features"), self.text_projection, dtype)
             inputs = self._inputs(images, texts, student_logit_scale.reshape(()), row_counts)

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from cliprd_core.distributed import all_reduce_logsumexp
 from cliprd_core.objective_gradients import add_gradient_distillation
-from cliprd_core.objective_terms import PARTS, Gradients, Group, Inputs, Settings, Similarity, active_groups
+from cliprd_core.objective_terms import PARTS, Gradients, Group, Inputs, Settings, Similarities, Similarity, active_groups, contrasts
 
 
 def blocked_objective(settings: Settings, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -73,9 +73,11 @@ class _Pass:
 
     def run(self) -> dict[str, Tensor]:
         settings = self._settings
-        groups = active_groups(settings, self._inputs, self._gradients)
+        similarities = Similarities(self._gradients)
+        groups = active_groups(settings, self._inputs, similarities)
+        contrast = contrasts(settings, self._inputs, similarities) if settings.weights["gd"] else None
         blocks = list(_blocks(settings.num_rows, max(1, settings.max_block_elements // settings.num_columns)))
-        self._sum_columns([similarity for group in groups for similarity in group.similarities], blocks)
+        self._sum_columns(list(similarities), blocks)
         for group in groups:
             for block in blocks:
                 self._add_block(group, block)
@@ -85,8 +87,8 @@ class _Pass:
             value.mul_(mean)
         if settings.weights["fd"]:
             self._add_fd()
-        if settings.weights["gd"]:
-            self._values["gd"] += add_gradient_distillation(settings, self._inputs, self._gradients, blocks)
+        if contrast is not None:
+            self._values["gd"] += add_gradient_distillation(settings, *contrast, self._gradients, blocks)
         return self._values
 
     def _sum_columns(self, similarities: list[Similarity], blocks: list[slice]) -> None:

@@ -13,41 +13,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cliprd_core.distributed import all_reduce_logsumexp, all_reduce_sum
-from cliprd_core.objective_terms import Gradients, Inputs, Settings, Similarity
+from cliprd_core.distributed import all_reduce_sum
+from cliprd_core.objective_terms import Gradients, Settings, Similarity
 
 
-def add_gradient_distillation(settings: Settings, inputs: Inputs, gradients: Gradients, blocks: list[slice]) -> Tensor:
+def add_gradient_distillation(
+    settings: Settings, student_logits: Similarity, teacher_logits: Similarity, gradients: Gradients, blocks: list[slice]
+) -> Tensor:
     """Add the weighted gradients of `gd` to their buffers. A collective.
+
+    Both models' similarities have their columns' sums already.
 
     Returns:
         This rank's share of the unweighted value, 0-d.
     """
-    image_bD, text_BD, scale = inputs.matched_image_rows, inputs.matched_text, inputs.student_logit_scale
-    teacher_image_bD, teacher_text_BD = inputs.teacher_image_rows, inputs.teacher_text
-    assert image_bD is not None
-    assert text_BD is not None
-    assert scale is not None
-    assert teacher_image_bD is not None
-    assert teacher_text_BD is not None
-    assert settings.teacher_logit_scale is not None
-    teacher_scale = scale.detach().new_full((), settings.teacher_logit_scale)
-    student = _Contrast(settings, (image_bD, text_BD), scale, gradients, blocks)
-    teacher = _Contrast(settings, (teacher_image_bD, teacher_text_BD), teacher_scale, gradients, blocks)
+    student, teacher = _Contrast(settings, student_logits, blocks), _Contrast(settings, teacher_logits, blocks)
     image_grad_bD, text_grad_BD = student.feature_gradients()
     teacher_image_grad_bD, teacher_text_grad_BD = teacher.feature_gradients()
     image_difference_bD = image_grad_bD - teacher_image_grad_bD
     text_difference_BD = all_reduce_sum(text_grad_BD - teacher_text_grad_BD)
 
-    mean = 1 / text_BD.numel()
+    mean = 1 / text_difference_BD.numel()
     own = slice(settings.first_row, settings.first_row + settings.num_rows)
     value = (image_difference_bD.square().sum() + text_difference_BD[own].square().sum()) * mean
     factor = 2 * mean * settings.weights["gd"]
     upstream = (image_difference_bD.mul_(factor), text_difference_BD.mul_(factor))
-    grad_scale = gradients.of(scale)
-    if grad_scale is not None:
-        grad_scale += ((upstream[0] * image_grad_bD).sum() + (upstream[1] * text_grad_BD).sum()) / student.similarity.scale
-    if student.similarity.needs_gradient:
+    student_logits.add_scale_gradient(((upstream[0] * image_grad_bD).sum() + (upstream[1] * text_grad_BD).sum()) / student_logits.scale)
+    if student_logits.needs_gradient:
         student.add_gradients(*upstream, gradients)
     return value
 
@@ -55,18 +47,14 @@ def add_gradient_distillation(settings: Settings, inputs: Inputs, gradients: Gra
 class _Contrast:
     """One model's contrastive loss: softmaxes of its similarities, block by block."""
 
-    def __init__(
-        self, settings: Settings, features: tuple[Tensor, Tensor], scale: Tensor, gradients: Gradients, blocks: list[slice]
-    ) -> None:
+    def __init__(self, settings: Settings, similarity: Similarity, blocks: list[slice]) -> None:
         self._first_row, self._blocks = settings.first_row, blocks
-        self._image_bD, self._text_BD = features
-        self.similarity = Similarity(*features, scale, gradients)
-        self._column_logsumexp_B = all_reduce_logsumexp(self.similarity.local_column_logsumexp(blocks))
+        self._similarity = similarity
+        self._image_bD, self._text_BD = similarity.rows_bD, similarity.columns_BD
 
-    def _softmaxes(self, block: slice) -> tuple[Tensor, Tensor]:
+    def _softmaxes(self, logits_rB: Tensor) -> tuple[Tensor, Tensor]:
         """Over rows, and over columns; (r, B) each."""
-        logits_rB = self.similarity.logits(block)
-        return logits_rB.softmax(dim=1), (logits_rB - self._column_logsumexp_B).exp_()
+        return logits_rB.softmax(dim=1), (logits_rB - self._similarity.column_logsumexp_B).exp_()
 
     def _errors(self, block: slice, rows_rB: Tensor, columns_rB: Tensor) -> Tensor:
         """E, (r, B)."""
@@ -78,16 +66,16 @@ class _Contrast:
     def feature_gradients(self) -> tuple[Tensor, Tensor]:
         """G_I of this rank's pairs, (b, D), and its rows' part of G_T, (B, D)."""
         image_grad_bD, text_grad_BD = torch.zeros_like(self._image_bD), torch.zeros_like(self._text_BD)
-        scale = self.similarity.scale
+        scale = self._similarity.scale
         for block in self._blocks:
-            errors_rB = self._errors(block, *self._softmaxes(block))
+            errors_rB = self._errors(block, *self._softmaxes(self._similarity.logits(block)))
             image_grad_bD[block] = (errors_rB @ self._text_BD) * scale
             text_grad_BD.addmm_(errors_rB.T, self._image_bD[block] * scale)
         return image_grad_bD, text_grad_BD
 
     def add_gradients(self, image_upstream_bD: Tensor, text_upstream_BD: Tensor, gradients: Gradients) -> None:
         """Back through G_I and G_T into the features and, through the softmaxes, into the logits."""
-        scale = self.similarity.scale
+        scale = self._similarity.scale
 
         def half_error_gradient(block: slice) -> Tensor:
             grad_rB = (image_upstream_bD[block] * scale) @ self._text_BD.T
@@ -95,11 +83,13 @@ class _Contrast:
 
         column_sums_B = self._text_BD.new_zeros(len(self._text_BD))
         for block in self._blocks:
-            column_sums_B += (self._softmaxes(block)[1] * half_error_gradient(block)).sum(dim=0)
+            columns_rB = (self._similarity.logits(block) - self._similarity.column_logsumexp_B).exp_()
+            column_sums_B += columns_rB.mul_(half_error_gradient(block)).sum(dim=0)
         column_sums_B = all_reduce_sum(column_sums_B)
         grad_image_bD, grad_text_BD = gradients.of(self._image_bD), gradients.of(self._text_BD)
         for block in self._blocks:
-            rows_rB, columns_rB = self._softmaxes(block)
+            logits_rB = self._similarity.logits(block)
+            rows_rB, columns_rB = self._softmaxes(logits_rB)
             errors_rB, half_rB = self._errors(block, rows_rB, columns_rB), half_error_gradient(block)
             if grad_image_bD is not None:
                 grad_image_bD[block] += (errors_rB @ text_upstream_BD) * scale
@@ -107,4 +97,4 @@ class _Contrast:
                 grad_text_BD.addmm_(errors_rB.T, image_upstream_bD[block] * scale)
             row_sums_r1 = (rows_rB * half_rB).sum(dim=1, keepdim=True)
             grad_logits_rB = rows_rB.mul_(half_rB - row_sums_r1) + columns_rB.mul_(half_rB - column_sums_B)
-            self.similarity.add_gradient(block, grad_logits_rB, self.similarity.logits(block))
+            self._similarity.add_gradient(block, grad_logits_rB, logits_rB)

@@ -17,15 +17,14 @@ Shapes: b pairs on this rank, B on all, r in a block, D the width of the feature
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cliprd_core.spec import ObjectiveSpec
-
-T = TypeVar("T")
 
 PARTS = tuple(ObjectiveSpec().part_weights)
 """The terms, with vrd's three apart, in the order of :func:`blocked_objective`'s values."""
@@ -98,7 +97,7 @@ class Similarity:
     """Logits ``scale · rows @ columnsᵀ`` of this rank's rows against all columns, block by block."""
 
     def __init__(self, rows_bD: Tensor, columns_BD: Tensor, scale: Tensor, gradients: Gradients) -> None:
-        self._rows_bD, self._columns_BD = rows_bD, columns_BD
+        self.rows_bD, self.columns_BD = rows_bD, columns_BD
         smallest = torch.full_like(scale, _SMALLEST_SCALE).copysign(scale)
         self._scale = torch.where(scale.abs() < _SMALLEST_SCALE, smallest, scale)
         self._grad_rows_bD, self._grad_columns_BD = gradients.of(rows_bD), gradients.of(columns_BD)
@@ -118,11 +117,11 @@ class Similarity:
         """(r, B)."""
         if self._only_block is not None:
             return self._only_block
-        return (self._rows_bD[block] * self._scale) @ self._columns_BD.T
+        return (self.rows_bD[block] * self._scale) @ self.columns_BD.T
 
     def local_column_logsumexp(self, blocks: list[slice]) -> Tensor:
         """(B,), over this rank's rows."""
-        total_B = self._columns_BD.new_full((len(self._columns_BD),), -torch.inf)
+        total_B = self.columns_BD.new_full((len(self.columns_BD),), -torch.inf)
         for block in blocks:
             logits_rB = self.logits(block)
             total_B = torch.logaddexp(total_B, logits_rB.logsumexp(dim=0))
@@ -133,11 +132,38 @@ class Similarity:
     def add_gradient(self, block: slice, grad_rB: Tensor, logits_rB: Tensor) -> None:
         """Add what flows from the gradient of a block's logits into both sides and the scale."""
         if self._grad_rows_bD is not None:
-            self._grad_rows_bD[block] += (grad_rB @ self._columns_BD) * self._scale
+            self._grad_rows_bD[block] += (grad_rB @ self.columns_BD) * self._scale
         if self._grad_columns_BD is not None:
-            self._grad_columns_BD.addmm_(grad_rB.T, self._rows_bD[block] * self._scale)
+            self._grad_columns_BD.addmm_(grad_rB.T, self.rows_bD[block] * self._scale)
+        if self._grad_scale is not None:  # not torch.dot: it adds up in sequence, with 100 times the error
+            self.add_scale_gradient((grad_rB * logits_rB).sum() / self._scale)
+
+    def add_scale_gradient(self, grad: Tensor) -> None:
+        """Add what flows into the scale, 0-d, if it has a gradient."""
         if self._grad_scale is not None:
-            self._grad_scale += (grad_rB * logits_rB).sum() / self._scale  # not torch.dot: it adds up in sequence, with 100 times the error
+            self._grad_scale += grad
+
+
+class Similarities:
+    """Those of one pass, each made once, whichever terms ask for it."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        self._gradients = gradients
+        self._made: dict[tuple[int, int, float], Similarity] = {}  # tensors live as long as this, so their ids are theirs
+
+    def of(self, rows_bD: Tensor | None, columns_BD: Tensor | None, scale: Tensor | float | None) -> Similarity:
+        """``scale · rows @ columnsᵀ``; `scale` 0-d if learned, a number if frozen. What an active term uses is never None."""
+        assert rows_bD is not None
+        assert columns_BD is not None
+        assert scale is not None
+        key = (id(rows_bD), id(columns_BD), id(scale) if isinstance(scale, Tensor) else float(scale))
+        if key not in self._made:
+            factor = scale if isinstance(scale, Tensor) else columns_BD.new_full((), scale)
+            self._made[key] = Similarity(rows_bD, columns_BD, factor, self._gradients)
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[Similarity]:
+        return iter(self._made.values())
 
 
 @dataclass(frozen=True)
@@ -171,53 +197,49 @@ class Group:
     divergences: tuple[Divergence, ...]
 
 
-def _horizontal(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+def _horizontal(settings: Settings, inputs: Inputs, made: Similarities) -> Group:
     """`task`, `hrd` and `soft`, on S and T."""
     weights = settings.weights
-    student = Similarity(_given(inputs.student_image_rows), _given(inputs.student_text), _given(inputs.student_logit_scale), gradients)
+    student = made.of(inputs.student_image_rows, inputs.student_text, inputs.student_logit_scale)
     contrast = (CrossEntropy("task", student, weights["task"]),) if weights["task"] else ()
-    teachers: dict[float, Similarity] = {}  # by scale
     relations = []
     for part, factor in (("hrd", settings.teacher_logit_scale), ("soft", settings.soft_scale)):
-        if not weights[part]:
-            continue
-        key = _given(factor)
-        if key not in teachers:
-            teacher_text = _given(inputs.teacher_text)
-            teachers[key] = Similarity(_given(inputs.teacher_image_rows), teacher_text, teacher_text.new_full((), key), gradients)
-        relations.append(Divergence(part, teachers[key], student, weights[part], with_entropy=part == "soft"))
-    return Group((student, *teachers.values()), contrast, tuple(relations))
+        if weights[part]:
+            teacher = made.of(inputs.teacher_image_rows, inputs.teacher_text, factor)
+            relations.append(Divergence(part, teacher, student, weights[part], with_entropy=part == "soft"))
+    teachers = dict.fromkeys(relation.target for relation in relations)
+    return Group((student, *teachers), contrast, tuple(relations))
 
 
-def _cross(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+def _cross(settings: Settings, inputs: Inputs, made: Similarities) -> Group:
     """`icl` and `xrd`, on A and C. The rows of icl's σ_x s_I t_Tᵀ are the columns of C, those of its σ_x s_T t_Iᵀ the columns of A."""
     icl, xrd = settings.weights["icl"], settings.weights["xrd"]
-    a = Similarity(_given(inputs.teacher_image_rows), _given(inputs.matched_text), _given(inputs.cross_scale), gradients)
-    c = Similarity(_given(inputs.teacher_text_rows), _given(inputs.matched_image), _given(inputs.cross_scale), gradients)
+    a = made.of(inputs.teacher_image_rows, inputs.matched_text, inputs.cross_scale)
+    c = made.of(inputs.teacher_text_rows, inputs.matched_image, inputs.cross_scale)
     contrast = tuple(CrossEntropy("icl", one, icl, columns_only=True) for one in (a, c)) if icl else ()
     relation = (Divergence("xrd", c, a, xrd, factor=0.5), Divergence("xrd", a, c, xrd, factor=0.5))
     return Group((a, c), contrast, relation if xrd else ())
 
 
-def _vertical(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+def _vertical(settings: Settings, inputs: Inputs, made: Similarities) -> Group:
     """vrd's parts, on V_I and V_T."""
     kl, ce_image, ce_text = (settings.weights[part] for part in ("vrd_kl", "vrd_ce_image", "vrd_ce_text"))
     similarities, contrast = [], []
     if kl or ce_image:
-        image = Similarity(_given(inputs.teacher_image_rows), _given(inputs.matched_image), _given(inputs.image_scale), gradients)
+        image = made.of(inputs.teacher_image_rows, inputs.matched_image, inputs.image_scale)
         similarities.append(image)
         contrast += [CrossEntropy("vrd_ce_image", image, ce_image)] if ce_image else []
     if kl or ce_text:
-        text = Similarity(_given(inputs.teacher_text_rows), _given(inputs.matched_text), _given(inputs.text_scale), gradients)
+        text = made.of(inputs.teacher_text_rows, inputs.matched_text, inputs.text_scale)
         similarities.append(text)
         contrast += [CrossEntropy("vrd_ce_text", text, ce_text)] if ce_text else []
     relation = (Divergence("vrd_kl", text, image, kl),) if kl else ()
     return Group(tuple(similarities), tuple(contrast), relation)
 
 
-def _fused(settings: Settings, inputs: Inputs, gradients: Gradients) -> Group:
+def _fused(settings: Settings, inputs: Inputs, made: Similarities) -> Group:
     """`afd`, on F."""
-    fused = Similarity(_given(inputs.fused_image_rows), _given(inputs.fused_text), _given(inputs.fusion_scale), gradients)
+    fused = made.of(inputs.fused_image_rows, inputs.fused_text, inputs.fusion_scale)
     return Group((fused,), (CrossEntropy("afd", fused, settings.weights["afd"]),), ())
 
 
@@ -229,13 +251,13 @@ _GROUPS = {
 }
 
 
-def active_groups(settings: Settings, inputs: Inputs, gradients: Gradients) -> list[Group]:
+def active_groups(settings: Settings, inputs: Inputs, made: Similarities) -> list[Group]:
     """The similarities and terms whose weights are not 0."""
     wanted = [build for build, parts in _GROUPS.items() if any(settings.weights[part] for part in parts)]
-    return [build(settings, inputs, gradients) for build in wanted]
+    return [build(settings, inputs, made) for build in wanted]
 
 
-def _given(value: T | None) -> T:
-    """What an active term uses is never absent."""
-    assert value is not None
-    return value
+def contrasts(settings: Settings, inputs: Inputs, made: Similarities) -> tuple[Similarity, Similarity]:
+    """`gd`'s, student's and teacher's: S in the teacher's width, which is S itself where the widths are equal, and T."""
+    student = made.of(inputs.matched_image_rows, inputs.matched_text, inputs.student_logit_scale)
+    return student, made.of(inputs.teacher_image_rows, inputs.teacher_text, settings.teacher_logit_scale)

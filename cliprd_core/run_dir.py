@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +37,16 @@ EXPORT_DIR = "export"
 
 ATTEMPT_VARIABLE = "CLIPRD_ATTEMPT"
 """Environment variable that tells the trainer which attempt it is; unset means 1."""
+
+TEACHER_STORE_VARIABLE = "CLIPRD_TEACHER_STORE_ROOT"
+"""Environment variable that tells the trainer the root folder of the teacher stores, the worker's setting of that name; unset: none."""
+CACHE_DIR_VARIABLE = "CLIPRD_CACHE_DIR"
+"""Environment variable: folder for what is remembered of data between runs and jobs (shard indexes, copies of remote shards)."""
+
+SHARD_CACHE_BYTES_VARIABLE = "CLIPRD_SHARD_CACHE_BYTES"
+"""Environment variable: the most bytes that copies of remote shards may take there."""
+
+DEFAULT_SHARD_CACHE_BYTES = 100 * 10**9
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a full disk, or of a used-up quota."""
@@ -148,7 +159,8 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` so that `path` holds either the old or the new bytes, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A random part, since process ids repeat where machines or containers share a folder.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -201,6 +213,24 @@ def read_records(path: Path, kind: type[AnyRecord], offset: int = 0) -> Iterator
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     """The single record in a file, or None where there is no such file."""
     return kind.model_validate_json(path.read_bytes()) if path.exists() else None
+
+
+def cache_dir(run: Path) -> Path:
+    """The shared cache folder that the environment names, else one inside the run directory."""
+    shared = os.environ.get(CACHE_DIR_VARIABLE)
+    return Path(shared) if shared else run / "cache"
+
+
+def shard_cache_bytes() -> int:
+    """What copies of remote shards may take in the cache folder.
+
+    Raises:
+        ValueError: the environment variable is no whole number above 0.
+    """
+    value = os.environ.get(SHARD_CACHE_BYTES_VARIABLE, str(DEFAULT_SHARD_CACHE_BYTES))
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(f"{SHARD_CACHE_BYTES_VARIABLE} is {value!r}; set it to a number of bytes")
+    return int(value)
 
 
 def checkpoint_dir(run: Path, step: int) -> Path:

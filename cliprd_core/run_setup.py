@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cliprd_core import distributed
 from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, latest_valid, load_checkpoint, read_state, spec_as_json
 from cliprd_core.control import ControlGroup
-from cliprd_core.data.batch import ModelInput
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
+from cliprd_core.data.transforms import Normalise
 from cliprd_core.evaluation.run import check_evaluation_sets
 from cliprd_core.failures import InvalidSpecError
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
@@ -27,16 +26,15 @@ from cliprd_core.metrics_log import MetricsLog, Stopwatch
 from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
-from cliprd_core.precision import autocast, autocast_type
-from cliprd_core.run_dir import ATTEMPT_VARIABLE
+from cliprd_core.precision import autocast_type
+from cliprd_core.run_dir import ATTEMPT_VARIABLE, cache_dir
+from cliprd_core.run_stores import open_teacher_stores
 from cliprd_core.spec import Device, JobSpec, Precision
 from cliprd_core.step_module import MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch
 from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
+from cliprd_core.teacher_features import TeacherFeatures
 
 logger = logging.getLogger(__name__)
-
-CACHE_DIR = "cache"
-"""Folder inside the run directory for indexes of the data."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Run:
     device: torch.device
     student: LoadedModel
     teachers: list[LoadedModel]
+    teacher_features: TeacherFeatures
     objective: Objective | TeacherEnsemble
     passes: Passes  # forward and backward over the student and the objective
     trainable: list[nn.Parameter]
@@ -69,9 +68,6 @@ class Run:
     @property
     def parts(self) -> TrainedParts:
         return TrainedParts(self.student.model, self.objective, self.optimizer, self.scaler)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return autocast(self.device, autocast_type(self.spec.training.precision, self.device))
 
     def state_at(self, step: int) -> TrainingState:
         return training_state(self.spec, self.loader, self.scaler, self.teachers, step=step, attempt=self.attempt)
@@ -136,21 +132,31 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     control = ControlGroup()
     student = load_student(spec.student, seed=spec.training.seed)
     teachers = [load_teacher(teacher, field) for field, teacher in spec.teacher_fields.items()]
-    loader, validation = _open_data(spec, run_dir, student, teachers, control)
+    computed_in = autocast_type(spec.training.precision, device)
+    source, validation = _open_pairs(spec, run_dir, control)
+    stores = open_teacher_stores(spec, run_dir, source, student=student, teachers=teachers, autocast_type=computed_in)
+    loader = build_train_loader(
+        spec,
+        source,
+        student=student.model_input,
+        teachers=[teacher.model_input for teacher in teachers],
+        readers=stores,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
     num_steps = loader.num_steps_per_epoch * spec.training.epochs
     check_schedule(spec.training, num_steps)
 
     objective = _build_objective(spec, student, teachers)
-    computed_in = autocast_type(spec.training.precision, device)
-    module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student)).to(device)
-    for teacher in teachers:
-        teacher.model.to(device)
+    module = StudentWithObjective(
+        student.model, objective, computed_in, _mask_patch_size(student), prepare=Normalise(student.preprocess)
+    ).to(device)
     if distributed.world_size() > 1:
         _freeze_unused(student, device)
     optimizer = build_optimizer(module, spec.training)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.training.precision is Precision.FP16)
     current = training_state(spec, loader, scaler, teachers, step=0, attempt=attempt)
-    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler))
+    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler), control)
     metrics = MetricsLog(
         run_dir,
         attempt=attempt,
@@ -166,6 +172,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         device=device,
         student=student,
         teachers=teachers,
+        teacher_features=TeacherFeatures(teachers, stores, device, computed_in, spec.training.micro_batch_size),
         objective=objective,
         passes=_build_passes(module, spec, device),
         trainable=[parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -183,38 +190,23 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     return run
 
 
-def _open_data(
-    spec: JobSpec, run_dir: Path, student: LoadedModel, teachers: Sequence[LoadedModel], control: ControlGroup
-) -> tuple[TrainLoader, PairSource | None]:
-    """The training loader of this rank, and the validation pairs."""
+def _open_pairs(spec: JobSpec, run_dir: Path, control: ControlGroup) -> tuple[PairSource, PairSource | None]:
+    """The training and the validation pairs."""
     world_size = distributed.world_size()
     batch_size = spec.training.global_batch_size
     if batch_size % world_size:
         raise ValueError(f"`training.global_batch_size` ({batch_size}) must be a multiple of the {world_size} training processes")
-    cache_dir = run_dir / CACHE_DIR
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache = cache_dir(run_dir)
     if not distributed.is_main():
         control.wait()  # rank 0 indexes the shards, the others read its index
-    source = open_sources(spec.data.train, cache_dir)
-    validation = open_sources(spec.data.validation, cache_dir) if spec.data.validation else None
+    source = open_sources(spec.data.train, cache)
+    validation = open_sources(spec.data.validation, cache) if spec.data.validation else None
     if distributed.is_main():
-        check_evaluation_sets(spec.evaluation, cache_dir)
+        check_evaluation_sets(spec.evaluation, cache)
         control.wait()
     if len(source) < batch_size:
         raise ValueError(f"`training.global_batch_size` is {batch_size} but `data.train` holds {len(source)} pairs; lower it or add data")
-    loader = build_train_loader(
-        spec,
-        source,
-        student=_model_input(student),
-        teachers=[_model_input(teacher) for teacher in teachers],
-        rank=distributed.rank(),
-        world_size=world_size,
-    )
-    return loader, validation
-
-
-def _model_input(loaded: LoadedModel) -> ModelInput:
-    return ModelInput(preprocess=loaded.preprocess, tokenizer=loaded.tokenizer, context_length=loaded.context_length)
+    return source, validation
 
 
 def _mask_patch_size(student: LoadedModel) -> int:
@@ -236,9 +228,9 @@ def _build_objective(spec: JobSpec, student: LoadedModel, teachers: Sequence[Loa
         )
 
 
-def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts) -> int:
+def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control: ControlGroup) -> int:
     """Load the newest valid checkpoint, as found by rank 0; returns the step to go on from, 0 without one."""
-    folder = distributed.broadcast_object(latest_valid(run_dir) if distributed.is_main() else None)
+    folder = control.broadcast(latest_valid(run_dir) if distributed.is_main() else None)
     if folder is None:
         return 0
     saved = read_state(folder)
@@ -252,19 +244,19 @@ def _build_passes(module: StudentWithObjective, spec: JobSpec, device: torch.dev
     batch_size = spec.training.global_batch_size // distributed.world_size()
     micro_batch_size = spec.training.micro_batch_size
     if micro_batch_size is None or micro_batch_size >= batch_size:
-        return WholeBatch(_data_parallel(module, device))
-    return GradCache(module, _data_parallel(FeatureEncoder(module), device), micro_batch_size, device)
+        return WholeBatch(_data_parallel(module))
+    return GradCache(module, _data_parallel(FeatureEncoder(module)), micro_batch_size, device)
 
 
-def _data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+def _data_parallel(module: nn.Module) -> nn.Module:
     """Wrap for several processes; alone, the module itself.
 
     A student with batch normalisation (`RN50`, …) normalises over each process's share, and rank 0's running statistics are kept.
     """
     if distributed.world_size() == 1:
         return module
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Without `device_ids`, so that the wrapper leaves its inputs where they are: the tokens on the host.
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def _freeze_unused(student: LoadedModel, device: torch.device) -> None:

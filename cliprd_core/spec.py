@@ -8,6 +8,7 @@ what it changes against these defaults, which are the CLIP-RD paper's (arXiv 260
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from importlib.resources import files
@@ -19,6 +20,11 @@ Weight = Annotated[StrictFloat, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[StrictFloat, Field(gt=0.0, le=1.0)]
 JobId = Annotated[str, Field(pattern=r"^[0-9a-z-]{8,64}$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
+
+NAMED_ELSEWHERE = (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name"), ("text_cfg", "hf_tokenizer_name"))
+"""Keys of model configs that timm and Hugging Face's libraries look up, and which those also take as folders of the machine."""
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 MAX_LIST_LENGTH = 256
 MAX_TEACHERS = 8
@@ -100,14 +106,23 @@ class TeacherSpec(SpecModel):
         return self
 
 
+REMOTE_SCHEMES = ("s3://", "http://", "https://")
+"""Where shards are read from beside the local disk."""
+
+
 class WebDatasetSource(SpecModel):
     """Tar shards holding `KEY.png|jpg|jpeg|webp` and `KEY.txt` of each pair, as `webdataset` and img2dataset write them."""
 
     type: Literal["webdataset"]
     shards: Path = Field(
-        description="Shards, with brace ranges (`{00000..00007}.tar`) or globs.", examples=["examples/emoji/train/{00000..00007}.tar"]
+        description="Shards: a path, `s3://…`, `http://…` or `https://…`, with brace ranges (`{00000..00007}.tar`); globs, not on HTTP.",
+        examples=["examples/emoji/train/{00000..00007}.tar"],
     )
     num_samples: StrictInt | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+
+    @property
+    def is_remote(self) -> bool:
+        return self.shards.startswith(REMOTE_SCHEMES)
 
 
 class CsvSource(SpecModel):
@@ -135,6 +150,13 @@ class DataSpec(SpecModel):
         default=[], max_length=MAX_LIST_LENGTH, description="Held-out pairs: the job reports retrieval on them."
     )
     crop_scale: tuple[Fraction, Fraction] = Field(default=(0.9, 1.0), description="RandomResizedCrop's area range, fractions of the image.")
+    teacher_views: StrictInt = Field(
+        default=4,
+        ge=0,
+        le=10_000,
+        description="Different crops of each image, which epochs take in turn: the teacher sees each once, and its features are kept"
+        " for later epochs, jobs and restarts. 0: a new crop every epoch, and the teacher runs in every step, as in the papers.",
+    )
 
     @field_validator("crop_scale")
     @classmethod
@@ -179,7 +201,8 @@ class ObjectiveSpec(SpecModel):
     mfd_mask_ratio: StrictFloat = Field(default=0.75, gt=0, lt=1, description="Fraction of an image's patches that `mfd` masks.")
     soft: Weight = Field(default=0.0, description="Soft targets: cross-entropy with the teacher's distribution (MobileCLIP, open_clip).")
     gd: Weight = Field(
-        default=0.0, description="Gradient distillation (CLIP-KD), of losses summed over pairs: CLIP-KD's weight is 1e8 / batch²."
+        default=0.0,
+        description="Gradient distillation (CLIP-KD), of losses summed over pairs, so that CLIP-KD's weight of 1e8 does not carry over.",
     )
     afd: Weight = Field(default=0.0, description="Augmented feature distillation (CLIP-KD): contrast of fused student-teacher features.")
     vrd_kl: Weight | None = Field(default=None, description="Weight of `vrd`'s agreement part. Null: `vrd`.")
@@ -444,3 +467,9 @@ def check_model_config(config: dict[str, Any]) -> None:
             raise ValueError(f"`{key}` in the model config must be {'a whole number' if kind is int else 'an object'}")
     if config["embed_dim"] < 1:
         raise ValueError("`embed_dim` in the model config must be at least 1")
+    for tower, key in NAMED_ELSEWHERE:
+        name = config[tower].get(key)
+        if isinstance(name, str) and name and not PLAIN_NAME.fullmatch(name):
+            raise ValueError(
+                f"`{tower}.{key}` in the model config is {name[:200]!r}; use a plain name, as `NAME` or `OWNER/NAME`, not a path"
+            )

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from cliprd_core.distributed import world_size
 from cliprd_core.losses import compute_dtype
 from cliprd_core.models import ClipModel
 from cliprd_core.objective import Objective
 from cliprd_core.precision import autocast
 from cliprd_core.teacher_ensemble import TeacherEnsemble
+from cliprd_core.text_encoding import encode_text
 
 MASK_PATCH_SIZE = 16
 """Pixels; of what `mfd` masks where the student has no patches of its own. CLIP-KD's ViTs have these."""
@@ -44,24 +46,34 @@ class StudentWithObjective(nn.Module):
         objective: Objective | TeacherEnsemble,
         autocast_type: torch.dtype | None,
         mask_patch_size: int = MASK_PATCH_SIZE,
+        prepare: nn.Module | None = None,
     ) -> None:
-        """`mask_patch_size`: pixels, height and width, of what `mfd` masks; used with that term alone."""
+        """
+        Args:
+            mask_patch_size: pixels, height and width, of what `mfd` masks; used with that term alone.
+            prepare: makes the student's input, (B, 3, H, W), of the images that `forward` is given. None: they are that.
+        """
         super().__init__()
         self.student = student
         self.objective = objective
         self._autocast_type = autocast_type
         self._mask_patch_size = mask_patch_size
+        self.prepare = prepare or nn.Identity()
 
     def forward(
         self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
-        """(B, 3, H, W) images, (B, context) tokens, (B, Dt) teachers' features side by side or None; this process's rows."""
+        """(B, 3, H, W) images, (B, context) tokens on the host, (B, Dt) teachers' features side by side or None; this process's rows."""
         return self.losses(self.encode(images, tokens), teacher_image_features, teacher_text_features)
 
     def encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The student's features of images, texts and, with `mfd`, masked images: (B, Ds) each, unnormalised, in fp32 at least."""
+        """The student's features of images, texts and, with `mfd`, masked images: (B, Ds) each, unnormalised, in fp32 at least.
+
+        `images` on the student's device, `tokens` on the host (`encode_text` says why).
+        """
+        images = self.prepare(images)
         with autocast(images.device, self._autocast_type):
-            features = [self.student.encode_image(images), self.student.encode_text(tokens)]
+            features = [self.student.encode_image(images), encode_text(self.student, tokens, images.device)]
             if self.objective.weights.mfd:
                 masked = mask_patches(images, self.objective.weights.mfd_mask_ratio, self._mask_patch_size)
                 with without_running_statistics(self.student):  # they are for whole images
@@ -72,7 +84,7 @@ class StudentWithObjective(nn.Module):
     def losses(
         self, features: tuple[Tensor, ...], teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
-        """The objective on what `encode` gave. A collective: every process must call it."""
+        """The objective on what `encode` gave. A collective: every process must call it, with equally many pairs."""
         image_features, text_features, *masked_image_features = features
         output = self.objective(
             student_image_features=image_features,
@@ -81,6 +93,7 @@ class StudentWithObjective(nn.Module):
             teacher_image_features=teacher_image_features,
             teacher_text_features=teacher_text_features,
             student_masked_image_features=masked_image_features[0] if masked_image_features else None,
+            row_counts=[len(image_features)] * world_size(),
         )
         return StepLosses(loss=output.loss, total=output.total, terms=output.terms, weighted=output.weighted)
 
@@ -90,12 +103,12 @@ class Passes(Protocol):
 
     @property
     def micro_batch_size(self) -> int | None:
-        """At most so many pairs go through a model at once, and `forward` takes them from the host. None: all, from the device."""
+        """At most so many pairs go through a model at once, and `forward` takes images from the host. None: all, from the device."""
 
     def forward(
         self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
     ) -> StepLosses:
-        """The losses of (B, 3, H, W) images and (B, context) tokens, with (B, Dt) teacher features on the device, or None."""
+        """The losses of (B, 3, H, W) images and (B, context) tokens, these on the host, with (B, Dt) teacher features on the device."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, the last `forward`'s times any factor, to each parameter's, averaged over processes."""

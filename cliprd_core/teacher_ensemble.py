@@ -87,6 +87,7 @@ class TeacherEnsemble(nn.Module):
         teacher_image_features: Tensor | None = None,
         teacher_text_features: Tensor | None = None,
         student_masked_image_features: Tensor | None = None,
+        row_counts: list[int] | None = None,
     ) -> ObjectiveOutput:
         """As `Objective.forward`; `teacher_…_features` are (b, sum of the teachers' widths), the teachers' features side by side."""
         images = self._of_members("teacher_image_features", teacher_image_features)
@@ -99,6 +100,7 @@ class TeacherEnsemble(nn.Module):
                 teacher_image_features=image_bD,
                 teacher_text_features=text_bD,
                 student_masked_image_features=student_masked_image_features,
+                row_counts=row_counts,
             )
             for member, image_bD, text_bD in zip(self.objectives, images, texts, strict=True)
         ]

@@ -1,8 +1,8 @@
 """The training loop: steps, records, evaluations, checkpoints, and how a run ends.
 
-What is built before the first step is in `run_setup.py`. Every rank runs this code; rank 0 alone evaluates and writes, while the
-others wait for it. A run may end at any moment, by SIGTERM (it saves and can be resumed) or by SIGKILL (it resumes from its newest
-checkpoint); on the CPU the resumed run's weights equal those of one never interrupted, bit for bit.
+What is built before the first step is in `run_setup.py`. Every rank runs this code; rank 0 alone writes. A run may end at any moment, by
+SIGTERM (it saves and can be resumed) or by SIGKILL (it resumes from its newest checkpoint); on the CPU the resumed run's weights equal
+those of one never interrupted, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from cliprd_core.data.batch import Batch
 from cliprd_core.evaluation.run import evaluate
 from cliprd_core.export import export_model
 from cliprd_core.failures import DivergedError
-from cliprd_core.grad_cache import encode_in_micro_batches
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
-from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, write_atomically
-from cliprd_core.run_setup import CACHE_DIR, Run, prepare_run
+from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
+from cliprd_core.run_setup import Run, prepare_run
 from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import StepLosses
 from cliprd_core.stopping import StopRequest
@@ -70,6 +69,7 @@ def train(spec: JobSpec, run_dir: Path, stop: StopRequest) -> Outcome:
     run = prepare_run(spec, run_dir)
     is_done = _train_epochs(run, stop)
     run.loader.close()
+    run.teacher_features.close()
     num_corrupt_samples = len(run.control.union(run.loader.corrupt_indices))
     if is_done and distributed.is_main():
         _finish(run, started, num_corrupt_samples)
@@ -90,9 +90,9 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     torch.manual_seed(_step_seed(run.spec.training.seed, step, distributed.rank()))
 
     if run.passes.micro_batch_size is None:
-        batch = batch.to(run.device)  # else each micro batch goes there in its turn
-    teacher_image_features, teacher_text_features = _teacher_features(run, batch)
-    losses = run.passes.forward(batch.student_images, batch.student_tokens, teacher_image_features, teacher_text_features)
+        batch = batch.to(run.device)  # else each micro batch's images go there in their turn
+    teacher_image_features, teacher_text_features = run.teacher_features.of(batch)
+    losses = run.passes.forward(batch.student_pixels, batch.student_tokens, teacher_image_features, teacher_text_features)
 
     run.passes.backward(run.scaler.scale(losses["loss"]))
     run.scaler.unscale_(run.optimizer)
@@ -101,28 +101,8 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     run.scaler.update()
     run.optimizer.zero_grad()
     _clamp_logit_scale(run.student.model)
+    run.teacher_features.flush()
     return StepOutput(losses, grad_norm, learning_rate)
-
-
-def _teacher_features(run: Run, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """The teachers' image and text features of the batch, (B, Dt) each, fp32, side by side; None where there is no teacher."""
-    if not run.teachers:
-        return None, None
-    with torch.no_grad(), run.autocast():  # not inference_mode: the loss keeps these for its backward pass
-        features = [_features_of(run, teacher.model, *batch.inputs_of_teacher(index)) for index, teacher in enumerate(run.teachers)]
-    images, texts = zip(*features, strict=True)
-    return torch.cat(images, dim=1), torch.cat(texts, dim=1)
-
-
-def _features_of(run: Run, model: ClipModel, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    """One teacher's image and text features, (B, D) each, fp32."""
-
-    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return model.encode_image(images).float(), model.encode_text(tokens).float()
-
-    if run.passes.micro_batch_size is None:
-        return encode(images, tokens)
-    return encode_in_micro_batches(encode, images, tokens, run.passes.micro_batch_size, run.device)
 
 
 def _clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -221,12 +201,14 @@ def _is_evaluation_due(run: Run, step: int) -> bool:
 
 
 def _evaluate_if_due(run: Run, step: int) -> None:
-    """Rank 0 evaluates the student as it will be deployed; the others wait."""
+    """All ranks evaluate the student as it will be deployed, each a share; rank 0 adds up and records."""
     if not _is_evaluation_due(run, step):
         return
     with run.stopwatch.paused():
+        distributed.broadcast_buffers(run.student.model)
+        records = _evaluate(run, step)
         if distributed.is_main():
-            run.metrics.evaluation(_evaluate(run, step), step)
+            run.metrics.evaluation(records, step)
         run.control.wait()
 
 
@@ -240,7 +222,8 @@ def _evaluate(run: Run, step: int) -> list[EvaluationRecord]:
         validation=run.validation,
         device=run.device,
         precision=run.spec.training.precision,
-        cache_dir=run.run_dir / CACHE_DIR,
+        cache_dir=cache_dir(run.run_dir),
+        group=run.control,
     )
     return [
         EvaluationRecord(

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import sys
+
 import uvicorn
 
 from service.app import create_app
+from service.auth import is_loopback
 from service.settings import Settings
+from service.store.keys import any_keys
+from service.store.session import make_engine, make_sessions, migrate, reading
 
 
 def main() -> None:
     """Serve until interrupted."""
     settings = Settings()
+    if not is_loopback(settings.host):
+        _insist_on_a_key(settings)
     uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
+
+
+def _insist_on_a_key(settings: Settings) -> None:
+    """Other machines are not let in by mistake: an address that they reach needs a key first."""
+    if settings.migrate_on_start:
+        migrate(settings.database_url)
+    engine = make_engine(settings.database_url)
+    try:
+        with reading(make_sessions(engine)) as session:
+            has_keys = any_keys(session=session)
+    finally:
+        engine.dispose()
+    if not has_keys:
+        sys.exit(
+            f"cliprd: CLIPRD_HOST={settings.host} can be reached from other machines, but no API key has been made yet."
+            " Make one with `cliprd keys create --scope admin --name NAME`, or leave CLIPRD_HOST at 127.0.0.1."
+        )
 
 
 if __name__ == "__main__":

@@ -10,16 +10,25 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
+from prometheus_client import CollectorRegistry
 
-from service.errors import Problem, install_handlers
+from service.auth import OPEN_PATHS, Authorization
+from service.errors import Problem, install_handlers, problem_responses
+from service.logs import configure
 from service.middleware import BodyLimit, ProblemsOnly
+from service.monitoring import JobCollector, RequestMonitor
 from service.queue import JobQueue
-from service.routes import artifacts, control, health, jobs, streams
+from service.routes import artifacts, control, health, jobs, streams, teacher_stores
 from service.routes.dependencies import Services
 from service.settings import Settings
-from service.store.blobs import BlobStore
+from service.store.blobs import make_blobs
 from service.store.session import make_engine, make_sessions, migrate
 from service.streams import Streams
+
+KEY_DESCRIPTION = (
+    "An API key, made by `cliprd keys create`. Reading needs scope `read`, submitting and cancelling `submit`, deleting `admin`; each"
+    " includes those before it. While no key was ever made, this machine's own requests pass without one, and no others do."
+)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -32,9 +41,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(title="cliprd", version=version("cliprd"), summary="Distils a large CLIP into a small one.", lifespan=_lifespan)
     app.state.services = services
     app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
+    open_paths = OPEN_PATHS if services.settings.metrics_need_key else OPEN_PATHS | {"/metrics"}
+    app.add_middleware(Authorization, sessions=services.sessions, open_paths=open_paths)
     app.add_middleware(ProblemsOnly)
+    app.add_middleware(RequestMonitor, registry=services.registry)
     install_handlers(app)
-    for part in (jobs, control, streams, artifacts, health):
+    for part in (jobs, control, streams, artifacts, teacher_stores, health):
         app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
@@ -42,11 +54,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _make_services(settings: Settings) -> Services:
     engine = make_engine(settings.database_url)
+    sessions = make_sessions(engine)
+    registry = CollectorRegistry()
+    registry.register(JobCollector(sessions))
     return Services(
+        registry=registry,
         settings=settings,
         engine=engine,
-        sessions=make_sessions(engine),
-        blobs=BlobStore(settings.artifacts_root),
+        sessions=sessions,
+        blobs=make_blobs(settings.artifacts_url, settings.artifacts_root),
         queue=JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds),
         streams=Streams(
             max_open=settings.max_streams,
@@ -59,6 +75,7 @@ def _make_services(settings: Settings) -> Services:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
+    configure(services.settings.log_format)
     if services.settings.migrate_on_start:
         await run_in_threadpool(migrate, services.settings.database_url)
     try:
@@ -75,9 +92,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas = schema["components"]["schemas"]
         schemas |= {**problem.pop("$defs"), "Problem": problem}
-        for operation in (one for methods in schema["paths"].values() for one in methods.values()):
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}}
+        for path, operation in ((path, one) for path, methods in schema["paths"].items() for one in methods.values()):
             if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                 del operation["responses"]["422"]
+            if path not in OPEN_PATHS:
+                operation["security"] = [{"key": []}, {}]
+                refusals = {str(status): answer for status, answer in problem_responses(401, 403).items()}
+                operation["responses"] = dict(sorted({**operation["responses"], **refusals}.items()))
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         app.openapi_schema = schema

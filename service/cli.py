@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from service import cli_control
+from service import cli_control, cli_stores
 from service.cli_common import DEFAULT_URL, JobId, Url, connected, fail, json_object, key_and_value, out
+from service.keys_cli import keys
 from service.store.states import JobState
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
 # Imported where used: service.client and service.embedded, which take longer than `cliprd --help` should.
 
 app = typer.Typer(
-    help="Distil a large CLIP into a small one: submit jobs, watch them, download what they made.",
+    help="Distil a large CLIP into a small one: submit jobs, watch them, download what they made. A service that asks for an API key"
+    " takes it from CLIPRD_API_KEY.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_control.app)
+app.add_typer(cli_stores.app, name="stores")
+app.add_typer(keys, name="keys")
 WATCH_SECONDS = 1.0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
@@ -35,10 +36,13 @@ from service.schemas import (
     JobView,
     MetricsView,
     SeriesView,
+    TeacherStoreList,
+    TeacherStoreView,
 )
 from service.store.models import ArtifactKind
 from service.store.states import JobState
 
+API_KEY_VARIABLE = "CLIPRD_API_KEY"
 TIMEOUT_SECONDS = 30.0
 PAGE_SIZE = 100
 NUM_DOWNLOAD_ATTEMPTS = 5
@@ -69,13 +73,17 @@ class Client:
 
     Args:
         url: Where the API is, as `http://127.0.0.1:8000`.
+        api_key: Sent with every request. Left out: the environment's CLIPRD_API_KEY, if it is set.
         transport: For tests: replaces the network.
     """
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         self.url = url.rstrip("/")
+        key = (api_key if api_key is not None else os.environ.get(API_KEY_VARIABLE, "")).strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Proxies of the environment are for the internet; a service on this machine would not be found through one.
-        self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT_SECONDS, transport=transport, trust_env=not _is_local(self.url))
+        is_remote = not _is_local(self.url)
+        self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT_SECONDS, headers=headers, transport=transport, trust_env=is_remote)
 
     def __enter__(self) -> Self:
         return self
@@ -192,6 +200,14 @@ class Client:
             if page.next_cursor is None:
                 return found
             params["cursor"] = page.next_cursor
+
+    def teacher_stores(self) -> list[TeacherStoreView]:
+        """All teacher stores that the service sees, most recently used first."""
+        return self._call("GET", "/teacher-stores", TeacherStoreList).teacher_stores
+
+    def delete_teacher_store(self, key: str) -> None:
+        """Delete a teacher store; one that is in use is refused."""
+        self._request("DELETE", f"/teacher-stores/{key}")
 
     def wait(self, job_id: str, *, poll_seconds: float = 1.0, on_poll: Callable[[JobView], None] | None = None) -> JobView:
         """Wait until the job has finished, whichever way; `on_poll` sees it each time it is looked at.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
@@ -26,6 +28,7 @@ MAX_SHARDS = 100_000
 MAX_HEADER_CHARACTERS = 1_000_000
 MAX_LOOKS_INSIDE = 64  # shards opened for a look at their first header
 MAX_BYTES_COUNTED = 64 * 2**20  # tars and tables that are larger together are not counted at submission
+WEIGHTS = (".safetensors", ".bin")
 CHECK_PATH = "Check the path; relative ones start from the service's data folder."
 
 _INT_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
@@ -42,25 +45,66 @@ def is_dir(path: Path | str) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
-def shards_problem(pattern: str) -> Found:
-    """Every shard that brace ranges and globs name must be a non-empty file."""
+def pattern_problem(pattern: str) -> Found:
+    """A pattern of paths must be well-formed, and name no more shards than can be read. No file is looked at."""
     if _ADDRESS.search(pattern):
-        return "is an address, but only local files are read", "Mount the data, or copy it to the worker's disk, and give its path."
-    num_in_ranges = math.prod(abs(int(end) - int(start)) // (int(step or 1) or 1) + 1 for start, end, step in _INT_RANGE.findall(pattern))
-    if num_in_ranges > MAX_SHARDS:
-        return f"names {num_in_ranges} shards; at most {MAX_SHARDS} are read", "Use narrower ranges, or fewer and larger shards."
+        remedy = "Give a path, or an address that begins with s3://, http:// or https://; or mount the data."
+        return "is an address of a kind that isn't read", remedy
+    found = _ranges_problem(pattern)
+    if found is not None:
+        return found
     try:
-        return _files_problem(list(islice(expand_shards(pattern), MAX_SHARDS + 1)))
+        num_names = sum(1 for _ in islice(braceexpand(pattern), MAX_SHARDS + 1))
     except ValueError:
         return f"`{pattern}` has unbalanced braces", "Write a range as {00000..00007}."
+    return _num_shards_problem(num_names)
+
+
+def shards_problem(pattern: str) -> Found:
+    """Every shard that a well-formed pattern's brace ranges and globs name must be a non-empty file."""
+    try:
+        return _files_problem(list(islice(expand_shards(pattern), MAX_SHARDS + 1)))
     except FileNotFoundError as error:
         return f"no file matches {error.filename}", CHECK_PATH
 
 
+def _ranges_problem(pattern: str) -> Found:
+    num_in_ranges = math.prod(abs(int(end) - int(start)) // (int(step or 1) or 1) + 1 for start, end, step in _INT_RANGE.findall(pattern))
+    if num_in_ranges > MAX_SHARDS:
+        return f"names {num_in_ranges} shards; at most {MAX_SHARDS} are read", "Use narrower ranges, or fewer and larger shards."
+    return None
+
+
+def remote_problem(pattern: str) -> Found:
+    """Every address that brace ranges name must be well-formed. No server is asked."""
+    found = _ranges_problem(pattern)
+    if found is not None:
+        return found
+    try:
+        urls = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
+        parts = [urlsplit(url) for url in urls]
+    except ValueError as error:
+        return f"`{pattern}` is no pattern of addresses: {error}", "Write a range as {00000..00007}, and brackets only in a host's number."
+    too_many = _num_shards_problem(len(urls))
+    if too_many is not None:
+        return too_many
+    for url, part in zip(urls, parts, strict=True):
+        if part.scheme not in ("s3", "http", "https") or not part.netloc or part.path in ("", "/") or any(c.isspace() for c in url):
+            return f"`{url}` is no address of a shard", "Write s3://BUCKET/KEY.tar or https://HOST/PATH.tar."
+        if part.scheme != "s3" and "*" in part.path:
+            return f"`{url}` holds a `*`, but HTTP lists no files", "Write a range as {00000..00007}."
+    return None
+
+
+def _num_shards_problem(num_shards: int) -> Found:
+    return (f"names more than {MAX_SHARDS} shards", "Use fewer and larger shards.") if num_shards > MAX_SHARDS else None
+
+
 def _files_problem(files: list[Path]) -> Found:
     """All of these must be non-empty files."""
-    if len(files) > MAX_SHARDS:
-        return f"names more than {MAX_SHARDS} shards", "Use fewer and larger shards."
+    too_many = _num_shards_problem(len(files))
+    if too_many is not None:
+        return too_many
     bad = [file for file in files if not (is_file(file) and os.access(file, os.R_OK) and file.stat().st_size)]
     if not bad:
         return next((problem for file in files[:MAX_LOOKS_INSIDE] if (problem := _tar_problem(file)) is not None), None)
@@ -91,6 +135,18 @@ def count_pairs(shard: Path) -> int | None:
         return None
 
 
+def expand_remote(pattern: str) -> Iterator[str]:
+    """The addresses of a well-formed pattern."""
+    return iter(braceexpand(pattern))
+
+
+def expand_folders(pattern: str) -> Iterator[str]:
+    """For each name of a well-formed pattern: itself, or the folder from which its glob starts to look, without `..`."""
+    for name in braceexpand(pattern):
+        parts = Path(os.path.normpath(name)).parts
+        yield str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
+
+
 def expand_shards(pattern: str) -> Iterator[Path]:
     """The files that a pattern names.
 
@@ -98,7 +154,8 @@ def expand_shards(pattern: str) -> Iterator[Path]:
         ValueError: unbalanced braces.
         FileNotFoundError: a glob matches nothing.
     """
-    for name in braceexpand(pattern):
+    for given in braceexpand(pattern):
+        name = os.path.normpath(given)
         if not glob.has_magic(name) or is_file(name):
             yield Path(name)
             continue
@@ -118,6 +175,12 @@ def checkpoint_problem(path: str) -> Found:
     return None
 
 
+def local_dir_files(path: str) -> list[str]:
+    """What is read of a `local-dir:` folder."""
+    weights = (f"{stem}{suffix}" for stem in ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model") for suffix in WEIGHTS)
+    return [f"{path}/{name}" for name in ("open_clip_config.json", *weights)]
+
+
 def local_dir_problem(path: str) -> Found:
     """A `local-dir:` folder holds a config and weights."""
     folder = Path(path)
@@ -125,7 +188,7 @@ def local_dir_problem(path: str) -> Found:
         return f"there is no folder {path}", "Give a folder that holds open_clip_config.json and the weights."
     if not is_file(folder / "open_clip_config.json"):
         return f"{path} holds no open_clip_config.json", "Give a folder that holds open_clip_config.json and the weights."
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*")):
+    if not any(file.suffix in WEIGHTS for file in folder.glob("*")):
         return f"{path} holds no weights", "Put open_clip_model.safetensors into it."
     return None
 
@@ -169,6 +232,16 @@ def _declared_type(folder: Path) -> str:
         return (folder / "dataset_type.txt").read_text().strip()[:64] or "classification"
     except (OSError, ValueError):
         return "classification"
+
+
+def evaluation_files(one: EvaluationSet) -> Iterator[str]:
+    """What is read of an evaluation set, its folder first, so that a look at the others ends at a folder that may not be read."""
+    folder = Path(one.path)
+    yield one.path
+    yield from (str(folder / name) for name in ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"))
+    yield str(folder / one.split)
+    if is_dir(folder / one.split):
+        yield from (str(file) for file in islice((folder / one.split).iterdir(), MAX_SHARDS + 1))
 
 
 def evaluation_problems(field: str, kind: str, one: EvaluationSet) -> list[FieldProblem]:

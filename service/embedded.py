@@ -132,6 +132,8 @@ class EmbeddedStack:
             "CLIPRD_BROKER_URL": broker_url,
             "CLIPRD_ARTIFACTS_ROOT": str(self.home / "artifacts"),
             "CLIPRD_RUNS_ROOT": str(self.home / "runs"),
+            "CLIPRD_TEACHER_STORE_ROOT": str(self.home / "teacher-stores"),
+            "CLIPRD_CACHE_DIR": str(self.home / "cache"),
             **self._extra_environment,
         }
         api = self._add("api", api_command(port), API_GRACE_SECONDS + 2.0)

@@ -17,7 +17,9 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from cliprd_core.spec import JobSpec
+from cliprd_core.store_dir import StoreInUseError, StoreNotFoundError
 from service.problems import BODY, FieldProblem, SpecError, problems_of
+from service.store.blobs import BlobsUnreachableError
 from service.store.errors import (
     ArtifactNotFoundError,
     IdempotencyConflictError,
@@ -95,12 +97,15 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(IdempotencyConflictError, _on_refused_field)
     app.add_exception_handler(JobNotFoundError, _on_not_found)
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
+    app.add_exception_handler(StoreNotFoundError, _on_not_found)
     app.add_exception_handler(JobFinishedError, _on_job_finished)
+    app.add_exception_handler(StoreInUseError, _on_store_in_use)
     app.add_exception_handler(JobConflictError, _on_job_conflict)
     app.add_exception_handler(TooManyStreamsError, _on_too_many_streams)
     app.add_exception_handler(NotReadyError, _on_not_ready)
     app.add_exception_handler(OperationalError, _on_database_error)
     app.add_exception_handler(InterfaceError, _on_database_error)
+    app.add_exception_handler(BlobsUnreachableError, _on_blobs_error)
     app.add_exception_handler(Exception, _on_fault)
 
 
@@ -175,6 +180,10 @@ def _on_job_finished(request: Request, error: Exception) -> Response:
     return problem_response(request.url.path, 409, str(error), kind="job-finished", title="The job has finished")
 
 
+def _on_store_in_use(request: Request, error: Exception) -> Response:
+    return problem_response(request.url.path, 409, str(error), kind="teacher-store-in-use", title="The teacher store is in use")
+
+
 def _on_job_conflict(request: Request, error: Exception) -> Response:
     return problem_response(request.url.path, 409, str(error), kind="job-conflict", title="Not possible in the job's state")
 
@@ -191,9 +200,20 @@ def _on_not_ready(request: Request, error: Exception) -> Response:
 
 
 def _on_database_error(request: Request, error: Exception) -> Response:
-    logger.error("the database failed in %s %s", request.method, request.url.path, exc_info=error)
+    return database_problem(request.method, request.url.path, error)
+
+
+def database_problem(method: str, path: str, error: Exception) -> Response:
+    """The answer to a request that the database failed; the log says more."""
+    logger.error("the database failed in %s %s", method, path, exc_info=error)
     detail = "the database can't be used now; try again later (GET /readyz says more)"
-    return problem_response(request.url.path, 503, detail, kind="database-unavailable", headers={"Retry-After": "5"})
+    return problem_response(path, 503, detail, kind="database-unavailable", headers={"Retry-After": "5"})
+
+
+def _on_blobs_error(request: Request, error: Exception) -> Response:
+    logger.error("the artifact store failed in %s %s", request.method, request.url.path, exc_info=error)
+    detail = "the artifact store can't be used now; try again later (GET /readyz says more)"
+    return problem_response(request.url.path, 503, detail, kind="artifacts-unavailable", headers={"Retry-After": "5"})
 
 
 def _on_fault(request: Request, error: Exception) -> Response:  # noqa: ARG001  (the server logs it)

@@ -7,9 +7,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from cliprd_core.locations import Locations, split_hosts, split_roots
+from service.logs import LogFormat
+
+Roots = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(lambda value: split_roots(value) if isinstance(value, str) else value)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(lambda value: split_hosts(value) if isinstance(value, str) else value)]
 
 
 class Settings(BaseSettings):
@@ -25,7 +32,23 @@ class Settings(BaseSettings):
     artifacts_root: Path = Field(
         default=Path(".cliprd/artifacts"), description="Folder of the artifacts' bytes; the API and all workers see the same one."
     )
+    artifacts_url: str = Field(
+        default="", description="`s3://BUCKET/PREFIX`: keep the artifacts' bytes there (extra `s3`). Empty: in `artifacts_root`."
+    )
+    teacher_store_root: Path = Field(
+        default=Path(".cliprd/teacher-stores"),
+        description="Folder of the teacher stores, as the workers'. The API lists and deletes those it can see there.",
+    )
     data_root: Path = Field(default=Path(), description="Folder that relative paths in specs start from. Default: the current directory.")
+
+    data_roots: Roots = Field(
+        default=(), description="Folders that jobs may read data and checkpoints from, separated by `:`. None: `data_root` alone."
+    )
+    remote_hosts: Hosts = Field(
+        default=(),
+        description="What jobs may read shards from beside local folders: `HOST`, `HOST:PORT` or `s3://BUCKET`, separated by commas;"
+        " `*`: anything.",
+    )
 
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the API listens on; 0: any free one.")
@@ -33,6 +56,10 @@ class Settings(BaseSettings):
     check_files: bool = Field(
         default=True,
         description="Look at the files a spec names when it is submitted. Turn off where the API doesn't see the workers' files.",
+    )
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="`json`: one object a line, with job id and attempt.")
+    metrics_need_key: bool = Field(
+        default=True, description="Whether `/metrics` needs an API key like all routes; false: anyone who reaches the service may read it."
     )
     migrate_on_start: bool = Field(default=True, description="Bring the database to the newest schema when the API starts.")
     max_body_bytes: int = Field(default=1_000_000, ge=1_000, description="A longer request body is refused (413).")
@@ -44,3 +71,8 @@ class Settings(BaseSettings):
     stream_poll_seconds: float = Field(default=1.0, gt=0, description="Pause between a stream's looks for news.")
     stream_heartbeat_seconds: int = Field(default=15, ge=1, description="Pause between heartbeats of a stream without news.")
     shutdown_seconds: int = Field(default=5, ge=1, description="From the order to stop to the end of requests that are still open.")
+
+    @property
+    def locations(self) -> Locations:
+        """Where jobs may read from."""
+        return Locations.of(self.data_roots or (self.data_root,), self.remote_hosts)

@@ -5,20 +5,24 @@ It needs pydantic, braceexpand and the standard library. All problems are collec
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cliprd_core.spec import CsvSource, DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
+from cliprd_core.locations import ForbiddenLocationError, Locations
+from cliprd_core.spec import DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service import data_files, model_names
+from service.pair_counts import known_num_pairs, num_steps_of
 from service.problems import FieldProblem, SpecError, closest
 
 MAX_CONFIG_DEPTH = 16
+MAX_PATH_DEPTH = 64
 
 _POSITIVE = frozenset({"layers", "width", "head_width", "patch_size", "image_size", "context_length", "vocab_size", "heads"})
 _KINDS: dict[str, Any] = {"integer": int, "number": int | float, "string": str, "boolean": bool, "object": dict, "list": list}
@@ -26,18 +30,19 @@ _KINDS: dict[str, Any] = {"integer": int, "number": int | float, "string": str, 
 ModelSpec = TypeVar("ModelSpec", StudentSpec, TeacherSpec)
 
 
-def check_spec(spec: JobSpec, *, data_root: Path, check_files: bool = True) -> JobSpec:
+def check_spec(spec: JobSpec, *, data_root: Path, locations: Locations | None = None, check_files: bool = True) -> JobSpec:
     """The resolved spec: relative paths made absolute from `data_root`, so that a worker can take them as they are.
 
     Args:
         spec: as it was submitted.
         data_root: where its relative paths start.
+        locations: where its data and checkpoints may lie. Left out: anywhere.
         check_files: False where this machine doesn't see the files; names and numbers are checked all the same.
 
     Raises:
         SpecError: with every problem that was found.
     """
-    check = _Check(data_root.absolute(), check_files)
+    check = _Check(data_root.absolute(), locations or Locations(), check_files)
     resolved = check.resolve(spec)
     if check.problems:
         raise SpecError(check.problems)
@@ -47,8 +52,9 @@ def check_spec(spec: JobSpec, *, data_root: Path, check_files: bool = True) -> J
 class _Check:
     """Walks a spec once: makes its paths absolute and collects problems on the way."""
 
-    def __init__(self, data_root: Path, check_files: bool) -> None:
+    def __init__(self, data_root: Path, locations: Locations, check_files: bool) -> None:
         self.data_root = data_root
+        self.locations = locations
         self.check_files = check_files
         self.problems: list[FieldProblem] = []
 
@@ -99,6 +105,8 @@ class _Check:
                 self._add(path.replace("\0", "?"), "holds a NUL character", "Remove it.")
             elif isinstance(value, str) and not _is_unicode(value):
                 self._add(path, "holds half of a surrogate pair, which is no character", "Remove it.")
+            elif isinstance(value, str) and value.count("/") > MAX_PATH_DEPTH:
+                self._add(path, f"is a path of more than {MAX_PATH_DEPTH} folders", "Shorten it, or move the files up.")
             elif isinstance(value, float) and not math.isfinite(value):
                 self._add(path, f"is {value}, which is no number of JSON", "Use a finite number.")
 
@@ -109,7 +117,7 @@ class _Check:
         if spec.model is not None and spec.model.startswith(model_names.LOCAL_DIR_PREFIX):
             folder = self._absolute(spec.model.removeprefix(model_names.LOCAL_DIR_PREFIX))
             update["model"] = f"{model_names.LOCAL_DIR_PREFIX}{folder}"
-            self._add_files(f"{role}.model", data_files.local_dir_problem, folder)
+            self._add_files(f"{role}.model", data_files.local_dir_problem, folder, data_files.local_dir_files(folder))
         elif spec.model is not None:
             self.problems += model_names.check_model_name(f"{role}.model", spec.model)
         if spec.pretrained is not None:
@@ -126,20 +134,31 @@ class _Check:
 
     def _source(self, field: str, source: DataSource) -> DataSource:
         if isinstance(source, WebDatasetSource):
+            if source.is_remote:
+                found = data_files.remote_problem(source.shards) or location_problem(
+                    self.locations.check_url, data_files.expand_remote(source.shards)
+                )
+                if found is not None:
+                    self._add(f"{field}.shards", *found)
+                return source
             shards = source.model_copy(update={"shards": self._absolute(source.shards)})
-            self._add_files(f"{field}.shards", data_files.shards_problem, shards.shards)
+            self._add_shards(f"{field}.shards", shards.shards)
             return shards
         image_root = None if source.image_root is None else self._absolute(source.image_root)
         table = source.model_copy(update={"path": self._absolute(source.path), "image_root": image_root})
-        if self.check_files:
+        is_allowed = self._is_allowed(f"{field}.path", [table.path])
+        if image_root is not None:
+            is_allowed &= self._is_allowed(f"{field}.image_root", [image_root])
+        if self.check_files and is_allowed:
             self.problems += data_files.table_problems(field, table)
         return table
 
     def _evaluation_sets(self, kind: str, sets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
         resolved = [one.model_copy(update={"path": self._absolute(one.path)}) for one in sets]
-        if self.check_files:
-            for index, one in enumerate(resolved):
-                self.problems += data_files.evaluation_problems(f"evaluation.{kind}.{index}", kind, one)
+        for index, one in enumerate(resolved):
+            field = f"evaluation.{kind}.{index}"
+            if self._is_allowed(f"{field}.path", data_files.evaluation_files(one)) and self.check_files:
+                self.problems += data_files.evaluation_problems(field, kind, one)
         return resolved
 
     def _check_num_steps(self, spec: JobSpec) -> None:
@@ -168,10 +187,36 @@ class _Check:
     def _add(self, field: str, problem: str, remedy: str) -> None:
         self.problems.append(FieldProblem(field=field, problem=problem, remedy=remedy))
 
-    def _add_files(self, field: str, look: data_files.Look, path: str) -> None:
-        found = look(path) if self.check_files else None
+    def _add_files(self, field: str, look: data_files.Look, path: str, files: Iterable[str] = ()) -> None:
+        """What `look` finds, if `path`, and the `files` it stands for, lie where they may."""
+        is_allowed = self._is_allowed(field, itertools.chain([path], files))
+        found = look(path) if is_allowed and self.check_files else None
         if found is not None:
             self._add(field, *found)
+
+    def _add_shards(self, field: str, pattern: str) -> None:
+        """The folders in which globs look are checked first, so that none looks where it may not; then what was found."""
+        found = data_files.pattern_problem(pattern) or location_problem(self.locations.check_path, data_files.expand_folders(pattern))
+        if found is None and self.check_files:
+            found = data_files.shards_problem(pattern) or location_problem(self.locations.check_path, data_files.expand_shards(pattern))
+        if found is not None:
+            self._add(field, *found)
+
+    def _is_allowed(self, field: str, paths: Iterable[str]) -> bool:
+        found = location_problem(self.locations.check_path, paths)
+        if found is not None:
+            self._add(field, *found)
+        return found is None
+
+
+def location_problem(check: Callable[[str], None], places: Iterable[str | Path]) -> data_files.Found:
+    """The first of the places that jobs may not read from."""
+    for place in places:
+        try:
+            check(str(place))
+        except ForbiddenLocationError as error:
+            return str(error), "Move the data there, or ask the service's operator to allow it (CLIPRD_DATA_ROOTS, CLIPRD_REMOTE_HOSTS)."
+    return None
 
 
 def model_config_problems(field: str, config: dict[str, Any]) -> list[FieldProblem]:
@@ -233,58 +278,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def known_num_pairs(spec: JobSpec) -> int | None:
-    """The training pairs of a resolved spec, at most: unreadable ones are among them. None: unknown without much reading."""
-    counts = [_at_most_num_pairs(source) for source in spec.data.train]
-    return None if None in counts else sum(count for count in counts if count is not None)
-
-
-def num_steps_of(spec: JobSpec, num_pairs: int) -> int:
-    """Optimiser updates of a whole run; the pairs that fill no batch at an epoch's end are left out."""
-    return num_pairs // spec.training.global_batch_size * spec.training.epochs
-
-
-def _at_most_num_pairs(source: DataSource) -> int | None:
-    """The pairs that a source has at most. None: unknown without much reading.
-
-    `sizes.json` beside the shards, as webdataset's tools write it, gives the number of samples of each shard; small ones are counted.
-    """
-    counted = _rows_of(source) if isinstance(source, CsvSource) else _pairs_of(source)
-    known = [number for number in (counted, source.num_samples) if number is not None]
-    return min(known, default=None)
-
-
-def _rows_of(source: CsvSource) -> int | None:
-    """Lines below a small table's header: never fewer than its rows."""
-    table = Path(source.path)
-    if table.stat().st_size > data_files.MAX_BYTES_COUNTED:
-        return None
-    return max(0, len(table.read_bytes().splitlines()) - 1)
-
-
-def _pairs_of(source: WebDatasetSource) -> int | None:
-    shards = list(data_files.expand_shards(source.shards))
-    sizes: dict[Path, dict[str, Any]] = {}
-    total = 0
-    is_small = sum(shard.stat().st_size for shard in shards) <= data_files.MAX_BYTES_COUNTED
-    for shard in shards:
-        if shard.parent not in sizes:
-            sizes[shard.parent] = _read_sizes(shard.parent / "sizes.json")
-        size = sizes[shard.parent].get(shard.name)
-        if not isinstance(size, int) or isinstance(size, bool):
-            size = data_files.count_pairs(shard) if is_small else None
-        if size is None:
-            return None
-        total += size
-    return total
-
-
-def _read_sizes(path: Path) -> dict[str, Any]:
-    """What the file says; nothing where there is none or it is of another make."""
-    try:
-        loaded = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from sqlalchemy.exc import IntegrityError
 
 from cliprd_core.spec import JobSpec, merge_over
+from service.pair_counts import known_num_pairs, num_steps_of
 from service.problems import FieldProblem, SpecError, problems_of
 from service.routes.dependencies import Services
 from service.schemas import DryRunView
-from service.spec_check import check_spec, known_num_pairs, num_steps_of
+from service.spec_check import check_spec
 from service.store import jobs
 from service.store.idempotency import find_submitted, remember_key
 from service.store.jobs import QueuedJob
@@ -34,7 +35,7 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tupl
     if earlier is not None:
         return earlier, True
     settings = services.settings
-    resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
+    resolved = check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
     try:
         with services.sessions.begin() as session:
             job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)

@@ -110,6 +110,7 @@ def settings(tmp_path: Path) -> Settings:
         database_url=f"sqlite:///{tmp_path / 'cliprd.db'}",
         broker_url="memory://",
         artifacts_root=tmp_path / "artifacts",
+        teacher_store_root=tmp_path / "teacher-stores",
         data_root=tmp_path,
     )
 
@@ -118,8 +119,9 @@ def settings(tmp_path: Path) -> Settings:
 def client(settings: Settings) -> Iterator[TestClient]:
     """The API of `settings`; an exception inside it becomes the 500 that a real client would see."""
     from service.app import create_app
+    from tests.store_helpers import local_client
 
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    with local_client(create_app(settings), raise_server_exceptions=False) as client:
         yield client
 
 

@@ -6,6 +6,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, MetricsRecord, Progress, ResultRecord
@@ -28,6 +30,11 @@ SUCCESS = ResultRecord(
     export_files=["open_clip_config.json"],
 )
 FAILURE = ErrorRecord(reason=ErrorReason.DIVERGED, message="The loss became NaN at step 7. Lower the learning rate.")
+
+
+def local_client(app: FastAPI, **options: Any) -> TestClient:
+    """A client on this machine, which is let in without an API key."""
+    return TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50_000), **options)
 
 
 def spec_dict(**changes: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from celery import Celery, signals
 from kombu import Queue
 
+from service.logs import LogFormat, configure
 from worker.reaper import Reaper
 from worker.settings import WorkerSettings
 from worker.shutdown import ShutdownFlag
@@ -53,6 +54,9 @@ def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag) -
     """In the worker's parent process: run a reaper, and pass the order to shut down on to the running job."""
     reaper: list[Reaper] = []
 
+    def on_setup_logging(**_: Any) -> None:
+        configure(settings.log_format)
+
     def on_ready(**_: Any) -> None:
         reaper.append(Reaper(app, settings))
         reaper[0].start()
@@ -64,10 +68,12 @@ def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag) -
         for one in reaper:
             one.stop()
 
+    if settings.log_format is LogFormat.JSON:
+        signals.setup_logging.connect(on_setup_logging)  # a receiver keeps Celery's own set-up away
     signals.worker_ready.connect(on_ready)
     signals.worker_shutting_down.connect(on_shutting_down)
     signals.worker_shutdown.connect(on_shutdown)
-    _connected.extend([on_ready, on_shutting_down, on_shutdown])
+    _connected.extend([on_setup_logging, on_ready, on_shutting_down, on_shutdown])
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from cliprd_core.run_dir import CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, sync_directory
 from cliprd_core.spec import JobSpec, TeacherSpec
 from service.store.artifacts import get_artifact
-from service.store.blobs import BlobStore
+from service.store.blobs import Blobs
 from service.store.jobs import ArtifactNotFoundError
 from service.store.models import Artifact, ArtifactKind
 from worker.held_job import EXPORT_GROUP, HeldJob
@@ -19,7 +19,6 @@ from worker.held_job import EXPORT_GROUP, HeldJob
 logger = logging.getLogger(__name__)
 
 TEACHERS_DIR = "teachers"
-CHUNK_BYTES = 1 << 20
 
 
 class TeacherGoneError(Exception):
@@ -91,7 +90,7 @@ def restore_checkpoint(job: HeldJob, run: Path) -> int | None:
     return None
 
 
-def fetch_files(blobs: BlobStore, files: Sequence[Artifact], folder: Path) -> None:
+def fetch_files(blobs: Blobs, files: Sequence[Artifact], folder: Path) -> None:
     """Make `folder` hold exactly these artifacts.
 
     Raises:
@@ -101,8 +100,8 @@ def fetch_files(blobs: BlobStore, files: Sequence[Artifact], folder: Path) -> No
     folder.mkdir(parents=True)
     for artifact in files:
         digest = hashlib.sha256()
-        with blobs.open(artifact.storage_key) as source, (folder / artifact.name).open("xb") as target:
-            while chunk := source.read(CHUNK_BYTES):
+        with (folder / artifact.name).open("xb") as target:
+            for chunk in blobs.stream(artifact.storage_key):
                 digest.update(chunk)
                 target.write(chunk)
         if digest.hexdigest() != artifact.sha256:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store.artifacts import are_registered, list_artifacts, register_artifact, remove_artifacts
-from service.store.blobs import BlobStore, StoredBlob
+from service.store.blobs import Blobs, BlobsUnreachableError, StoredBlob
 from service.store.jobs import (
     Claim,
     LeaseLostError,
@@ -38,7 +39,7 @@ from worker.outcome import StopCause
 
 logger = logging.getLogger(__name__)
 
-OUT_OF_REACH = (OperationalError, InterfaceError, PoolTimeoutError)
+OUT_OF_REACH = (OperationalError, InterfaceError, PoolTimeoutError, BlobsUnreachableError)
 """What the store raises when it cannot be reached just now, or is too busy: worth another try."""
 
 EXPORT_GROUP = "export"
@@ -55,7 +56,7 @@ class HeldJob:
     All other methods keep trying for as long as the lease is held.
     """
 
-    def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: BlobStore, *, lease_seconds: float) -> None:
+    def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: Blobs, *, lease_seconds: float) -> None:
         self.id = claim.job.id
         self.attempt = claim.attempt
         self.spec = JobSpec.model_validate(claim.job.spec)
@@ -100,9 +101,9 @@ class HeldJob:
     def finish(self, outcome: Outcome, export_files: Sequence[Path] = ()) -> list[QueuedJob]:
         """Record the outcome together with the exported files, so that a succeeded job has its model and no other job has one.
 
-        A job that succeeded needs its mirrored checkpoints no more; any other keeps them.
+        A job that succeeded needs its mirrored checkpoints no more; those of jobs that ended otherwise are dropped by the reaper.
         """
-        stored = [(file.name, self.blobs.put_file(file)) for file in export_files]
+        stored = [(file.name, self._patiently(partial(self.blobs.put_file, file))) for file in export_files]
         is_success = isinstance(outcome, ResultRecord)
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,10 +86,19 @@ class TrainingProcess:
             )
 
     @classmethod
-    def start(cls, run: Path, *, attempt: int, num_processes: int, grace_seconds: float, trainer: Sequence[str]) -> TrainingProcess:
-        """Start `trainer` (`-m MODULE` or a script) on the spec in `run`, one process per device."""
+    def start(
+        cls,
+        run: Path,
+        *,
+        attempt: int,
+        num_processes: int,
+        grace_seconds: float,
+        trainer: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> TrainingProcess:
+        """Start `trainer` (`-m MODULE` or a script) on the spec in `run`, one process per device, with `environment` on top."""
         command = torchrun_command(num_processes, grace_seconds, [*trainer, str(run / SPEC_FILE)])
-        return cls(run, command, trainer_environment(attempt, num_processes))
+        return cls(run, command, trainer_environment(attempt, num_processes) | dict(environment))
 
     @property
     def pid(self) -> int:

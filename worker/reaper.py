@@ -10,7 +10,10 @@ from typing import Any
 
 from celery import Celery
 from kombu import Connection
+from sqlalchemy.orm import Session, sessionmaker
 
+from service.store.artifacts import remove_finished_checkpoints
+from service.store.blobs import make_blobs
 from service.store.idempotency import forget_keys
 from service.store.jobs import QueuedJob, jobs_to_send, requeue_expired
 from service.store.session import make_engine, make_sessions, reading
@@ -60,10 +63,21 @@ class Reaper:
             with reading(sessions) as session:
                 waiting = jobs_to_send(session=session, older_than_seconds=self._settings.resend_seconds)
             send(self._app, sessions, self._without_message(waiting))
+            self._drop_finished_checkpoints(sessions)
             secret = self._settings.webhook_secret
             deliver_webhooks(sessions, self._settings.webhook_urls, None if secret is None else secret.get_secret_value())
         finally:
             engine.dispose()
+
+    def _drop_finished_checkpoints(self, sessions: sessionmaker[Session]) -> None:
+        """Those of jobs that failed or were cancelled so long ago that nobody goes on with them; a job that succeeds drops its own."""
+        with sessions.begin() as session:
+            keys = remove_finished_checkpoints(session=session, older_than_seconds=self._settings.checkpoint_retention_seconds)
+        if keys:
+            blobs = make_blobs(self._settings.artifacts_url, self._settings.artifacts_root)
+            for key in keys:
+                blobs.delete(key)
+            logger.info("dropped %d files of finished jobs' checkpoints", len(keys))
 
     def _without_message(self, waiting: Sequence[QueuedJob]) -> list[QueuedJob]:
         """Those of queues that hold fewer messages than jobs wait. In the others each job may just wait its turn: sending them again

@@ -9,6 +9,11 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from cliprd_core.locations import Locations
+from cliprd_core.run_dir import CACHE_DIR_VARIABLE, DEFAULT_SHARD_CACHE_BYTES, SHARD_CACHE_BYTES_VARIABLE, TEACHER_STORE_VARIABLE
+from service.logs import LogFormat
+from service.settings import Hosts, Roots
+
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 
 
@@ -20,7 +25,21 @@ class WorkerSettings(BaseSettings):
     database_url: str = Field(default="sqlite:///.cliprd/cliprd.db", description="`sqlite:///FILE` or `postgresql://…`, as the API's.")
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis, as the API's.")
     artifacts_root: Path = Field(default=Path(".cliprd/artifacts"), description="Folder of the artifact store, as the API's.")
+    artifacts_url: str = Field(default="", description="`s3://BUCKET/PREFIX` in place of that folder, as the API's.")
     runs_root: Path = Field(default=Path(".cliprd/runs"), description="Run directories of this machine's jobs, one each.")
+    teacher_store_root: Path = Field(
+        default=Path(".cliprd/teacher-stores"), description="Folder of the teacher stores, as the API's; on a disk of this machine."
+    )
+    teacher_store_max_bytes: int = Field(
+        default=200_000_000_000,
+        ge=0,
+        description="Before each job, stores are deleted until all together take at most this on disk; the longest unused first.",
+    )
+    data_root: Path = Field(default=Path(), description="As the API's; only `data_roots` falls back on it.")
+    data_roots: Roots = Field(default=(), description="As the API's: the trainer looks again at what it opens.")
+    remote_hosts: Hosts = Field(default=(), description="As the API's.")
+    cache_dir: Path = Field(default=Path(".cliprd/cache"), description="What all jobs remember of data: shard indexes, remote shards.")
+    shard_cache_bytes: int = Field(default=DEFAULT_SHARD_CACHE_BYTES, ge=1, description="Most that copies of remote shards take there.")
     queues: Annotated[tuple[str, ...], NoDecode] = Field(default=("default",), description="Queues to take jobs from; comma-separated.")
     lease_seconds: float = Field(default=60.0, gt=0, description="A worker silent for this long loses its job to another.")
     heartbeat_seconds: float = Field(default=10.0, gt=0, description="Pause between renewals of the lease.")
@@ -30,6 +49,24 @@ class WorkerSettings(BaseSettings):
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
+    checkpoint_retention_seconds: float = Field(
+        default=7 * 24 * 3600.0, ge=0, description="How long the mirrored checkpoints of a failed or cancelled job stay after its end."
+    )
+
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="`json`: one object a line, with job id and attempt.")
+
+    def locations_of(self, run: Path) -> Locations:
+        """Where a job may read from: as the API says, and its own run directory, where fetched teachers are."""
+        return Locations.of([*(self.data_roots or (self.data_root,)), run], self.remote_hosts)
+
+    @property
+    def trainer_environment(self) -> dict[str, str]:
+        """What the trainer is to know of these settings."""
+        return {
+            CACHE_DIR_VARIABLE: str(self.cache_dir.absolute()),
+            SHARD_CACHE_BYTES_VARIABLE: str(self.shard_cache_bytes),
+            TEACHER_STORE_VARIABLE: str(self.teacher_store_root.absolute()),
+        }
 
     webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Told of every job's changes of state; comma-separated. All workers need the same ones."

@@ -26,6 +26,7 @@ from cliprd_core.run_dir import (
     ResultRecord,
     write_atomically,
 )
+from cliprd_core.store_removal import evict
 from service.store.jobs import LeaseLostError, Outcome, QueuedJob
 from worker.files import TEACHERS_DIR, TeacherGoneError, restore_checkpoint, with_fetched_teachers
 from worker.held_job import OUT_OF_REACH, HeldJob
@@ -110,6 +111,7 @@ class Supervisor:
 
     def _train(self, keeper: LeaseKeeper) -> list[QueuedJob]:
         self._prepare()
+        self._evict_teacher_stores()
         if keeper.is_lost:
             raise LeaseLostError(self._job.id)
         self._process = self._launch(self._run, self._job)
@@ -131,6 +133,16 @@ class Supervisor:
         restored = restore_checkpoint(self._job, self._run)
         if restored is not None:
             logger.info("job %s: restored the mirrored checkpoint of step %d", self._job.id, restored)
+
+    def _evict_teacher_stores(self) -> None:
+        """Make room; a folder that can't be changed is no reason not to train."""
+        try:
+            evicted = evict(self._settings.teacher_store_root, self._settings.teacher_store_max_bytes)
+        except OSError:
+            logger.exception("job %s: teacher stores over the limit could not be deleted", self._job.id)
+            return
+        for store in evicted:
+            logger.info("job %s: deleted teacher store %s (%d bytes) to make room", self._job.id, store.key, store.num_bytes_on_disk)
 
     def _supervise(self, keeper: LeaseKeeper, process: TrainingProcess) -> StopCause | None:
         """Report until the run ends; ask it to stop where needed, and make it stop where that doesn't help.

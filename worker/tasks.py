@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
-from service.store.blobs import BlobStore
+from service.logs import clear_job, set_job
+from service.store.blobs import make_blobs
 from service.store.jobs import Claim, QueuedJob, claim_next, finish_job, mark_sent
 from service.store.session import make_engine, make_sessions
 from worker.held_job import OUT_OF_REACH, HeldJob
@@ -44,13 +45,17 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
             logger.info("nothing is queued where job %s was, so there is nothing to do", job_id)
             return
         try:
-            job = HeldJob(claim, sessions, BlobStore(settings.artifacts_root), lease_seconds=settings.lease_seconds)
+            job = HeldJob(
+                claim, sessions, make_blobs(settings.artifacts_url, settings.artifacts_root), lease_seconds=settings.lease_seconds
+            )
         except ValidationError as error:
             queued = refuse(sessions, claim, error)
         else:
+            set_job(claim.job.id, claim.attempt)
             queued = Supervisor(job, settings, should_stop, launcher(settings)).run()
         send(app, sessions, queued)
     finally:
+        clear_job()
         engine.dispose()
 
 
@@ -72,6 +77,7 @@ def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProc
             num_processes=job.spec.resources.num_processes,
             grace_seconds=settings.grace_seconds,
             trainer=shlex.split(settings.trainer),
+            environment={**settings.trainer_environment, **settings.locations_of(run).environment()},
         )
 
     return launch

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -33,36 +36,84 @@ class ModelInput:
 
 
 @dataclass(frozen=True)
+class StoredFeatures:
+    """What a store holds of one teacher's features for the pairs of a batch: rows that are not present are arbitrary."""
+
+    image: Tensor  # (B, D), L2-normalised
+    image_present: Tensor  # (B,) bool
+    text: Tensor  # (B, D), L2-normalised
+    text_present: Tensor  # (B,) bool
+
+    @classmethod
+    def read(cls, reader: FeatureReader, indices: NDArray[np.int64], view: int) -> StoredFeatures:
+        """What `reader` has now of the samples `indices` (B,), their images as cropped in `view`."""
+        return cls(*reader.read_images(indices, view), *reader.read_texts(indices))
+
+    def pin_memory(self) -> StoredFeatures:
+        """The features in memory from which copies to a GPU overlap with computing; what is present is asked on the host alone."""
+        return replace(self, image=self.image.pin_memory(), text=self.text.pin_memory())
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.image_present.all()) and bool(self.text_present.all())
+
+
+class FeatureReader(Protocol):
+    """Where a teacher's features may be found that were computed before. Used by several processes at once."""
+
+    def read_images(self, indices: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
+        """Features (B, D) of the images of the samples `indices` (B,) as cropped in `view`, and (B,) bool, which are there."""
+
+    def read_texts(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Features (B, D) of the captions of the samples `indices` (B,), and (B,) bool, which are there."""
+
+
+class FeatureStore(FeatureReader, Protocol):
+    """Keeps what it is given, and gives back the same bits."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+    def rounded(self, features_bD: Tensor) -> Tensor:
+        """(b, D) features as a reader will get them: L2-normalised, in the stored type, on the same device."""
+
+    def write_images(self, indices: NDArray[np.int64], view: int, features_bD: Tensor) -> None:
+        """Keep (b, D) features, as `rounded` gave them, of the images of samples `indices` (b,) as cropped in `view`."""
+
+    def write_texts(self, indices: NDArray[np.int64], features_bD: Tensor) -> None:
+        """Keep (b, D) features, as `rounded` gave them, of the captions of samples `indices` (b,)."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """One process's share of a step. B is the number of pairs in it."""
 
     sample_indices: Tensor  # (B,) int64, position of each pair in the training set
-    student_images: Tensor  # (B, 3, H, W) float32, normalised
+    view: int  # which crop of each image this is; without a limit on their number, the epoch
+    student_pixels: Tensor  # (B, H, W, 3) uint8; a quarter of what it is once normalised
     student_tokens: Tensor  # (B, context) int64
-    teacher_images: tuple[Tensor | None, ...] = ()  # one per teacher; None: it sees student_images
+    teacher_pixels: tuple[Tensor | None, ...] = ()  # one per teacher; None: it sees student_pixels
     teacher_tokens: tuple[Tensor | None, ...] = ()  # one per teacher; None: it reads student_tokens
+    stored_features: tuple[StoredFeatures | None, ...] = ()  # one per teacher, as they were when the batch was prepared; None: no store
 
     def to(self, device: torch.device) -> Batch:
-        """Everything but the indices on `device`, without waiting for the copies."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        """Pixels on `device`, without waiting for the copies; tokens stay on the host, where `encode_text` reads off their lengths."""
+        return self._with_pixels(lambda pixels: pixels.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Everything but the indices in memory from which copies to a GPU overlap with computing."""
-        return self._with(lambda tensor: tensor.pin_memory())
+        """In memory from which copies to a GPU overlap with computing."""
+        tokens = tuple(None if one is None else one.pin_memory() for one in self.teacher_tokens)
+        stored = tuple(None if one is None else one.pin_memory() for one in self.stored_features)
+        pinned = self._with_pixels(lambda pixels: pixels.pin_memory())
+        return replace(pinned, student_tokens=self.student_tokens.pin_memory(), teacher_tokens=tokens, stored_features=stored)
 
     def inputs_of_teacher(self, index: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and tokens (B, context) of one teacher."""
-        images, tokens = self.teacher_images[index], self.teacher_tokens[index]
-        return self.student_images if images is None else images, self.student_tokens if tokens is None else tokens
+        """Pixels (B, H, W, 3) and tokens (B, context), these on the host, of one teacher whose features are not all stored."""
+        stored = self.stored_features[index] if self.stored_features else None
+        assert stored is None or not stored.is_complete, "its inputs were not prepared"
+        pixels, tokens = self.teacher_pixels[index], self.teacher_tokens[index]
+        return self.student_pixels if pixels is None else pixels, self.student_tokens if tokens is None else tokens
 
-    def _with(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        def each(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            return tuple(None if tensor is None else move(tensor) for tensor in tensors)
-
-        return Batch(
-            sample_indices=self.sample_indices,
-            student_images=move(self.student_images),
-            student_tokens=move(self.student_tokens),
-            teacher_images=each(self.teacher_images),
-            teacher_tokens=each(self.teacher_tokens),
-        )
+    def _with_pixels(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        teacher_pixels = tuple(None if pixels is None else move(pixels) for pixels in self.teacher_pixels)
+        return replace(self, student_pixels=move(self.student_pixels), teacher_pixels=teacher_pixels)

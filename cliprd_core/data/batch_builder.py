@@ -11,13 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cliprd_core.data.batch import Batch, ModelInput
+from cliprd_core.data.batch import Batch, FeatureReader, ModelInput, StoredFeatures
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
 from cliprd_core.data.hashing import CROP_STREAM, stream_key, uniforms
 from cliprd_core.data.plan import BatchRequest
 from cliprd_core.data.sources import PairSource
 from cliprd_core.data.tokens import TokenCache, same_tokens
-from cliprd_core.data.transforms import DRAWS_PER_CROP, check_preprocess, decode_rgb, normalise, random_crop_box, resize_crop
+from cliprd_core.data.transforms import (
+    DRAWS_PER_CROP,
+    check_preprocess,
+    decode_for_crop,
+    decode_rgb,
+    open_image,
+    random_crop_box,
+    resize_crop,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,21 @@ class BatchBuilder:
     """Builds any process's batch of any step, as a pure function of the request and of the data."""
 
     def __init__(
-        self, source: PairSource, *, student: ModelInput, teachers: Sequence[ModelInput], crop_scale: tuple[float, float], seed: int
+        self,
+        source: PairSource,
+        *,
+        student: ModelInput,
+        teachers: Sequence[ModelInput],
+        crop_scale: tuple[float, float],
+        seed: int,
+        num_views: int = 0,
+        readers: Sequence[FeatureReader | None] = (),
     ) -> None:
+        """
+        Args:
+            num_views: different crops of each image, which epochs take in turn. 0: a new one every epoch.
+            readers: where each teacher's features may be stored; empty, or one (or None) per teacher.
+        """
         for model_input in (student, *teachers):
             check_preprocess(model_input.preprocess)
         self._source = source
@@ -62,62 +83,79 @@ class BatchBuilder:
         self._teachers = teachers
         self._crops = {_crop(model_input): model_input.preprocess for model_input in (student, *teachers)}
         self._crop_scale = crop_scale
+        self._largest_size = largest_image_size(student, teachers)
         self._seed = seed
+        self._num_views = num_views
+        self._readers = readers or [None] * len(teachers)
+        assert len(self._readers) == len(teachers)
         self._student_tokens = TokenCache(student, len(source))
         self._teacher_tokens = [None if same_tokens(student, teacher) else TokenCache(teacher, len(source)) for teacher in teachers]
 
     def build(self, request: BatchRequest) -> BuiltBatch:
         """Read and prepare the pairs of one process's share of a step.
 
-        A pair that cannot be read is replaced by the next readable one of the data, in the data's own order.
+        A pair that cannot be read is replaced by the next readable one of the data, in the data's own order. Teachers whose features are
+        all stored get no images and no tokens.
 
         Raises:
             InvalidDataError: more than half of the step's global batch cannot be read.
         """
-        draft = self._empty_draft(request)
-        draws = self._draws(draft.indices, request.epoch)
+        view = request.epoch % self._num_views if self._num_views else request.epoch
+        stored = self._stored(request.indices, view)
+        draft = self._filled(request, view, stored)
+        if draft.corrupt:  # other pairs than asked for, so perhaps other features
+            stored = self._stored(np.array(draft.indices, dtype=np.int64), view)
+            if any(self._crops_for(stored) - draft.pixels.keys()):
+                draft = self._filled(request, view, stored)
+        return BuiltBatch(self._finish(draft, view, stored), draft.corrupt)
+
+    def _stored(self, indices: NDArray[np.int64], view: int) -> list[StoredFeatures | None]:
+        return [None if reader is None else StoredFeatures.read(reader, indices, view) for reader in self._readers]
+
+    def _crops_for(self, stored: Sequence[StoredFeatures | None]) -> set[_Crop]:
+        """What the student and the teachers that are to run want."""
+        return {_crop(self._student)} | {_crop(teacher) for teacher, found in zip(self._teachers, stored, strict=True) if _must_run(found)}
+
+    def _filled(self, request: BatchRequest, view: int, stored: Sequence[StoredFeatures | None]) -> _Draft:
+        indices: list[int] = request.indices.tolist()
+        pixels = {crop: np.empty((len(indices), crop.size, crop.size, 3), dtype=np.uint8) for crop in self._crops_for(stored)}
+        draft = _Draft(indices=indices, captions=[""] * len(indices), pixels=pixels)
+        draws = self._draws(draft.indices, view)
         unread = [row for row, index in enumerate(draft.indices) if not self._fill(draft, row, index, draws[row])]
         if 2 * len(unread) > request.num_rows:  # more than half of the step implies more than half of some process's share
             self._refuse_mostly_corrupt(request, draft.corrupt)
         for row in unread:
-            self._fill_with_next(draft, row, request.epoch)
-        return BuiltBatch(self._finish(draft), draft.corrupt)
-
-    def _empty_draft(self, request: BatchRequest) -> _Draft:
-        indices: list[int] = request.indices.tolist()
-        return _Draft(
-            indices=indices,
-            captions=[""] * len(indices),
-            pixels={crop: np.empty((len(indices), crop.size, crop.size, 3), dtype=np.uint8) for crop in self._crops},
-        )
+            self._fill_with_next(draft, row, view)
+        return draft
 
     def _fill(self, draft: _Draft, row: int, index: int, draws: Sequence[float]) -> bool:
         """Put pair `index`, cropped by `draws`, into `row`; False, and a note in `draft.corrupt`, if it cannot be read."""
         try:
             sample = self._source.read(index)
-            image = decode_rgb(sample.key, sample.image_bytes)
+            encoded = open_image(sample.key, sample.image_bytes)
+            box = random_crop_box(encoded.width, encoded.height, self._crop_scale, draws)
+            image, box_in_image = decode_for_crop(sample.key, encoded, box, self._largest_size)
         except CorruptSampleError as error:
             draft.corrupt[index] = str(error)
             return False
-        box = random_crop_box(image.width, image.height, self._crop_scale, draws)
         draft.indices[row] = index
         draft.captions[row] = sample.caption
-        for crop, preprocess in self._crops.items():
-            draft.pixels[crop][row] = resize_crop(image, box, preprocess)
+        for crop, pixels in draft.pixels.items():
+            pixels[row] = resize_crop(image, box_in_image, self._crops[crop])
         return True
 
-    def _draws(self, indices: Sequence[int], epoch: int) -> list[list[float]]:
-        """The random numbers of each pair's crop: a function of seed, epoch and pair, and of nothing else."""
-        key = stream_key(CROP_STREAM, self._seed, epoch)
+    def _draws(self, indices: Sequence[int], view: int) -> list[list[float]]:
+        """The random numbers of each pair's crop: a function of seed, view and pair, and of nothing else."""
+        key = stream_key(CROP_STREAM, self._seed, view)
         draws: list[list[float]] = uniforms(key, np.array(indices, dtype=np.int64), DRAWS_PER_CROP).tolist()
         return draws
 
-    def _fill_with_next(self, draft: _Draft, row: int, epoch: int) -> None:
+    def _fill_with_next(self, draft: _Draft, row: int, view: int) -> None:
         num_samples = len(self._source)
         start = draft.indices[row]
         for offset in range(1, num_samples):
             index = (start + offset) % num_samples
-            if self._fill(draft, row, index, self._draws([index], epoch)[0]):
+            if self._fill(draft, row, index, self._draws([index], view)[0]):
                 return
         raise InvalidDataError(f"none of the {num_samples} training pairs can be read; the first trouble was: {draft.corrupt[start]}")
 
@@ -140,20 +178,38 @@ class BatchBuilder:
             return False  # reported by the process whose row it is
         return True
 
-    def _finish(self, draft: _Draft) -> Batch:
-        def images(model_input: ModelInput) -> Tensor:
-            return normalise(draft.pixels[_crop(model_input)], model_input.preprocess)
+    def _finish(self, draft: _Draft, view: int, stored: Sequence[StoredFeatures | None]) -> Batch:
+        def pixels(model_input: ModelInput) -> Tensor:
+            return torch.from_numpy(draft.pixels[_crop(model_input)])
 
         def tokens(cache: TokenCache) -> Tensor:
             return cache.tokenise(draft.indices, draft.captions)
 
         return Batch(
             sample_indices=torch.tensor(draft.indices, dtype=torch.int64),
-            student_images=images(self._student),
+            view=view,
+            student_pixels=pixels(self._student),
             student_tokens=tokens(self._student_tokens),
-            teacher_images=tuple(None if one.preprocess == self._student.preprocess else images(one) for one in self._teachers),
-            teacher_tokens=tuple(None if cache is None else tokens(cache) for cache in self._teacher_tokens),
+            teacher_pixels=tuple(
+                pixels(teacher) if _crop(teacher) != _crop(self._student) and _must_run(found) else None
+                for teacher, found in zip(self._teachers, stored, strict=True)
+            ),
+            teacher_tokens=tuple(
+                tokens(cache) if cache is not None and _must_run(found) else None
+                for cache, found in zip(self._teacher_tokens, stored, strict=True)
+            ),
+            stored_features=tuple(stored),
         )
+
+
+def largest_image_size(student: ModelInput, teachers: Sequence[ModelInput]) -> int:
+    """Pixels: images are decoded no finer than this needs, so all models' crops depend on it a little."""
+    return max(model_input.preprocess.image_size for model_input in (student, *teachers))
+
+
+def _must_run(stored: StoredFeatures | None) -> bool:
+    """Whether the teacher has to compute features of this batch."""
+    return stored is None or not stored.is_complete
 
 
 def _crop(model_input: ModelInput) -> _Crop:

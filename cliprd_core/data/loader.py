@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cliprd_core.data.batch import Batch, ModelInput
+from cliprd_core.data.batch import Batch, FeatureReader, ModelInput
 from cliprd_core.data.batch_builder import BatchBuilder, BuiltBatch
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader_process import ChildInit, stop_signals_held
@@ -27,14 +27,22 @@ Position = tuple[int, int]
 
 
 def build_train_loader(
-    spec: JobSpec, source: PairSource, *, student: ModelInput, teachers: Sequence[ModelInput] = (), rank: int = 0, world_size: int = 1
+    spec: JobSpec,
+    source: PairSource,
+    *,
+    student: ModelInput,
+    teachers: Sequence[ModelInput] = (),
+    readers: Sequence[FeatureReader | None] = (),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TrainLoader:
     """The loader of one training process.
 
     Args:
-        spec: its `training` and `data.crop_scale` are used.
+        spec: its `training`, `data.crop_scale` and, with teachers, `data.teacher_views` are used.
         source: the training pairs, as `open_sources` gives them.
-        teachers: those that are to see the batch's images and captions.
+        teachers: how the teachers want their inputs.
+        readers: where each teacher's features may be stored; empty, or one (or None) per teacher.
 
     Raises:
         InvalidDataError: there are fewer pairs than one global batch.
@@ -42,7 +50,15 @@ def build_train_loader(
     """
     training = spec.training
     return TrainLoader(
-        BatchBuilder(source, student=student, teachers=teachers, crop_scale=spec.data.crop_scale, seed=training.seed),
+        BatchBuilder(
+            source,
+            student=student,
+            teachers=teachers,
+            crop_scale=spec.data.crop_scale,
+            seed=training.seed,
+            num_views=spec.data.teacher_views if teachers else 0,
+            readers=readers,
+        ),
         Plan(len(source), training.global_batch_size, training.seed, rank, world_size),
         num_data_workers=training.num_data_workers,
         pin_memory=spec.resources.device is not Device.CPU and torch.cuda.is_available(),
@@ -86,13 +102,8 @@ class TrainLoader:
         return self._plan.num_steps_per_epoch
 
     @property
-    def num_corrupt(self) -> int:
-        """Different pairs met so far, by this process, that could not be read."""
-        return len(self._corrupt)
-
-    @property
     def corrupt_indices(self) -> frozenset[int]:
-        """Their numbers; the union over processes is without double counting, which a sum of `num_corrupt` is not."""
+        """Numbers of the pairs met so far, by this process, that could not be read."""
         return frozenset(self._corrupt)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:

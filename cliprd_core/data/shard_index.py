@@ -9,22 +9,24 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cliprd_core.data.errors import InvalidDataError
+from cliprd_core.data.fingerprint import NUM_SAMPLED, Fingerprint, spread
+from cliprd_core.data.shard_files import Descriptor, LocalShard, Shard
 from cliprd_core.data.string_table import StringTable
 from cliprd_core.run_dir import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache key; raise it whenever what is stored, or what counts as a member, changes."""
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
@@ -51,52 +53,61 @@ class Spans:
 class ShardIndex:
     """The N samples of one tar that have an image, in the tar's order."""
 
-    path: Path
+    shard: Shard
     keys: StringTable
     images: Spans
     captions: Spans
     labels: Spans
     damage: str  # empty, or what is wrong with the tar; the samples before the damage are listed
+    fingerprint: str  # of the tar's content, as `fingerprint` describes it
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 def load_shard_index(path: Path, cache_dir: Path | None = None) -> ShardIndex:
-    """The index of one tar: from the cache, else by walking the tar's headers (and then cached).
-
-    Safe for several processes at once: each may build the same index, and the last to rename its file wins.
-
-    Args:
-        path: an uncompressed tar.
-        cache_dir: folder for index files; None keeps nothing.
+    """`load_index` of a local file.
 
     Raises:
         InvalidDataError: there is no such file, it is compressed, or it is no tar at all.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise InvalidDataError(f"cannot read shard {path}: {error.strerror}; check the path in `shards`") from error
+    return load_index(LocalShard.find(path), cache_dir)
+
+
+def load_index(shard: Shard, cache_dir: Path | None) -> ShardIndex:
+    """The index of one tar: from the cache, else by walking the tar's headers (and then cached).
+
+    Safe for several processes and jobs at once: each may build the same index, and the last to rename its file wins.
+
+    Args:
+        shard: an uncompressed tar. A remote one is fetched only where its index is not in the cache.
+        cache_dir: folder for index files; None keeps nothing.
+
+    Raises:
+        InvalidDataError: it is compressed, or it is no tar at all.
+        OSError: it cannot be opened, or fetched.
+    """
     if cache_dir is None:
-        index = _scan(path, status.st_size)
+        index = _scan(shard)
     else:
-        identity = f"{FORMAT_VERSION}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        identity = f"{FORMAT_VERSION}\0{shard.identity}"
         file = cache_dir / f"{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
-        cached = _read_cached(file, path)
+        cached = _read_cached(file, shard)
         if cached is None:
-            index = _scan(path, status.st_size)
+            index = _scan(shard)
             _write_cached(file, index)
         else:
             index = cached
     if index.damage:
-        log.warning("shard %s is damaged (%s); using the %d samples before that", path, index.damage, len(index))
+        log.warning("shard %s is damaged (%s); using the %d samples before that", shard, index.damage, len(index))
     return index
 
 
-def _scan(path: Path, num_bytes: int) -> ShardIndex:
-    """Walk the headers of a tar of `num_bytes`, without reading its members' content."""
-    _refuse_compressed(path)
+def _scan(shard: Shard) -> ShardIndex:
+    """Walk the headers of a tar, without reading its members' content beyond the fingerprint's sample."""
+    opened = shard.open()  # holds a fetched copy on the disk
+    path, num_bytes = opened.path, shard.num_bytes
+    _refuse_compressed(shard, opened)
     members: dict[str, dict[str, tuple[int, int]]] = {}
     damage = ""
     try:
@@ -111,17 +122,40 @@ def _scan(path: Path, num_bytes: int) -> ShardIndex:
             damage = damage or _missing_end(path, tar.offset)
     except tarfile.ReadError as error:
         if num_bytes >= tarfile.BLOCKSIZE:
-            raise InvalidDataError(f"{path} is not a tar file ({error})") from error
+            raise InvalidDataError(f"{shard} is not a tar file ({error})") from error
         damage = f"only {num_bytes} bytes long"
     with_image = {key: kinds for key, kinds in members.items() if "image" in kinds}
+    keys = StringTable.from_strings(with_image)
+    images, captions, labels = (_spans(with_image, kind) for kind in ("image", "caption", "label"))
     return ShardIndex(
-        path=path,
-        keys=StringTable.from_strings(with_image),
-        images=_spans(with_image, "image"),
-        captions=_spans(with_image, "caption"),
-        labels=_spans(with_image, "label"),
+        shard=shard,
+        keys=keys,
+        images=images,
+        captions=captions,
+        labels=labels,
         damage=damage,
+        fingerprint=_fingerprint(opened, num_bytes, keys, (images, captions, labels)),
     )
+
+
+def _fingerprint(opened: Descriptor, num_bytes: int, keys: StringTable, kinds: tuple[Spans, Spans, Spans]) -> str:
+    fingerprint = Fingerprint("shard")
+    fingerprint.add_number(num_bytes)
+    for table in (keys.blob, keys.offsets):
+        fingerprint.add_array(table)
+    for spans in kinds:
+        fingerprint.add_array(spans.offsets)
+        fingerprint.add_array(spans.sizes)
+    for row in spread(len(keys), NUM_SAMPLED):
+        for spans in kinds:
+            offset, size = int(spans.offsets[row]), int(spans.sizes[row])
+            if offset != ABSENT:
+                fingerprint.add_ends(size, partial(_read_inside, opened, offset))
+    return fingerprint.hexdigest()
+
+
+def _read_inside(opened: Descriptor, start: int, offset: int, size: int) -> bytes:
+    return opened.read(start + offset, size)
 
 
 def _classify(name: str) -> tuple[str | None, str]:
@@ -139,12 +173,11 @@ def _spans(members: dict[str, dict[str, tuple[int, int]]], kind: str) -> Spans:
     return Spans(np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]))
 
 
-def _refuse_compressed(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(6)
+def _refuse_compressed(shard: Shard, opened: Descriptor) -> None:
+    start = opened.read(0, min(6, shard.num_bytes))
     for magic, name in COMPRESSION_MAGIC.items():
         if start.startswith(magic):
-            raise InvalidDataError(f"{path} is compressed with {name}, which allows no random access; decompress it to a plain .tar")
+            raise InvalidDataError(f"{shard} is compressed with {name}, which allows no random access; decompress it to a plain .tar")
 
 
 def _missing_end(path: Path, offset: int) -> str:
@@ -157,23 +190,27 @@ def _missing_end(path: Path, offset: int) -> str:
     return f"{'no valid header' if len(block) == tarfile.BLOCKSIZE else 'cut short'} at byte {offset:,}"
 
 
-def _read_cached(file: Path, path: Path) -> ShardIndex | None:
+def _read_cached(file: Path, shard: Shard) -> ShardIndex | None:
     """The cached index, or None where there is none or it cannot be read (it is then built again)."""
     if not file.exists():
         return None
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
-            return ShardIndex(
-                path=path,
+            index = ShardIndex(
+                shard=shard,
                 keys=StringTable(stored["key_blob"], stored["key_offsets"]),
                 images=Spans(stored["image_offsets"], stored["image_sizes"]),
                 captions=Spans(stored["caption_offsets"], stored["caption_sizes"]),
                 labels=Spans(stored["label_offsets"], stored["label_sizes"]),
                 damage=str(stored["damage"]),
+                fingerprint=str(stored["fingerprint"]),
             )
+        if any(len(spans.offsets) != len(index) for spans in (index.images, index.captions, index.labels)):
+            raise ValueError("its parts are of different lengths")  # noqa: TRY301  handled as any other damage
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("building the index of %s again, since its cached one %s is unreadable: %s", path, file, error)
+        log.warning("building the index of %s again, since its cached one %s is unreadable: %s", shard, file, error)
         return None
+    return index
 
 
 def _write_cached(file: Path, index: ShardIndex) -> None:
@@ -189,33 +226,10 @@ def _write_cached(file: Path, index: ShardIndex) -> None:
         label_offsets=index.labels.offsets,
         label_sizes=index.labels.sizes,
         damage=np.array(index.damage),
+        fingerprint=np.array(index.fingerprint),
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, buffer.getvalue())
-
-
-class Descriptor:
-    """A file open for `os.pread`, closed when its last user lets go, so that a cache may drop it while a thread still reads."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on. Positional, so threads and forked processes do not disturb one another.
-
-        Raises:
-            EOFError: the file is shorter than that.
-        """
-        chunks = []
-        while size > 0:
-            chunk = os.pread(self._descriptor, size, offset)
-            if not chunk:
-                raise EOFError(f"the file ends at byte {offset:,}")
-            chunks.append(chunk)
-            offset += len(chunk)
-            size -= len(chunk)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):  # opening may have failed
-            os.close(self._descriptor)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, buffer.getvalue())
+    except OSError as error:
+        log.warning("cannot keep the index of %s, so the next run builds it again: %s", index.shard, error)

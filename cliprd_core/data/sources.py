@@ -9,7 +9,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -17,14 +17,17 @@ import numpy as np
 from braceexpand import braceexpand
 
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
-from cliprd_core.data.shard_index import Descriptor, ShardIndex, load_shard_index
+from cliprd_core.data.fingerprint import NUM_SAMPLED_FILES, Fingerprint, joined_fingerprint, spread
+from cliprd_core.data.remote import RemoteShards, expand_s3_glob, is_remote
+from cliprd_core.data.shard_files import without_secrets
+from cliprd_core.data.shard_index import ShardIndex, load_shard_index
+from cliprd_core.data.shard_reader import ShardReader
 from cliprd_core.data.string_table import StringTable
+from cliprd_core.locations import ForbiddenLocationError, Locations
+from cliprd_core.run_dir import SHARD_CACHE_BYTES_VARIABLE, shard_cache_bytes
 from cliprd_core.spec import CsvSource, DataSource, WebDatasetSource
 
 log = logging.getLogger(__name__)
-
-MAX_OPEN_SHARDS = 64
-"""File descriptors kept open by one process; far below the usual limit of 1024."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class PairSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """What the data is, wherever it lies: 64 hexadecimal digits. See `cliprd_core.data.fingerprint` for what it can miss."""
+        ...
+
     def read(self, index: int) -> RawSample:
         """Pair `index`, 0 <= index < len(self).
 
@@ -50,41 +58,6 @@ class PairSource(Protocol):
         ...
 
 
-class ShardReader:
-    """Reads members of the samples of tar shards, numbered through; the first few shards stay open."""
-
-    def __init__(self, shards: Sequence[ShardIndex]) -> None:
-        self._shards = list(shards)
-        self._ends = list(accumulate(len(shard) for shard in shards))
-        self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(Descriptor)
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def locate(self, index: int) -> tuple[ShardIndex, int]:
-        """The shard that holds sample `index`, and the sample's row in it."""
-        number = bisect_right(self._ends, index)
-        return self._shards[number], index - (self._ends[number - 1] if number else 0)
-
-    def key(self, index: int) -> str:
-        shard, row = self.locate(index)
-        return f"{shard.path}:{shard.keys[row]}"
-
-    def read(self, index: int, kind: str) -> bytes:
-        """The member of `kind` (`images`, `captions` or `labels`) of sample `index`, which must have it.
-
-        Raises:
-            CorruptSampleError: the shard has shrunk, vanished or cannot be read.
-        """
-        shard, row = self.locate(index)
-        spans = getattr(shard, kind)
-        try:
-            content: bytes = self._open(shard.path).read(int(spans.offsets[row]), int(spans.sizes[row]))
-        except (OSError, EOFError) as error:
-            raise CorruptSampleError(self.key(index), f"cannot read its {kind[:-1]}: {error}") from error
-        return content
-
-
 class WebDatasetPairs:
     """The pairs of tar shards: every sample that has an image and a caption."""
 
@@ -92,21 +65,28 @@ class WebDatasetPairs:
         self._reader = ShardReader(shards)
         has_caption = np.concatenate([shard.captions.present for shard in shards]) if shards else np.zeros(0, dtype=np.bool_)
         self._rows = np.flatnonzero(has_caption)[:num_samples]
+        self._shard_fingerprints = [shard.fingerprint for shard in shards]
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def fingerprint(self) -> str:
+        return joined_fingerprint("webdataset", [str(len(self)), *self._shard_fingerprints])
+
     def read(self, index: int) -> RawSample:
         row = int(self._rows[index])
         key = self._reader.key(row)
-        return RawSample(key, self._reader.read(row, "images"), clean_caption(key, self._reader.read(row, "captions")))
+        image_bytes, caption = self._reader.read(row, "images", "captions")
+        return RawSample(key, image_bytes, clean_caption(key, caption))
 
 
 class CsvPairs:
     """The pairs of a table; images are files of their own."""
 
-    def __init__(self, image_paths: StringTable, captions: StringTable, image_root: Path) -> None:
+    def __init__(self, image_paths: StringTable, captions: StringTable, image_root: Path, allowed: Locations) -> None:
         assert len(image_paths) == len(captions)
+        self._allowed = allowed
         self._image_paths = image_paths
         self._captions = captions
         self._image_root = image_root
@@ -114,11 +94,34 @@ class CsvPairs:
     def __len__(self) -> int:
         return len(self._image_paths)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Paths count as the table has them, less `image_root`."""
+        fingerprint = Fingerprint("csv")
+        for table in (self._image_paths, self._captions):
+            fingerprint.add_array(table.blob)
+            fingerprint.add_array(table.offsets)
+        for index in spread(len(self), NUM_SAMPLED_FILES):
+            try:
+                content = self._read_image(self._path(index))
+            except (OSError, ValueError):  # it is corrupt for training, too
+                fingerprint.add(b"unreadable")
+            else:
+                fingerprint.add_content(content)
+        return fingerprint.hexdigest()
+
+    def _path(self, index: int) -> Path:
+        return self._image_root / self._image_paths[index]  # an absolute path stays as it is
+
+    def _read_image(self, path: Path) -> bytes:
+        self._allowed.check_path(path)
+        return path.read_bytes()
+
     def read(self, index: int) -> RawSample:
-        path = self._image_root / self._image_paths[index]  # an absolute path stays as it is
+        path = self._path(index)
         try:
-            image_bytes = path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            image_bytes = self._read_image(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path, or a path that is not allowed
             raise CorruptSampleError(str(path), f"cannot read its image: {error}") from error
         return RawSample(str(path), image_bytes, clean_caption(str(path), self._captions[index].encode()))
 
@@ -133,6 +136,10 @@ class JoinedPairs:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def fingerprint(self) -> str:
+        return joined_fingerprint("joined", [source.fingerprint for source in self._sources])
+
     def read(self, index: int) -> RawSample:
         number = bisect_right(self._ends, index)
         return self._sources[number].read(index - (self._ends[number - 1] if number else 0))
@@ -143,7 +150,7 @@ def open_sources(sources: Sequence[DataSource], cache_dir: Path) -> PairSource:
 
     Args:
         sources: `data.train` or `data.validation` of the spec.
-        cache_dir: folder for the shards' index files; it may be shared by any number of processes and jobs.
+        cache_dir: folder for the shards' index files and for copies of remote shards; any number of processes and jobs may share it.
 
     Raises:
         InvalidDataError: files or columns are missing, or a source holds no pair.
@@ -167,31 +174,47 @@ def clean_caption(key: str, content: bytes) -> str:
     return caption
 
 
-def expand_shards(pattern: str) -> Iterator[Path]:
-    """The files that brace ranges and globs name, in order (a glob's files sorted).
+def expand_shards(pattern: str) -> Iterator[str]:
+    """The paths and URLs that brace ranges and globs name, in order (a glob's matches sorted). `http` has no globs.
 
     Raises:
-        InvalidDataError: unbalanced braces, or nothing matches.
+        InvalidDataError: unbalanced braces, nothing matches, or a job may not read from there.
     """
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
         raise InvalidDataError(f"`shards` has unbalanced braces: {pattern!r}; write a range as {{00000..00007}}") from error
-    for name in names:
-        if not glob.has_magic(name) or Path(name).exists():
-            yield Path(name)
-            continue
+    allowed = Locations.from_environment()
+    try:
+        for name in names:
+            yield from _expand_glob(name, allowed)
+    except ForbiddenLocationError as error:
+        raise InvalidDataError(f"`shards`: {error}") from error
+
+
+def _expand_glob(name: str, allowed: Locations) -> Iterator[str]:
+    """The files or objects of one name without braces, as far as they are allowed. No server is asked that is not."""
+    if is_remote(name):
+        allowed.check_url(name)
+    is_plain = not glob.has_magic(name) or name.startswith("http") or (not is_remote(name) and Path(name).exists())
+    if is_plain:
+        matches = [name]
+    elif is_remote(name):
+        matches = expand_s3_glob(name)
+    else:
         matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
-        if not matches:
-            raise InvalidDataError(f"no file matches {name!r}; check the path in `shards`")
-        yield from map(Path, matches)
+    if not matches:
+        raise InvalidDataError(f"no file matches {name!r}; check the path in `shards`")
+    for match in matches:
+        if not is_remote(match):
+            allowed.check_path(match)
+        yield match
 
 
 def _open_shards(source: WebDatasetSource, cache_dir: Path) -> WebDatasetPairs:
     shards: list[ShardIndex] = []
     num_pairs = num_without_caption = 0
-    for path in expand_shards(source.shards):
-        shard = load_shard_index(path, cache_dir)
+    for shard in _indexes(source.shards, cache_dir):
         shards.append(shard)
         num_shard_pairs = int(shard.captions.present.sum())
         num_pairs += num_shard_pairs
@@ -204,14 +227,37 @@ def _open_shards(source: WebDatasetSource, cache_dir: Path) -> WebDatasetPairs:
         raise InvalidDataError(
             f"there is no image-text pair in {source.shards!r}; a shard must hold KEY.png|jpg|jpeg|webp and KEY.txt for each pair"
         )
+    num_remote_bytes = sum(shard.shard.num_bytes for shard in shards if not shard.shard.stays_open)
+    if num_remote_bytes > shard_cache_bytes():
+        log.warning(
+            "the shards of %s have %.1f GB and the cache for them %.1f GB: they will be fetched over and over, since pairs are read in"
+            " random order; raise %s",
+            without_secrets(source.shards),
+            num_remote_bytes / 1e9,
+            shard_cache_bytes() / 1e9,
+            SHARD_CACHE_BYTES_VARIABLE,
+        )
     return WebDatasetPairs(shards, source.num_samples)
+
+
+def _indexes(pattern: str, cache_dir: Path) -> Iterator[ShardIndex]:
+    for are_remote, names in groupby(expand_shards(pattern), key=is_remote):
+        if are_remote:
+            yield from RemoteShards(cache_dir, shard_cache_bytes()).indexes(names)
+        else:
+            for name in names:
+                yield load_shard_index(Path(name), cache_dir)
 
 
 def _open_table(source: CsvSource) -> CsvPairs:
     path = Path(source.path)
+    image_root = path.parent if source.image_root is None else Path(source.image_root)
+    root_prefix = f"{image_root}/"  # taken off, so that the fingerprint doesn't tell where the data lies
     image_paths: list[str] = []
     captions: list[str] = []
+    allowed = Locations.from_environment()
     try:
+        allowed.check_path(path)
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file, delimiter=source.separator)
             header = next(rows, [])
@@ -220,18 +266,22 @@ def _open_table(source: CsvSource) -> CsvPairs:
                 if source.num_samples is not None and len(image_paths) >= source.num_samples:
                     break
                 if row:  # a blank line is no row
-                    image_paths.append(row[image_column] if image_column < len(row) else "")
+                    image_path = row[image_column] if image_column < len(row) else ""
+                    if image_path.startswith(root_prefix):
+                        image_path = image_path.removeprefix(root_prefix).lstrip("/")
+                    image_paths.append(image_path)
                     captions.append(row[caption_column] if caption_column < len(row) else "")
     except OSError as error:
         raise InvalidDataError(f"cannot read table {path}: {error.strerror}; check `path`") from error
+    except ForbiddenLocationError as error:
+        raise InvalidDataError(f"`path`: {error}") from error
     except UnicodeDecodeError as error:
         raise InvalidDataError(f"table {path} is not UTF-8: {error}") from error
     except csv.Error as error:
         raise InvalidDataError(f"table {path} is malformed near line {rows.line_num}: {error}") from error
     if not image_paths:
         raise InvalidDataError(f"table {path} has a header but no rows")
-    image_root = path.parent if source.image_root is None else Path(source.image_root)
-    return CsvPairs(StringTable.from_strings(image_paths), StringTable.from_strings(captions), image_root)
+    return CsvPairs(StringTable.from_strings(image_paths), StringTable.from_strings(captions), image_root, allowed)
 
 
 def _column(header: list[str], name: str, source: CsvSource) -> int:

@@ -19,7 +19,9 @@ import numpy as np
 
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.shard_index import load_shard_index
-from cliprd_core.data.sources import PairSource, ShardReader, clean_caption
+from cliprd_core.data.shard_reader import ShardReader
+from cliprd_core.data.sources import PairSource, clean_caption
+from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.spec import EvaluationSet
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,7 @@ def _open_shards(
         raise InvalidDataError(f"{file} holds {lines[0]!r}; it must hold the number of shards of the split")
     paths = [folder / split / f"{number}.tar" for number in range(int(lines[0]))]
     for path in paths:
+        _check_allowed(path)
         if not path.exists():
             raise InvalidDataError(
                 f"{path} is missing; {file} says that there are {len(paths)} shards, named 0.tar to {len(paths) - 1}.tar"
@@ -140,12 +143,14 @@ def _open_shards(
     def read(index: int) -> KnownImage[Truth]:
         row = rows[index]
         key = reader.key(row)
-        return KnownImage(key, reader.read(row, "images"), parse(key, reader.read(row, kind)))
+        image_bytes, truth = reader.read(row, "images", kind)
+        return KnownImage(key, image_bytes, parse(key, truth))
 
     return ImageSet(len(rows), read)
 
 
 def _check_type(folder: Path, wanted: str) -> None:
+    _check_allowed(folder)
     if not folder.is_dir():
         raise InvalidDataError(f"there is no folder {folder}; check the `path` of the evaluation set")
     file = folder / TYPE_FILE
@@ -155,8 +160,16 @@ def _check_type(folder: Path, wanted: str) -> None:
         raise InvalidDataError(f"{folder} is a {found} set, as {TYPE_FILE} (or its absence) says; list it under {place}")
 
 
+def _check_allowed(path: Path) -> None:
+    try:
+        Locations.from_environment().check_path(path)
+    except ForbiddenLocationError as error:
+        raise InvalidDataError(f"an evaluation set's `path`: {error}") from error
+
+
 def _lines(file: Path, content: str) -> list[str]:
     """The lines of a text file that are not blank, stripped."""
+    _check_allowed(file)
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError as error:

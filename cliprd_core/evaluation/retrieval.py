@@ -27,15 +27,14 @@ ONE_CAPTION_PREFIX = "one_caption_"
 
 def evaluate_retrieval(
     evaluator: Evaluator, images: ImageSet[list[str]], name: str, task: Literal["retrieval", "validation"] = "retrieval"
-) -> EvaluationResult:
-    """Recall@1, 5 and 10 in both directions; for task `retrieval` also by the one-caption protocol."""
-    feature_batches: list[Tensor] = []
-    captions: list[list[str]] = []
-    for features, batch_captions in evaluator.image_features(images, name):
-        feature_batches.append(features)
-        captions += batch_captions
-    image_features = torch.cat(feature_batches)
-    text_features = evaluator.text_features([caption for one in captions for caption in one])
+) -> EvaluationResult | None:
+    """Recall@1, 5 and 10 in both directions; for task `retrieval` also by the one-caption protocol. None but on the main process."""
+    found = evaluator.image_features(images, name)
+    captions = evaluator.group.broadcast(None if found is None else found[1])
+    text_features = evaluator.text_features([caption for one in captions or [] for caption in one])
+    if found is None or captions is None or text_features is None:
+        return None
+    image_features = found[0]
     counts = torch.tensor([len(one) for one in captions], device=image_features.device)
     owners = torch.arange(len(captions), device=image_features.device).repeat_interleave(counts)
     metrics = recall_metrics(image_features, text_features, owners)

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from cliprd_core.control import ControlGroup
 from cliprd_core.data.batch import Preprocess, Tokenizer
 from cliprd_core.data.sources import PairSource
 from cliprd_core.data.transforms import check_preprocess
@@ -33,14 +34,18 @@ def evaluate(
     device: torch.device,
     precision: Precision,
     cache_dir: Path | None = None,
+    group: ControlGroup | None = None,
 ) -> list[EvaluationResult]:
     """Zero-shot classification, then retrieval, then retrieval on the held-out pairs, each set in the spec's order.
+
+    With several processes every one must call this: they share the work, and the main one returns the results, the others none.
 
     Args:
         model: on `device`; has open_clip's `encode_image(x, normalize)` and `encode_text(x, normalize)`. Its mode is put back after.
         validation: held-out pairs, or None.
         precision: of the model's forward passes; features are normalised and compared in fp32.
         cache_dir: folder for the shards' index files; None builds the indices anew.
+        group: the processes that share the work. None: this one alone.
 
     Raises:
         InvalidDataError: a set's files are missing or malformed, or most of its images cannot be read.
@@ -48,12 +53,12 @@ def evaluate(
     """
     check_preprocess(preprocess)
     with _evaluation_mode(model):
-        evaluator = Evaluator(cast(ClipModel, model), preprocess, tokenizer, device, precision)
+        evaluator = Evaluator(cast(ClipModel, model), preprocess, tokenizer, device, precision, group or ControlGroup())
         results = [evaluate_zero_shot(evaluator, load_classification_set(one, cache_dir), one.name) for one in spec.zero_shot]
         results += [evaluate_retrieval(evaluator, load_retrieval_set(one, cache_dir), one.name) for one in spec.retrieval]
         if validation is not None:
             results.append(evaluate_retrieval(evaluator, retrieval_set_of_pairs(validation), VALIDATION, task="validation"))
-    return results
+    return [result for result in results if result is not None]
 
 
 def check_evaluation_sets(spec: EvaluationSpec, cache_dir: Path | None = None) -> None:

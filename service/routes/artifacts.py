@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from base64 import b64encode
+from collections.abc import Iterator
 from typing import Annotated
+from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Query
-from fastapi.responses import FileResponse, Response
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import Response, StreamingResponse
 
+from service.byte_ranges import requested_range
 from service.errors import problem_responses
 from service.routes.dependencies import ArtifactIdInPath, Cursor, Limit, RootPath, ServicesOf
 from service.schemas import ArtifactList
 from service.store import artifacts
+from service.store.blobs import Blobs
 from service.store.errors import ArtifactNotFoundError
-from service.store.models import ArtifactKind
+from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
 
 logger = logging.getLogger(__name__)
@@ -43,7 +48,7 @@ def list_artifacts(
 @router.get(
     "/{artifact_id}",
     summary="Download an artifact",
-    response_class=FileResponse,
+    response_class=StreamingResponse,
     responses={
         200: {"description": "The bytes", **_BYTES},
         206: {"description": "The requested range of the bytes", **_BYTES},
@@ -52,22 +57,52 @@ def list_artifacts(
     },
 )
 def download_artifact(
+    *,
+    request: Request,
     services: ServicesOf,
     artifact_id: ArtifactIdInPath,
+    range_: Annotated[str | None, Header(alias="Range", description="`bytes=FIRST-LAST`, as in RFC 9110; one range.")] = None,
+    if_range: Annotated[str | None, Header(description="ETag of the bytes that the range is of; if others are here now, all come.")] = None,
     if_none_match: Annotated[str | None, Header(description="ETags that the client has already.")] = None,
 ) -> Response:
-    """The bytes. The ETag is their SHA-256; HEAD and ranges work, so a broken download can be continued."""
+    """The bytes. ETag and Repr-Digest are their SHA-256; HEAD and ranges work, so a broken download can be continued."""
     with reading(services.sessions) as session:
         artifact = artifacts.get_artifact(session=session, artifact_id=artifact_id)
     etag = f'"{artifact.sha256}"'
-    headers = {"ETag": etag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+    digest = b64encode(bytes.fromhex(artifact.sha256)).decode()
+    headers = {
+        **{"ETag": etag, "Repr-Digest": f"sha-256=:{digest}:"},
+        **{"Accept-Ranges": "bytes", "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"},
+    }
     if if_none_match is not None and _matches(etag, if_none_match):
         return Response(status_code=304, headers=headers)
-    path = services.blobs.path(artifact.storage_key)
-    if not path.is_file():
-        logger.error("artifact %s has lost its bytes: there is no %s", artifact.id, path)
-        raise ArtifactNotFoundError(artifact_id)
-    return FileResponse(path, media_type=artifact.media_type, filename=artifact.name, headers=headers)
+    part = requested_range(range_, if_range, etag=etag, size=artifact.num_bytes)
+    start, num_bytes = (0, artifact.num_bytes) if part is None else (part.start, part.num_bytes)
+    headers |= {"Content-Length": str(num_bytes), "Content-Disposition": _disposition(artifact.name)}
+    if part is not None:
+        headers["Content-Range"] = part.content_range
+    try:
+        content = _stream(services.blobs, artifact, start, num_bytes if request.method == "GET" else 0)
+    except FileNotFoundError as error:
+        logger.error("artifact %s has lost its bytes, or some, under %s", artifact.id, artifact.storage_key)  # noqa: TRY400  (no fault of ours)
+        raise ArtifactNotFoundError(artifact_id) from error
+    return StreamingResponse(content, 200 if part is None else 206, headers, media_type=artifact.media_type)
+
+
+def _stream(blobs: Blobs, artifact: Artifact, start: int, num_bytes: int) -> Iterator[bytes]:
+    """
+    Raises:
+        FileNotFoundError: the bytes are gone, or cut off.
+    """
+    if blobs.num_bytes(artifact.storage_key) != artifact.num_bytes:
+        raise FileNotFoundError(artifact.storage_key)
+    return blobs.stream(artifact.storage_key, start, num_bytes)
+
+
+def _disposition(name: str) -> str:
+    """RFC 6266: names beyond plain ASCII need the extended form."""
+    quoted = quote(name)
+    return f'attachment; filename="{name}"' if quoted == name else f"attachment; filename*=utf-8''{quoted}"
 
 
 def _matches(etag: str, if_none_match: str) -> bool:

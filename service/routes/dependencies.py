@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.queue import JobQueue
 from service.settings import Settings
-from service.store.blobs import BlobStore
+from service.store.blobs import Blobs
 from service.store.errors import ArtifactNotFoundError, JobNotFoundError
 from service.streams import Streams
 
@@ -26,9 +27,11 @@ class Services:
     settings: Settings
     engine: Engine
     sessions: sessionmaker[Session]
-    blobs: BlobStore
+    blobs: Blobs
     queue: JobQueue
     streams: Streams
+    registry: CollectorRegistry
+    """What `/metrics` tells."""
 
 
 def _services(request: Request) -> Services:

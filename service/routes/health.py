@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse, Response
 from kombu.exceptions import KombuError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -13,7 +15,7 @@ from service.errors import NotReadyError, problem_responses
 from service.problems import FieldProblem
 from service.routes.dependencies import Services, ServicesOf
 from service.schemas import Health
-from service.store.session import READ_ONLY, is_migrated
+from service.store.session import READ_ONLY, is_migrated, is_writable
 
 router = APIRouter(tags=["health"])
 
@@ -30,7 +32,10 @@ def readyz(services: ServicesOf) -> Health:
     checks: dict[str, tuple[Callable[[Services], None], str]] = {
         "database": (_check_database, "Look at CLIPRD_DATABASE_URL and at the database's log."),
         "broker": (_check_broker, "Look at CLIPRD_BROKER_URL and at the broker's log. Jobs are stored meanwhile and sent later."),
-        "artifacts_root": (_check_artifacts, "Make the folder of CLIPRD_ARTIFACTS_ROOT writable for this process."),
+        "artifacts_root": (
+            _check_artifacts,
+            "Make the folder of CLIPRD_ARTIFACTS_ROOT, or the bucket of CLIPRD_ARTIFACTS_URL, writable for this process.",
+        ),
     }
     problems = []
     for part, (check, remedy) in checks.items():
@@ -44,8 +49,21 @@ def readyz(services: ServicesOf) -> Health:
     return Health(status="ready")
 
 
+@router.get(
+    "/metrics",
+    summary="Measurements for Prometheus",
+    response_class=PlainTextResponse,
+    responses={200: {"description": "Prometheus' text format", "content": {"text/plain": {}}}, **problem_responses(500, 503)},
+)
+def prometheus_metrics(services: ServicesOf) -> Response:
+    """Jobs by state and queue, age of queues, attempts and lost ones, speed of running jobs, seconds of this process's answers."""
+    return Response(generate_latest(services.registry), media_type=CONTENT_TYPE_LATEST)
+
+
 def _check_database(services: Services) -> None:
     with services.engine.connect().execution_options(**{READ_ONLY: True}) as connection:
+        if not is_writable(connection):
+            raise OSError("the database can only be read; after a failover, CLIPRD_DATABASE_URL may name what is now a standby")
         if not is_migrated(connection):
             raise OSError("the database does not have this version's schema; start the service with CLIPRD_MIGRATE_ON_START=true")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection
+from datetime import timedelta
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -12,10 +13,19 @@ from service.store.blobs import StoredBlob
 from service.store.cursors import Page, newest_page
 from service.store.errors import ArtifactNotFoundError
 from service.store.leases import lock_held_job
-from service.store.models import Artifact, ArtifactKind
+from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import database_now
+from service.store.states import JobState
 
-__all__ = ["Artifact", "ArtifactKind", "get_artifact", "list_artifacts", "register_artifact", "remove_artifacts"]
+__all__ = [
+    "Artifact",
+    "ArtifactKind",
+    "get_artifact",
+    "list_artifacts",
+    "register_artifact",
+    "remove_artifacts",
+    "remove_finished_checkpoints",
+]
 
 
 def register_artifact(
@@ -88,6 +98,18 @@ def list_artifacts(
 def are_registered(*, session: Session, storage_keys: Collection[str]) -> bool:
     """Whether any artifact has its bytes under one of these keys."""
     return session.scalar(select(Artifact.id).where(Artifact.storage_key.in_(storage_keys)).limit(1)) is not None
+
+
+def remove_finished_checkpoints(*, session: Session, older_than_seconds: float) -> list[str]:
+    """Forget all checkpoints of jobs that finished this long ago, whichever way.
+
+    Returns:
+        The storage keys that nothing names any more; delete them in the blob store after the commit.
+    """
+    cutoff = database_now(session) - timedelta(seconds=older_than_seconds)
+    finished = select(Job.id).where(Job.state.in_([state for state in JobState if state.is_finished]), Job.finished_at <= cutoff)
+    of_finished = (Artifact.kind == ArtifactKind.CHECKPOINT, Artifact.job_id.in_(finished))
+    return list(session.scalars(delete(Artifact).where(*of_finished).returning(Artifact.storage_key)))
 
 
 def remove_artifacts(*, session: Session, job_id: str, lease_token: str, kind: ArtifactKind, keep_groups: Collection[str]) -> list[str]:

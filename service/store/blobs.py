@@ -1,4 +1,4 @@
-"""The bytes of artifacts, in a local folder that the API and its workers share."""
+"""The bytes of artifacts: in a local folder that the API and its workers share, or in S3."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import hashlib
 import os
 import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from cliprd_core.run_dir import sync_directory
 
-_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 _KEY = re.compile(r"[0-9a-f]{2}/[0-9a-f]{32}")
+
+
+class BlobsUnreachableError(OSError):
+    """The store does not answer, or not as it should; it may another time."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,81 @@ class StoredBlob:
     """Lower-case hexadecimal."""
 
 
+class Blobs(Protocol):
+    """Where the bytes of artifacts lie. Keys are the store's own; a client's input never becomes one."""
+
+    def put_file(self, source: Path) -> StoredBlob:
+        """Copy a file in. After a crash there is the whole blob or none.
+
+        Raises:
+            OSError: the source can't be read, or the store not written.
+        """
+        ...
+
+    def num_bytes(self, key: str) -> int:
+        """
+        Raises:
+            FileNotFoundError: there are no such bytes.
+        """
+        ...
+
+    def stream(self, key: str, start: int = 0, num_bytes: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` on, to the end or `num_bytes` of them, in chunks.
+
+        Raises:
+            FileNotFoundError: there are no such bytes; raised before the first chunk is asked for.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Forget the bytes; a key without any is fine, so that a deletion can be repeated."""
+        ...
+
+    def check_writable(self) -> None:
+        """
+        Raises:
+            OSError: nothing can be written there.
+        """
+        ...
+
+
+def make_blobs(artifacts_url: str, artifacts_root: Path) -> Blobs:
+    """The store of the settings: `artifacts_url` (S3) if it is given, else the folder.
+
+    Raises:
+        ValueError: the address is no `s3://BUCKET/PREFIX`, or the extra `s3` is not installed.
+    """
+    if not artifacts_url:
+        return BlobStore(artifacts_root)
+    from service.store.s3_blobs import S3BlobStore
+
+    return S3BlobStore(artifacts_url)
+
+
+def new_key() -> str:
+    """A key that no other blob has."""
+    name = uuid.uuid4().hex
+    return f"{name[:2]}/{name}"
+
+
+def check_key(key: str) -> None:
+    """
+    Raises:
+        ValueError: the key is not one of a store's making.
+    """
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is no key of the blob store")
+
+
 class BlobStore:
-    """Files under `root`, named by keys that the store makes up itself; a client's input never becomes a path."""
+    """Files under `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def put_file(self, source: Path) -> StoredBlob:
-        """Copy a file in, streamed. After a crash there is the whole blob or none.
-
-        Raises:
-            OSError: the source can't be read, or the store not written.
-        """
-        name = uuid.uuid4().hex
-        key = f"{name[:2]}/{name}"
+        """As `Blobs`."""
+        key = new_key()
         target = self.root / key
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".tmp")
@@ -58,35 +124,54 @@ class BlobStore:
         Raises:
             ValueError: the key is not one of this store's making.
         """
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is no key of the blob store")
+        check_key(key)
         return self.root / key
 
-    def open(self, key: str) -> BinaryIO:
-        """The bytes, as a file opened for reading."""
-        return self.path(key).open("rb")
+    def num_bytes(self, key: str) -> int:
+        """As `Blobs`."""
+        return self.path(key).stat().st_size
+
+    def stream(self, key: str, start: int = 0, num_bytes: int | None = None) -> Iterator[bytes]:
+        """As `Blobs`."""
+        return _chunks(self.path(key).open("rb"), start, num_bytes)
 
     def delete(self, key: str) -> None:
-        """Forget the bytes; a key without any is fine, so that a deletion can be repeated."""
+        """As `Blobs`."""
         self.path(key).unlink(missing_ok=True)
 
     def check_writable(self) -> None:
-        """Raises:
-        OSError: nothing can be written under the root.
-        """
+        """As `Blobs`."""
         self.root.mkdir(parents=True, exist_ok=True)
         probe = self.root / f".probe-{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
 
 
+def _chunks(file: BinaryIO, start: int, num_bytes: int | None) -> Iterator[bytes]:
+    with file:
+        file.seek(start)
+        left = num_bytes
+        while left != 0:
+            chunk = file.read(CHUNK_BYTES if left is None else min(left, CHUNK_BYTES))
+            if not chunk:
+                return
+            left = None if left is None else left - len(chunk)
+            yield chunk
+
+
 def _copy(source: Path, target: Path) -> tuple[int, str]:
+    """
+    Raises:
+        OSError: also when the copy is not what was read.
+    """
     digest = hashlib.sha256()
     num_bytes = 0
     with source.open("rb") as reader, target.open("xb") as writer:
-        while chunk := reader.read(_CHUNK_BYTES):
+        while chunk := reader.read(CHUNK_BYTES):
             digest.update(chunk)
             num_bytes += writer.write(chunk)
         writer.flush()
         os.fsync(writer.fileno())
+    if target.stat().st_size != num_bytes:
+        raise OSError(f"{target} holds {target.stat().st_size} bytes of {num_bytes}; is the disk full?")
     return num_bytes, digest.hexdigest()

@@ -25,6 +25,13 @@ class ArtifactNotFoundError(StoreError):
         self.artifact_id = artifact_id
 
 
+class KeyNotFoundError(StoreError):
+    """There is no API key of this id."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"there is no API key {key_id!r}; `cliprd keys list` shows what there is")
+
+
 class LeaseLostError(StoreError):
     """The caller no longer holds the job: its lease ran out and was taken away, or the job has finished. Nothing was written."""
 

@@ -15,10 +15,10 @@ from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
 from service.store.events import EventKind, record_event
 from service.store.leases import lock_held_job
 from service.store.models import Base, Evaluation, Job, Metric
+from service.store.rollups import MIN_POINTS, thinned, update_rollups
 from service.store.session import database_now
 
-MIN_POINTS = 4
-"""The fewest points a series can be thinned to: its ends, and the lowest and highest between them."""
+__all__ = ["MIN_POINTS", "Series", "list_evaluations", "record_evaluations", "record_metrics", "series"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ def record_metrics(*, session: Session, job_id: str, lease_token: str, records: 
                 rows[name, record.step] = row
         latest.update(record.values)
     _upsert(session, Metric, list(rows.values()), replace=("attempt", "value"))
+    if rows:
+        names, steps = {name for name, _ in rows}, [step for _, step in rows]
+        update_rollups(session=session, job_id=job_id, names=names, first_step=min(steps), last_step=max(steps))
     job.metrics = latest
     job.progress = records[-1].progress.model_dump(mode="json")
 
@@ -92,18 +95,17 @@ def series(*, session: Session, job: Job, names: Sequence[str] = ("*",), since_s
         job: as `get_job` returned it.
         names: exact names, or prefixes that end in `*`.
         since_step: the first step of interest.
-        max_points: at least 4; see `thin`.
+        max_points: at least 4; see `rollups.thinned`.
 
     Returns:
         A series for every metric of that name, sorted by name; one without points in range is empty.
     """
-    found = {name: Series() for name in sorted(job.metrics or {}) if any(_matches(name, pattern) for pattern in names)}
-    query = select(Metric.name, Metric.step, Metric.value).order_by(Metric.name, Metric.step)
-    query = query.where(Metric.job_id == job.id, Metric.name.in_(list(found)), Metric.step >= since_step)
-    for name, step, value in session.execute(query.execution_options(yield_per=10_000)):
-        found[name].steps.append(step)
-        found[name].values.append(value)
-    return {name: thin(whole, max_points) for name, whole in found.items()}
+    found: dict[str, Series] = {}
+    for name in sorted(job.metrics or {}):
+        if any(_matches(name, pattern) for pattern in names):
+            points = thinned(session=session, job_id=job.id, name=name, since_step=since_step, max_points=max_points)
+            found[name] = Series([step for step, _ in points], [value for _, value in points])
+    return found
 
 
 def steps_after(*, session: Session, job: Job, names: Sequence[str], after: int, limit: int) -> dict[int, dict[str, float]]:
@@ -118,27 +120,6 @@ def steps_after(*, session: Session, job: Job, names: Sequence[str], after: int,
     for step, name, value in session.execute(rows):
         by_step.setdefault(step, {})[name] = value
     return by_step
-
-
-def thin(whole: Series, max_points: int) -> Series:
-    """At most `max_points` (at least 4) points of a series, the same ones every time.
-
-    The first and the last point stay. Those between are cut into buckets of equal count, and the lowest and the highest of each
-    bucket stay (among equals the earliest), so that no spike is lost.
-    """
-    if max_points < MIN_POINTS:
-        raise ValueError(f"max_points is {max_points}; a series can't be thinned to fewer than {MIN_POINTS} points")
-    length = len(whole.steps)
-    if length <= max_points:
-        return whole
-    num_buckets = (max_points - 2) // 2
-    kept = {0, length - 1}
-    for bucket in range(num_buckets):
-        start, end = (1 + (length - 2) * edge // num_buckets for edge in (bucket, bucket + 1))
-        inside = whole.values[start:end]
-        kept |= {start + inside.index(min(inside)), start + inside.index(max(inside))}
-    order = sorted(kept)
-    return Series([whole.steps[index] for index in order], [whole.values[index] for index in order])
 
 
 def _matches(name: str, pattern: str) -> bool:

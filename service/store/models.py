@@ -10,6 +10,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, Enum, Foreig
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from service.store.scopes import KeyScope
 from service.store.states import JobState
 
 
@@ -81,6 +82,7 @@ class Base(DeclarativeBase):
         JobState: _enum_column(JobState),
         ArtifactKind: _enum_column(ArtifactKind),
         EventKind: _enum_column(EventKind),
+        KeyScope: _enum_column(KeyScope),
     }
 
 
@@ -109,6 +111,8 @@ class Job(Base):
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
     """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
+    num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Attempts lost with their worker or its training process."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
     attempt_started_at: Mapped[datetime | None]
     """When the latest attempt was claimed."""
@@ -240,6 +244,21 @@ class Metric(Base):
     value: Mapped[float] = mapped_column(Double)
 
 
+class MetricRollup(Base):
+    """The lowest and the highest point of a metric in `width` steps from step `bucket * width` on; see `service.store.rollups`."""
+
+    __tablename__ = "metric_rollups"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    width: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    bucket: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    low_step: Mapped[int] = mapped_column(BigInteger)
+    low_value: Mapped[float] = mapped_column(Double)
+    high_step: Mapped[int] = mapped_column(BigInteger)
+    high_value: Mapped[float] = mapped_column(Double)
+
+
 class Evaluation(Base):
     """One run_dir.EvaluationRecord; replaced like a metric."""
 
@@ -278,3 +297,19 @@ class Artifact(Base):
     media_type: Mapped[str] = mapped_column(Text)
     storage_key: Mapped[str] = mapped_column(String(255))
     created_at: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """One API key; see `service.store.keys`. Rows stay when a key is revoked."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128))
+    scope: Mapped[KeyScope]
+    key_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    """SHA-256 of the key, lower-case hexadecimal."""
+    created_at: Mapped[datetime]
+    last_used_at: Mapped[datetime | None]
+    """To within a few minutes."""
+    revoked_at: Mapped[datetime | None]

@@ -11,6 +11,7 @@ belongs together::
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -104,6 +105,15 @@ def is_migrated(connection: Connection) -> bool:
     """Whether the database has exactly this version's schema."""
     current = MigrationContext.configure(connection).get_current_heads()
     return set(current) == set(ScriptDirectory.from_config(_alembic_config()).get_heads())
+
+
+def is_writable(connection: Connection) -> bool:
+    """Whether transactions may write: a PostgreSQL standby, or a file of SQLite without the permission, can be read all the same."""
+    if connection.dialect.name == "postgresql":
+        return bool(connection.execute(text("SHOW transaction_read_only")).scalar_one() == "off")
+    database = connection.engine.url.database
+    assert database
+    return os.access(database, os.W_OK)
 
 
 def _with_driver(url: URL) -> URL:

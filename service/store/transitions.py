@@ -62,6 +62,7 @@ def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime) 
     policy = FAILURE_POLICIES[error.reason]
     if error.reason is ErrorReason.WORKER_LOST:
         record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
+        job.num_lost += 1
     if not policy.is_retried:
         fail(job, error, now=now)
     elif job.cancel_requested_at is not None:

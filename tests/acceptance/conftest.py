@@ -86,5 +86,6 @@ def processes_of(job_id: str) -> list[psutil.Process]:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
     shards = write_shards(folder / "shards", 32)
-    with EmbeddedStack(folder / "home", port=0, environment=SETTINGS) as stack, Client(stack.url) as client:
+    roots = {"CLIPRD_DATA_ROOTS": str(tmp_path_factory.getbasetemp())}
+    with EmbeddedStack(folder / "home", port=0, environment=SETTINGS | roots) as stack, Client(stack.url) as client:
         yield Service(stack, client, shards)

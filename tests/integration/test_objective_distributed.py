@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
-from typing import Any
-
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.spec import ObjectiveSpec, ScaleMode
+from tests.process_group import join_group, run_processes
+from tests.unit import numpy_objective as oracle
+from tests.unit.test_objective import STUDENT_FEATURES, Problem, problems, run_problem
 
 PAPER = ObjectiveSpec()
 UNEQUAL_WEIGHTS = ObjectiveSpec(task=0.5, fd=20, icl=2, hrd=3, vrd=0.25, xrd=4)
@@ -24,7 +23,9 @@ PLAIN_CLIP = ObjectiveSpec(task=1, fd=0, icl=0, hrd=0, vrd=0, xrd=0)
 CLIP_KD = ObjectiveSpec(vrd=0, xrd=0)
 NO_CONTRAST = ObjectiveSpec(task=0, fd=1, icl=0, hrd=1, vrd=0, xrd=0)
 FD_ONLY = ObjectiveSpec(task=0, fd=1, icl=0, hrd=0, vrd=0, xrd=0)
-WIDENED = ObjectiveSpec(vrd_kl=3, vrd_ce_image=0.5, vrd_ce_text=0, soft=2, soft_temperature=0.1, gd=2, afd=3, scale_mode=ScaleMode.EXP)
+WIDENED = ObjectiveSpec(
+    **{"vrd_kl": 3, "vrd_ce_image": 0.5, "vrd_ce_text": 0}, soft=2, soft_temperature=0.1, gd=2, afd=3, mfd=5, scale_mode=ScaleMode.EXP
+)
 STUDENT_WIDTH, RAW_WIDTH = 6, 5
 
 
@@ -42,20 +43,23 @@ class TrainedModules(nn.Module):
         )
         self.double()
 
-    def forward(self, images: Tensor, texts: Tensor, teacher_images: Tensor, teacher_texts: Tensor) -> ObjectiveOutput:
+    def forward(self, batch: list[Tensor], row_counts: list[int] | None = None) -> ObjectiveOutput:
+        images, texts, teacher_images, teacher_texts, masked_images = batch
         output: ObjectiveOutput = self.objective(
             student_image_features=self.image(images),
             student_text_features=self.text(texts),
             student_logit_scale=self.log_logit_scale.exp(),
             teacher_image_features=teacher_images,
             teacher_text_features=teacher_texts,
+            student_masked_image_features=self.image(masked_images),
+            row_counts=row_counts,
         )
         return output
 
 
 def make_batch(num_pairs: int, teacher_width: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(num_pairs)
-    widths = (RAW_WIDTH, RAW_WIDTH, teacher_width, teacher_width)
+    widths = (RAW_WIDTH, RAW_WIDTH, teacher_width, teacher_width, RAW_WIDTH)
     return [torch.randn(num_pairs, width, generator=generator, dtype=torch.float64) for width in widths]
 
 
@@ -63,19 +67,6 @@ def row_counts_of(num_processes: int) -> list[list[int]]:
     """Even shares, uneven ones, and one rank without any pair."""
     even, uneven = [4] * num_processes, [5] * (num_processes - 1) + [2]
     return [even, uneven, [0] + [3] * (num_processes - 1)] if num_processes > 1 else [even]
-
-
-def find_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def start(rank: int, num_processes: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init(torch.device("cpu"))
 
 
 def check_objective(rank: int, num_processes: int, port: int) -> None:
@@ -89,16 +80,17 @@ def check_objective(rank: int, num_processes: int, port: int) -> None:
     expected = []
     for weights, teacher_width, row_counts in cases:
         alone = TrainedModules(weights, teacher_width)
-        output = alone(*make_batch(sum(row_counts), teacher_width))
+        output = alone(make_batch(sum(row_counts), teacher_width))
         output.loss.backward()
         expected.append((output, {name: parameter.grad for name, parameter in alone.named_parameters()}))
-    start(rank, num_processes, port)
+    join_group(rank, num_processes, port)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, num_processes, rank == 0)
-    for (weights, teacher_width, row_counts), (whole, gradients) in zip(cases, expected, strict=True):
+    for number, ((weights, teacher_width, row_counts), (whole, gradients)) in enumerate(zip(cases, expected, strict=True)):
         modules = TrainedModules(weights, teacher_width)
         wrapped: nn.Module = DistributedDataParallel(modules) if num_processes > 1 else modules
         batch = make_batch(sum(row_counts), teacher_width)
-        output = wrapped(*(tensor.split(row_counts)[rank] for tensor in batch))
+        known_row_counts = row_counts if number % 4 < 2 else None  # even and uneven ones, both with and without
+        output = wrapped([tensor.split(row_counts)[rank] for tensor in batch], known_row_counts)
         output.loss.backward()
         torch.testing.assert_close(output.total, whole.total, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(output.terms, whole.terms, rtol=1e-9, atol=1e-12)
@@ -106,7 +98,42 @@ def check_objective(rank: int, num_processes: int, port: int) -> None:
         torch.testing.assert_close(mean_loss, whole.total, rtol=1e-9, atol=1e-12)
         for name, parameter in modules.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-11)
-    distributed.barrier()
+    distributed.all_reduce_sum(torch.zeros(1))  # so that none leaves before the others are done
+    distributed.shutdown()
+
+
+def check_properties(rank: int, num_processes: int, port: int) -> None:
+    """Random problems in random shares, some of them empty: NumPy's values, and the gradients of one process."""
+    drawn: list[Problem] = []
+
+    @settings(
+        max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(problems())
+    def draw(problem: Problem) -> None:
+        drawn.append(problem)
+
+    draw()  # alike on every rank, as it is derandomised
+    assert len(drawn) == 40
+    alone = [run_problem(*problem) for problem in drawn]
+    join_group(rank, num_processes, port)
+    generator = np.random.default_rng(0)
+    for problem, (whole, gradients) in zip(drawn, alone, strict=True):
+        variables, teacher, _, max_block_elements = problem
+        row_counts = generator.multinomial(len(teacher.image), [1 / num_processes] * num_processes).tolist()
+        rows = slice(sum(row_counts[:rank]), sum(row_counts[: rank + 1]))
+        output, found = run_problem(*problem, rows=rows, row_counts=row_counts if max_block_elements % 2 else None)
+        expected = oracle.terms(variables, teacher)
+        for name in output.terms.keys() - {"vrd"}:
+            assert output.terms[name].item() == pytest.approx(expected[name], rel=1e-9, abs=1e-10)
+        torch.testing.assert_close(output.total, whole.total, rtol=1e-9, atol=1e-12)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            of_rank = gradient[rows] * num_processes if name in STUDENT_FEATURES else gradient
+            mean = found[name] if name in STUDENT_FEATURES else distributed.all_reduce_sum(found[name]) / num_processes
+            smallest = 1e-9 * (1e-3 + float(gradient.abs().max()))
+            torch.testing.assert_close(mean, of_rank, rtol=1e-9, atol=smallest, msg=lambda text, name=name: f"{name}: {text}")
+    distributed.all_reduce_sum(torch.zeros(1))  # so that none leaves before the others are done
     distributed.shutdown()
 
 
@@ -124,7 +151,7 @@ def check_feature_gradients(rank: int, num_processes: int, port: int) -> None:
         return list(torch.autograd.grad(output.loss, leaves))
 
     expected = student_gradients(batch)
-    start(rank, num_processes, port)
+    join_group(rank, num_processes, port)
     found = student_gradients({name: tensor.split(row_counts)[rank] for name, tensor in batch.items()})
     for one, whole in zip(found, expected, strict=True):
         torch.testing.assert_close(one, whole.split(row_counts)[rank] * num_processes, rtol=1e-9, atol=1e-12)
@@ -132,7 +159,7 @@ def check_feature_gradients(rank: int, num_processes: int, port: int) -> None:
 
 
 def check_collectives(rank: int, num_processes: int, port: int) -> None:
-    start(rank, num_processes, port)
+    join_group(rank, num_processes, port)
     own = torch.full((rank + 1, 2), float(rank), dtype=torch.float64, requires_grad=True)
     gathered = distributed.gather_with_grad(own)
     assert gathered[:, 0].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 2.0][: len(gathered)]
@@ -154,33 +181,30 @@ def check_collectives(rank: int, num_processes: int, port: int) -> None:
     expected = torch.logsumexp(torch.arange(num_processes, dtype=torch.float32), dim=0)
     torch.testing.assert_close(distributed.all_reduce_logsumexp(logs), torch.tensor([expected, -torch.inf, 1000.0]))
     assert distributed.gather_row_counts(rank + 3) == [3 + one for one in range(num_processes)]
-    assert distributed.broadcast_object({"from": rank}) == {"from": 0}
-    assert distributed.any_rank(rank == num_processes - 1)
-    assert not distributed.any_rank(False)
     distributed.shutdown()
     assert distributed.world_size() == 1
-
-
-def run(check: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["torch", "cliprd_core.objective"])  # imports take longer than the checks
-    mp.start_processes(check, args=(num_processes, find_free_port()), nprocs=num_processes, start_method="forkserver")
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
 def test_equals_one_process_on_the_whole_batch(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(check_objective, num_processes, monkeypatch)
+    run_processes(check_objective, num_processes, monkeypatch)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_random_problems_equal_numpy_and_one_process(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_processes(check_properties, num_processes, monkeypatch)
 
 
 @pytest.mark.timeout(120)
 def test_feature_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    run(check_feature_gradients, 3, monkeypatch)
+    run_processes(check_feature_gradients, 3, monkeypatch)
 
 
 @pytest.mark.timeout(120)
 def test_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    run(check_collectives, 3, monkeypatch)
+    run_processes(check_collectives, 3, monkeypatch)
 
 
 def test_alone_everything_works_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,11 +214,7 @@ def test_alone_everything_works_without_a_group(monkeypatch: pytest.MonkeyPatch)
     x = torch.ones(2, 3)
     assert distributed.gather_with_grad(x) is x
     assert distributed.all_reduce_sum(x).equal(x)
-    assert distributed.broadcast_object("x") == "x"
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    assert distributed.any_rank(True)
-    assert not distributed.any_rank(False)
-    distributed.barrier()
     distributed.shutdown()
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import redis
 from celery import Celery
-from fastapi.testclient import TestClient
 from kombu.exceptions import KombuError
 
 from service.app import create_app
 from service.queue import RUN_JOB_TASK, JobQueue
 from service.settings import Settings
 from service.store.session import make_engine, make_sessions
-from tests.store_helpers import read, spec_dict, write_table
+from tests.store_helpers import local_client, read, spec_dict, write_table
 
 TIMEOUT_SECONDS = 0.5
 
@@ -87,7 +86,7 @@ def test_a_job_is_accepted_while_the_broker_is_down_and_left_to_the_reaper(tmp_p
         data_root=tmp_path,
         broker_timeout_seconds=TIMEOUT_SECONDS,
     )
-    with TestClient(create_app(settings)) as client:
+    with local_client(create_app(settings)) as client:
         response = client.post("/jobs", json=spec_dict())
     assert response.status_code == 201
     engine = make_engine(settings.database_url)
@@ -99,7 +98,7 @@ def test_a_job_is_accepted_while_the_broker_is_down_and_left_to_the_reaper(tmp_p
 def test_the_api_sends_what_it_stores(redis_url: str, database_url: str, tmp_path: Path, queue: JobQueue) -> None:
     write_table(tmp_path)
     settings = Settings(database_url=database_url, broker_url=redis_url, artifacts_root=tmp_path / "artifacts", data_root=tmp_path)
-    with TestClient(create_app(settings)) as client:
+    with local_client(create_app(settings)) as client:
         assert client.get("/readyz").status_code == 200
         job = client.post("/jobs", json=spec_dict(resources={"queue": "gpu"})).json()
         waiting = client.post("/jobs", json=spec_dict(recipe="clip_kd", teacher={"job": job["id"]}, resources={"queue": "gpu"})).json()

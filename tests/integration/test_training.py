@@ -11,12 +11,7 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +33,6 @@ from cliprd_core.run_dir import (
     ErrorReason,
     ErrorRecord,
     EvaluationRecord,
-    MetricsRecord,
     ResultRecord,
     complete_checkpoints,
     read_record,
@@ -46,48 +40,25 @@ from cliprd_core.run_dir import (
 )
 from cliprd_core.spec import JobSpec, StudentSpec
 from tests.golden.make_loss_curve import GOLDEN_FILE, golden_spec, loss_curve
-from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
-
-WEIGHTS = f"{EXPORT_DIR}/open_clip_model.safetensors"
-NUM_STEPS = 8
-TIMEOUT_SECONDS = 120
-
-
-@dataclass(frozen=True)
-class Inputs:
-    shards: str
-    teacher: str
-
-    def spec(self, **changes: Any) -> JobSpec:
-        """CLIP-RD, 2 epochs of 4 steps, from a teacher that shares neither width, resolution, context length nor tokenizer."""
-        return tiny_spec(self.shards, teacher=self.teacher, **changes)
-
-    def random_spec(self) -> JobSpec:
-        """As `spec`, but with patch dropout, so that every step draws random numbers, and loader processes."""
-        config = tiny_config()
-        config["vision_cfg"]["patch_dropout"] = 0.3
-        return self.spec(student={"config": config}, training={"num_data_workers": 1, "epochs": 3}, data={"validation": [self.source]})
-
-    @property
-    def source(self) -> dict[str, str]:
-        return {"type": "webdataset", "shards": self.shards}
+from tests.tiny import tiny_config, tiny_spec, write_teacher
+from tests.training_runs import (
+    NUM_STEPS,
+    TIMEOUT_SECONDS,
+    WEIGHTS,
+    Inputs,
+    assert_same_weights,
+    losses,
+    make_inputs,
+    metrics,
+    run_here,
+    start,
+    wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    folder = tmp_path_factory.mktemp("inputs")
-    config = tiny_config(width=48, embed_dim=48, image_size=48, context_length=20)
-    config["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
-    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3], "interpolation": "bilinear"}
-    return Inputs(write_shards(folder / "shards", 32, num_shards=2), write_teacher(folder / "teacher", config, preprocess=preprocess))
-
-
-@pytest.fixture(autouse=True)
-def _own_signals() -> Iterator[None]:
-    """`train.main` installs a handler for SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -96,59 +67,6 @@ def straight(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("straight")
     assert run_here(run, inputs.spec(data={"validation": [inputs.source]})) == 0
     return run
-
-
-def run_here(run: Path, spec: JobSpec) -> int:
-    run.mkdir(exist_ok=True)
-    (run / SPEC_FILE).write_text(spec.model_dump_json())
-    return train.main([str(run / SPEC_FILE)])
-
-
-def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1) -> subprocess.Popen[bytes]:
-    run.mkdir(exist_ok=True)
-    (run / SPEC_FILE).write_text(spec.model_dump_json())
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
-    with (run / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [*launcher, "-m", "cliprd_core.train", str(run / SPEC_FILE)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CLIPRD_ATTEMPT": str(attempt)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], *, attempt: int = 1) -> None:
-    """Return as soon as `attempt` has recorded `step`, so within a few milliseconds of the update."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not any(record.step >= step and record.attempt == attempt for record in metrics(run)):
-        assert process.poll() is None, (run / "log.txt").read_text()
-        assert time.monotonic() < deadline, (run / "log.txt").read_text()
-        time.sleep(0.005)
-
-
-def metrics(run: Path) -> list[MetricsRecord]:
-    return [record for record, _ in read_records(run / METRICS_FILE, MetricsRecord)]
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Loss by step; a step that was repeated after a crash counts as its last attempt had it."""
-    return {record.step: record.values["train/loss"] for record in metrics(run) if "train/loss" in record.values}
-
-
-def assert_same_weights(run: Path, other: Path) -> None:
-    first, second = load_file(run / WEIGHTS), load_file(other / WEIGHTS)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def failure(run: Path, spec: JobSpec) -> ErrorRecord:

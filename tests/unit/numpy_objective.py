@@ -32,6 +32,7 @@ class Variables:
     text_fusion: Matrix | None = None
     image_fusion_bias: Matrix | None = None
     text_fusion_bias: Matrix | None = None
+    student_masked_image: Matrix | None = None
 
     def factor(self, scale: float) -> float:
         return float(np.exp(scale)) if self.exponentiated else scale
@@ -138,6 +139,10 @@ def terms(moving: Variables, teacher: Teacher, frozen: Variables | None = None) 
         f_t = normalize(np.hstack([own_t, t_t]) @ moving.text_fusion.T + moving.text_fusion_bias)
         fused = moving.factor(moving.fusion_scale) * f_i @ f_t.T
         parts["afd"] = (ce(fused) + ce(fused.T)) / 2
+    if moving.student_masked_image is not None:
+        masked = moving.student_masked_image
+        s_m = normalize(masked if moving.image_projection is None else masked @ moving.image_projection.T)
+        parts["mfd"] = float(sum(((s_m[b] - t_i[b]) ** 2).sum() for b in range(len(s_m))) / t_i.size)
     return parts | {"vrd": parts["vrd_kl"] + parts["vrd_ce_image"] + parts["vrd_ce_text"]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,3 +136,44 @@ def test_lost_bytes_are_a_404_that_the_log_explains(
     BlobStore(settings.artifacts_root).delete(artifact.storage_key)
     problem(client.get(href), 404)
     assert "has lost its bytes" in caplog.text
+
+
+def test_bytes_that_were_cut_off_are_lost(client: TestClient, settings: Settings, artifact: Artifact, href: str) -> None:
+    BlobStore(settings.artifacts_root).path(artifact.storage_key).write_bytes(CONTENT[:-1])
+    problem(client.get(href), 404)
+    assert client.head(href).status_code == 404
+
+
+def test_the_hash_comes_as_a_digest_of_the_whole_also_with_a_part(client: TestClient, href: str) -> None:
+    digest = f"sha-256=:{base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()}:"
+    assert client.get(href).headers["repr-digest"] == digest
+    part = client.get(href, headers={"Range": "bytes=0-9"})
+    assert (part.status_code, part.headers["repr-digest"], part.headers["content-length"]) == (206, digest, "10")
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("bytes=0-0", slice(0, 1)),
+        ("bytes=5-", slice(5, None)),
+        ("BYTES = 5 - 9", slice(5, 10)),
+        ("bytes=-7", slice(-7, None)),
+        ("bytes=-999999", slice(None)),
+        ("bytes=5-999999", slice(5, None)),
+    ],
+)
+def test_ranges(client: TestClient, href: str, header: str, expected: slice) -> None:
+    response = client.get(href, headers={"Range": header})
+    assert (response.status_code, response.content) == (206, CONTENT[expected])
+    assert response.headers["content-length"] == str(len(CONTENT[expected]))
+
+
+@pytest.mark.parametrize("header", ["bytes=", "bytes=-", "bytes=9-5", "bytes=0-1,5-6", "lines=1-2", "bytes=a-b", "bytes=" + "9" * 40 + "-"])
+def test_headers_that_are_no_single_range_are_ignored(client: TestClient, href: str, header: str) -> None:
+    response = client.get(href, headers={"Range": header})
+    assert (response.status_code, response.content) == (200, CONTENT)
+
+
+@pytest.mark.parametrize("header", [f"bytes={len(CONTENT)}-", "bytes=-0"])
+def test_ranges_behind_the_end(client: TestClient, href: str, header: str) -> None:
+    problem(client.get(href, headers={"Range": header}), 416)

@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from service.app import create_app
 from service.settings import Settings
-from tests.store_helpers import TINY_CONFIG, spec_dict, write_table
+from tests.store_helpers import TINY_CONFIG, local_client, spec_dict, write_table
 
 JSON = {"content-type": "application/json"}
 
@@ -111,6 +111,7 @@ def test_a_database_that_fails_is_a_503(client: TestClient, settings: Settings) 
     with client.app.state.services.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.execute(text("DROP TABLE job_labels"))
         connection.execute(text("DROP TABLE metrics"))
+        connection.execute(text("DROP TABLE metric_rollups"))
         connection.execute(text("DROP TABLE evaluations"))
         connection.execute(text("DROP TABLE artifacts"))
         connection.execute(text("DROP TABLE jobs"))
@@ -141,6 +142,6 @@ def test_openapi_documents_every_error_and_examples(client: TestClient) -> None:
 
 def test_the_quick_example_is_accepted_in_a_checkout(settings: Settings) -> None:
     checkout = settings.model_copy(update={"data_root": Path(__file__).parents[2]})
-    with TestClient(create_app(checkout)) as client:
+    with local_client(create_app(checkout)) as client:
         examples = client.get("/openapi.json").json()["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]["examples"]
         assert client.post("/jobs", json=examples["quick"]["value"]).status_code == 201

@@ -9,10 +9,11 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
+from tests.store_helpers import local_client
 
 
 def not_ready(settings: Settings) -> dict[str, str]:
-    with TestClient(create_app(settings)) as client:
+    with local_client(create_app(settings)) as client:
         assert client.get("/healthz").json() == {"status": "ok"}
         response = client.get("/readyz")
     assert response.status_code == 503
@@ -55,6 +56,6 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     app = create_app()
     assert not app.state.services.settings.check_files
     assert list(tmp_path.iterdir()) == []  # nothing is made before the app starts
-    with TestClient(app) as client:
+    with local_client(app) as client:
         assert client.get("/readyz").status_code == 200
     assert (tmp_path / "here.db").is_file()

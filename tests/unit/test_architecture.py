@@ -18,7 +18,10 @@ def modules_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import cliprd_core.spec, cliprd_core.run_dir", (*HEAVY, "fastapi", "sqlalchemy", "celery")),
+        (
+            "import cliprd_core.spec, cliprd_core.run_dir, cliprd_core.store_dir, cliprd_core.store_removal",
+            (*HEAVY, "fastapi", "sqlalchemy", "celery"),
+        ),
         ("from service.app import create_app", (*HEAVY, "worker")),
         ("import service.cli, service.client, service.embedded", (*HEAVY, "worker")),
         ("import worker.celery_app, worker.tasks, worker.supervisor, worker.reaper", (*HEAVY, "fastapi")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 import service.client
 from cliprd_core.run_dir import MetricsRecord, Progress, ResultRecord
+from cliprd_core.store_dir import lock_shared
 from service.app import create_app
 from service.cli import app
 from service.client import Client, CliprdError
@@ -30,6 +32,7 @@ from service.store.jobs import Cancelled, claim_job, finish_job, record_metrics,
 from service.store.logs import append_log
 from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions
+from tests.teacher_store_helpers import make_store
 from tests.tiny import tiny_spec, write_shards
 
 WEIGHTS = bytes(range(256)) * 40
@@ -307,3 +310,23 @@ def test_all_pages_of_jobs_are_fetched(bench: Bench, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("seconds", "shown"), [(8.4, "8 s"), (59.6, "1:00"), (185, "3:05"), (7385, "2:03:05")])
 def test_durations_read_well(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_teacher_stores_are_listed_and_deleted(bench: Bench) -> None:
+    root = bench.settings.teacher_store_root
+    key = make_store(root)
+    code, listed, _ = bench.run("stores")
+    assert code == 0
+    assert key in listed
+    assert "ViT-B-16" in listed
+    lock = lock_shared(root / key)
+    assert lock is not None
+    code, _, stderr = bench.run("stores", "delete", key)
+    assert code == 1
+    assert "is in use" in stderr
+    os.close(lock)
+    assert bench.run("stores", "delete", key) == (0, "deleted\n", "")
+    assert key not in bench.run("stores")[1]
+    code, _, stderr = bench.run("stores", "delete", key)
+    assert code == 1
+    assert "there is no teacher store" in stderr

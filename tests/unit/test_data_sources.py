@@ -3,8 +3,10 @@
 import gzip
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
@@ -143,9 +145,9 @@ class TestShards:
     def test_globs_are_sorted_and_braces_keep_their_order(self, tmp_path: Path) -> None:
         for name in ("b", "a", "c[1]"):
             (tmp_path / f"{name}.tar").touch()
-        assert [path.name for path in expand_shards(str(tmp_path / "?.tar"))] == ["a.tar", "b.tar"]
-        assert [path.name for path in expand_shards(str(tmp_path / "{b,a}.tar"))] == ["b.tar", "a.tar"]
-        assert [path.name for path in expand_shards(str(tmp_path / "c[1].tar"))] == ["c[1].tar"]
+        assert [Path(name).name for name in expand_shards(str(tmp_path / "?.tar"))] == ["a.tar", "b.tar"]
+        assert [Path(name).name for name in expand_shards(str(tmp_path / "{b,a}.tar"))] == ["b.tar", "a.tar"]
+        assert [Path(name).name for name in expand_shards(str(tmp_path / "c[1].tar"))] == ["c[1].tar"]
 
     def test_shard_that_shrinks_after_indexing_gives_corrupt_samples(self, tmp_path: Path) -> None:
         path = write_tar(tmp_path / "0.tar", pair_members(range(3)))
@@ -192,6 +194,29 @@ class TestIndexCache:
         caplog.clear()
         assert len(load_shard_index(path, cache)) == 3
         assert not caplog.text
+
+    def test_index_whose_parts_disagree_is_replaced(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path = write_tar(tmp_path / "0.tar", pair_members(range(3)))
+        load_shard_index(path, tmp_path / "cache")
+        (file,) = (tmp_path / "cache").iterdir()
+        with np.load(file) as stored:
+            parts = dict(stored)
+        np.savez(file, **(parts | {"image_offsets": parts["image_offsets"][:2]}))
+        assert load_shard_index(path, tmp_path / "cache").images.offsets.shape == (3,)
+        assert "unreadable" in caplog.text
+
+    def test_cache_that_cannot_be_written_costs_a_warning(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path = write_tar(tmp_path / "0.tar", pair_members(range(3)))
+        (tmp_path / "cache").write_text("a file where the folder should be")
+        assert len(load_shard_index(path, tmp_path / "cache")) == 3
+        assert "cannot keep the index" in caplog.text
+
+    def test_jobs_at_once_share_one_index(self, tmp_path: Path) -> None:
+        path = write_tar(tmp_path / "0.tar", pair_members(range(50)))
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: len(load_shard_index(path, tmp_path / "cache")), range(32)))
+        assert found == [50] * 32
+        assert len(list((tmp_path / "cache").iterdir())) == 1
 
     def test_damage_is_told_again_from_the_cache(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         path = write_tar(tmp_path / "0.tar", pair_members(range(3)))

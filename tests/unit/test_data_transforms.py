@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,18 @@ from torchvision.transforms import functional as tvf
 from cliprd_core.data.batch import Preprocess
 from cliprd_core.data.errors import CorruptSampleError
 from cliprd_core.data.hashing import CROP_STREAM, permutation, stream_key, uniforms
-from cliprd_core.data.transforms import DRAWS_PER_CROP, center_crop, check_preprocess, decode_rgb, normalise, random_crop_box, resize_crop
+from cliprd_core.data.transforms import (
+    DRAWS_PER_CROP,
+    Box,
+    Normalise,
+    center_crop,
+    check_preprocess,
+    decode_for_crop,
+    decode_rgb,
+    open_image,
+    random_crop_box,
+    resize_crop,
+)
 from tests.data_files import image_bytes
 
 PREPROCESS = Preprocess(24, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -99,7 +111,69 @@ class TestRandomCrop:
     def test_pixels_are_torchvisions(self) -> None:
         image = decode_rgb("key", image_bytes(2, size=(50, 40)))
         theirs = tvf.resized_crop(image, 3, 5, 30, 33, [24, 24], InterpolationMode.BICUBIC)
-        assert (resize_crop(image, (5, 3, 38, 33), PREPROCESS) == np.asarray(theirs)).all()
+        ours = resize_crop(image, (5, 3, 38, 33), PREPROCESS)
+        assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= 2  # torch's resizing against Pillow's
+
+
+def photo(width: int, height: int, kind: str = "JPEG", **options: Any) -> bytes:
+    """A smooth colourful picture with soft edges, as JPEG compresses them well."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    waves = [np.sin(x / 41 + y / 67), np.sin(x / 23) * np.cos(y / 31), np.tanh(np.sin(x / 90 - y / 70) * 6)]
+    pixels = np.stack([128 + 100 * wave for wave in waves], axis=-1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+class TestReducedDecoding:
+    @pytest.mark.parametrize(
+        ("box", "size", "reduction"),
+        [
+            ((0, 0, 601, 399), 24, 8),
+            ((10, 20, 202, 300), 24, 8),  # 192 pixels: just enough
+            ((10, 20, 201, 300), 24, 4),
+            ((10, 20, 106, 116), 48, 2),
+            ((10, 20, 105, 116), 48, 1),
+        ],
+    )
+    def test_as_small_as_the_crop_allows(self, box: Box, size: int, reduction: int) -> None:
+        image, in_image = decode_for_crop("key", open_image("key", photo(601, 399)), box, size)
+        assert image.size == (math.ceil(601 / reduction), math.ceil(399 / reduction))
+        assert in_image == tuple(edge / reduction for edge in box)
+
+    @pytest.mark.parametrize("size", [(601, 399), (600, 400), (607, 393)])
+    @pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 90, "progressive": True}, {"quality": 95, "subsampling": 0}])
+    @pytest.mark.parametrize("box", [(13, 7, 590, 380), (101, 3, 347, 391), (5, 9, 210, 214)])
+    def test_crop_is_that_of_the_whole_image(self, size: tuple[int, int], options: dict[str, Any], box: Box) -> None:
+        """A crop that is off by one original pixel would differ by several times as much."""
+        content = photo(*size, **options)
+        preprocess = Preprocess(48, PREPROCESS.mean, PREPROCESS.std)
+        reduced, in_reduced = decode_for_crop("key", open_image("key", content), box, 48)
+        assert reduced.width < size[0]
+        ours = resize_crop(reduced, in_reduced, preprocess).astype(int)
+        full = decode_rgb("key", content)
+        theirs = resize_crop(full, box, preprocess)
+        shifted = resize_crop(full, (box[0] + 1, box[1] + 1, box[2] + 1, box[3] + 1), preprocess)
+        difference = np.abs(ours - theirs)
+        assert difference.mean() < 1
+        assert difference.max() <= 24
+        assert difference.mean() < 0.5 * np.abs(ours - shifted).mean()
+
+    def test_only_jpegs_are_reduced(self) -> None:
+        image, box = decode_for_crop("key", open_image("key", photo(600, 400, "PNG")), (0, 0, 600, 400), 24)
+        assert (image.size, box) == ((600, 400), (0, 0, 600, 400))
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK"])
+    def test_other_colour_spaces_become_rgb(self, mode: str) -> None:
+        content = image_bytes(3, mode=mode, size=(200, 200), kind="JPEG")
+        image, _ = decode_for_crop("key", open_image("key", content), (0, 0, 200, 200), 24)
+        assert (image.mode, image.size) == ("RGB", (25, 25))
+
+    def test_cut_off_jpeg_is_corrupt(self) -> None:
+        content = photo(600, 400)
+        encoded = open_image("some.tar:key", content[: len(content) // 2])
+        with pytest.raises(CorruptSampleError, match=r"some\.tar:key: cannot decode"):
+            decode_for_crop("some.tar:key", encoded, (0, 0, 600, 400), 24)
 
 
 class TestCenterCrop:
@@ -109,7 +183,7 @@ class TestCenterCrop:
     def test_same_as_open_clips_evaluation_transform(self, size: tuple[int, int], mode: str, interpolation: str) -> None:
         preprocess = Preprocess(24, PREPROCESS.mean, PREPROCESS.std, interpolation, mode)
         image = decode_rgb("key", image_bytes(5, size=size))
-        ours = normalise(np.stack([center_crop(image, preprocess)]), preprocess)[0]
+        ours = Normalise(preprocess)(torch.from_numpy(np.stack([center_crop(image, preprocess)])))[0]
         theirs = image_transform(24, False, preprocess.mean, preprocess.std, resize_mode=mode, interpolation=interpolation)(image)
         assert torch.equal(ours, theirs)
 

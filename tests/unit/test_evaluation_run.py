@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cliprd_core import precision
+from cliprd_core.control import ControlGroup
 from cliprd_core.data.batch import Preprocess
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.sources import open_sources
@@ -121,8 +122,9 @@ class TestZeroShot:
         assert result.metrics["zero_shot_mean_per_class_recall"] == pytest.approx((2 / 3 + 0) / 2)
 
     def test_class_embedding_is_the_normalised_mean_of_normalised_prompts(self) -> None:
-        evaluator = Evaluator(ColourModel().eval(), PREPROCESS, colour_tokenizer, torch.device("cpu"), Precision.FP32)
+        evaluator = Evaluator(ColourModel().eval(), PREPROCESS, colour_tokenizer, torch.device("cpu"), Precision.FP32, ControlGroup())
         embeddings = class_embeddings(evaluator, ["grey", "blue"], ["{c}", "{c} or white", "the {c}."])
+        assert embeddings is not None
         white = torch.ones(3) / 3**0.5
         for embedding, colour in zip(embeddings, (COLOURS[3], COLOURS[2]), strict=True):
             raw = torch.tensor(colour) / 127.5 - 1  # far shorter than white's, which must not matter

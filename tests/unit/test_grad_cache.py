@@ -22,6 +22,7 @@ NUM_PAIRS = 10
 TEACHER_WIDTH = 24
 PAPER = ObjectiveSpec()
 EQUAL_WEIGHTS = ObjectiveSpec(fd=1)
+EVERY_TERM = ObjectiveSpec(fd=1, soft=1, soft_temperature=0.1, gd=1e-3, afd=1, mfd=1)
 FD_ONLY = ObjectiveSpec(task=0, fd=1, icl=0, hrd=0, vrd=0, xrd=0)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
@@ -118,9 +119,12 @@ def test_gradients_are_the_whole_batchs(micro_batch_size: int, device: str) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weights", [EQUAL_WEIGHTS, EVERY_TERM], ids=["paper", "every_term"])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, NUM_PAIRS])
-def test_random_layers_draw_the_same_in_both_passes(micro_batch_size: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, batch = make_module(is_random=True, device=device), make_batch(device=device)
+def test_random_layers_draw_the_same_in_both_passes(
+    micro_batch_size: int, weights: ObjectiveSpec, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, batch = make_module(weights, is_random=True, device=device), make_batch(device=device)
     expected = gradients_of(KeptGraphs(module, micro_batch_size), module, batch)
     assert_equal_steps(gradients_of(cached(module, micro_batch_size), module, batch), expected)
     monkeypatch.setattr(grad_cache._GeneratorState, "restore", lambda *_: None)

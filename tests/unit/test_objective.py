@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import weakref
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy_objective as oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,13 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cliprd_core import losses
+from cliprd_core import objective as objective_module
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.objective_terms import Similarity
 from cliprd_core.spec import ObjectiveSpec, ScaleMode
+from tests.unit import numpy_objective as oracle
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 PAPER = ObjectiveSpec()
 TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft", "gd", "afd")
+STUDENT_FEATURES = ("student_image", "student_text", "student_masked_image")
 VERTICAL = ("vrd_kl", "vrd_ce_image", "vrd_ce_text")
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
 
@@ -205,7 +208,9 @@ def problems(draw: st.DrawFn) -> Problem:
     variables.exponentiated = draw(st.booleans())
     if variables.exponentiated:  # inside the clamp, also when moved a little
         variables = replace(variables, **{name: draw(st.floats(0.1, 4.5)) for name in ("cross_scale", "image_scale", "text_scale")})
+    variables.student_masked_image = generator.normal(size=(num_pairs, student_width))
     weights = draw(st.fixed_dictionaries(dict.fromkeys(TERMS, weight)).filter(lambda drawn: any(drawn.values())))
+    weights |= {"mfd": draw(weight)}
     if draw(st.booleans()):
         weights |= {part: draw(weight) for part in VERTICAL}
         weights["task"] = 1.0  # so that something is left where the parts are all 0
@@ -215,9 +220,15 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 def run_problem(
-    variables: oracle.Variables, teacher: oracle.Teacher, weights: dict[str, float], max_block_elements: int
+    variables: oracle.Variables,
+    teacher: oracle.Teacher,
+    weights: dict[str, float],
+    max_block_elements: int,
+    *,
+    rows: slice = slice(None),
+    row_counts: list[int] | None = None,
 ) -> tuple[ObjectiveOutput, dict[str, Tensor]]:
-    """Ours, with the gradient for each of the oracle's variables that has one."""
+    """Ours of this rank's rows, with the gradient for each of the oracle's variables that has one."""
     objective = Objective(
         ObjectiveSpec(
             **weights, soft_temperature=teacher.soft_temperature, scale_mode=ScaleMode.EXP if variables.exponentiated else ScaleMode.RAW
@@ -230,14 +241,16 @@ def run_problem(
     learned = {name.removesuffix(".weight").replace(".", "_"): parameter for name, parameter in objective.named_parameters()}
     for name, parameter in learned.items():
         parameter.data.copy_(torch.as_tensor(getattr(variables, name), dtype=torch.float64))
-    student = {name: torch.from_numpy(getattr(variables, name)).clone().requires_grad_() for name in ("student_image", "student_text")}
+    student = {name: torch.from_numpy(getattr(variables, name)[rows]).clone().requires_grad_() for name in STUDENT_FEATURES}
     log_scale = torch.tensor(variables.log_student_logit_scale, dtype=torch.float64, requires_grad=True)
     output = objective(
         student_image_features=student["student_image"],
         student_text_features=student["student_text"],
         student_logit_scale=log_scale.exp(),
-        teacher_image_features=torch.from_numpy(teacher.image),
-        teacher_text_features=torch.from_numpy(teacher.text),
+        teacher_image_features=torch.from_numpy(teacher.image[rows]),
+        teacher_text_features=torch.from_numpy(teacher.text[rows]),
+        student_masked_image_features=student["student_masked_image"],
+        row_counts=row_counts,
     )
     output.loss.backward()
     leaves = {**student, **learned, "log_student_logit_scale": log_scale}
@@ -264,7 +277,7 @@ def test_equals_numpy(problem: Problem) -> None:
         moved = replace(variables, **{name: getattr(variables, name) + step * one for name, one in direction.items()})
         return oracle.total(moved, teacher, part_weights, frozen=variables)
 
-    part_weights = ObjectiveSpec(**weights).part_weights
+    part_weights = ObjectiveSpec(**weights).part_weights | {"mfd": weights["mfd"]}
 
     step = 1e-5
     numeric = (along(step) - along(-step)) / (2 * step)
@@ -329,11 +342,12 @@ def assert_finite(output: ObjectiveOutput, *leaves: Tensor) -> None:
         assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("teacher_width", [16, 24], ids=["equal_widths", "projected"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["plain", "zero_vectors", "duplicate_rows", "identical", "batch_of_1", "opposite", "large", "tiny"])
-def test_numerics(case: str, dtype: torch.dtype, teacher_width: int) -> None:
-    """The scales are at their clamps: student and teacher 100."""
+CASES = ("plain", "zero_vectors", "duplicate_rows", "identical", "batch_of_1", "opposite", "large", "tiny")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def difficult_features(case: str, dtype: torch.dtype, teacher_width: int) -> dict[str, Tensor]:
+    """Of a student of width 16 and its teacher; the student's need gradients."""
     double = make_features(1 if case == "batch_of_1" else 12, 16, teacher_width)
     features = {name: tensor.detach().clone() for name, tensor in double.items()}
     for tensor in features.values():
@@ -350,7 +364,15 @@ def test_numerics(case: str, dtype: torch.dtype, teacher_width: int) -> None:
     if case == "opposite":
         features["student_text_features"] = -features["student_image_features"]
         features["teacher_text_features"] = -features["teacher_image_features"]
-    features = {name: tensor.to(dtype).requires_grad_(name.startswith("student")) for name, tensor in features.items()}
+    return {name: tensor.to(dtype).requires_grad_(name.startswith("student")) for name, tensor in features.items()}
+
+
+@pytest.mark.parametrize("teacher_width", [16, 24], ids=["equal_widths", "projected"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_numerics(case: str, dtype: torch.dtype, teacher_width: int) -> None:
+    """The scales are at their clamps: student and teacher 100."""
+    features = difficult_features(case, dtype, teacher_width)
     objective = Objective(PAPER, student_width=16, teacher_width=teacher_width, teacher_logit_scale=100.0, max_block_elements=40)
     scale = torch.tensor(100.0, requires_grad=True)
     output = objective(**features, student_logit_scale=scale)
@@ -362,6 +384,38 @@ def test_numerics(case: str, dtype: torch.dtype, teacher_width: int) -> None:
         if teacher_width == 16:
             assert not gradient[[0, 5]].any()
         assert gradient[[1, 2]].any()
+
+
+ALONE: dict[str, dict[str, float]] = {term: {term: 1.0} for term in (*TERMS, *VERTICAL)}
+ALONE |= {"soft_sharp": {"soft": 1.0, "soft_temperature": 1e-2}, "soft_flat": {"soft": 1.0, "soft_temperature": 1e3}}
+ALONE |= {"mfd": {"mfd": 1.0, "fd": 1.0}, "all": dict.fromkeys((*TERMS, "mfd"), 1.0)}
+for weights in (ALONE["gd"], ALONE["all"]):
+    weights["gd"] = 1e-3  # at 1, the true gradient for features of a norm of 4e-4 is beyond float16's range
+
+
+@pytest.mark.parametrize("teacher_width", [16, 24], ids=["equal_widths", "projected"])
+@pytest.mark.parametrize("active", ALONE)
+def test_numerics_of_every_term(active: str, teacher_width: int) -> None:
+    """Alone, with every scale at its upper clamp, and at its lower."""
+    spec = ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | ALONE[active]), scale_mode=ScaleMode.EXP)
+    for factor, case, dtype in itertools.product((100.0, 1.0), CASES, DTYPES):
+        torch.manual_seed(0)
+        objective = Objective(spec, student_width=16, teacher_width=teacher_width, teacher_logit_scale=100.0, max_block_elements=40)
+        for name, parameter in objective.named_parameters():
+            if name.endswith("_scale"):
+                parameter.data.fill_(math.log(factor))
+        features = difficult_features(case, dtype, teacher_width)
+        scale = torch.tensor(factor, requires_grad=True)
+        masked = features["student_image_features"].flip(0) if spec.mfd else None
+        output = objective(**features, student_logit_scale=scale, student_masked_image_features=masked)
+        output.loss.backward()
+        leaves = {name: tensor for name, tensor in features.items() if name.startswith("student")}
+        leaves |= {"student_logit_scale": scale, **dict(objective.named_parameters())}
+        values = {"loss": output.loss, "total": output.total, **output.terms}
+        values |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        assert [name for name, value in values.items() if not value.isfinite().all()] == [], (factor, case, dtype)
+        assert any(name.startswith("gradient of student_") for name in values)
+        assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
 def test_low_precision_features_give_what_their_float32_values_give() -> None:
@@ -415,6 +469,11 @@ def test_gradient_scales_with_the_loss_and_accumulates() -> None:
     scaled = gradients(objective(**features, student_logit_scale=scale).loss * 65536, features, scale, objective)
     for name, gradient in once.items():
         torch.testing.assert_close(scaled[name], gradient * 65536)
+    for _ in range(2):
+        objective(**features, student_logit_scale=scale).loss.backward()
+    leaves = {**features, "student_logit_scale": scale, **dict(objective.named_parameters())}
+    for name, gradient in once.items():
+        torch.testing.assert_close(leaves[name].grad, gradient * 2)
 
 
 def test_without_gradients() -> None:
@@ -475,6 +534,57 @@ def test_shared_similarities_are_computed_once_and_inactive_ones_never(
     monkeypatch.setattr(Similarity, "logits", counted)
     make_objective(spec, 4, 4, max_block_elements=6 * 2)(**make_features(6, 4, 4), student_logit_scale=torch.tensor(10.0))
     assert num_calls == num_similarities * 3 * 2  # three blocks of two rows, two passes
+
+
+@pytest.mark.parametrize(
+    ("weights", "teacher_width", "num_calls"),
+    [
+        ({"gd": 1}, 4, 4 + 2),  # of S: columns' sums, features' gradients, then twice back through them; of T: the first two
+        ({"task": 1, "gd": 1}, 4, 5 + 2),
+        ({"hrd": 1, "gd": 1}, 4, 5 + 3),
+        ({"soft": 1, "gd": 1}, 4, 5 + 3),
+        ({"soft": 1, "soft_temperature": 0.1, "gd": 1}, 4, 5 + 2 + 2),
+        (PAPER.model_dump(exclude_none=True) | {"gd": 1}, 4, 12 + 3 + 1),
+        ({"hrd": 1, "gd": 1}, 6, 2 + 4 + 3),  # S of the student's own width is another matrix; T is the same
+    ],
+)
+def test_gd_shares_similarities_and_their_columns_sums(
+    weights: dict[str, Any], teacher_width: int, num_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | weights))
+    calls: list[Similarity] = []
+    original = Similarity.logits
+    monkeypatch.setattr(Similarity, "logits", lambda self, block: calls.append(self) or original(self, block))
+    objective = make_objective(spec, 4, teacher_width, max_block_elements=6 * 2)
+    objective(**make_features(6, 4, teacher_width), student_logit_scale=torch.tensor(10.0))
+    assert len(calls) == num_calls * 3  # three blocks of two rows
+
+
+@pytest.mark.parametrize(
+    ("weights", "teacher_width", "num_gathers"),
+    [
+        ({"fd": 1}, 6, 0),
+        ({"task": 1}, 6, 1),
+        ({"hrd": 1}, 6, 2),
+        ({"soft": 1}, 6, 2),
+        ({"gd": 1}, 6, 2),
+        ({"icl": 1}, 6, 2),
+        ({"xrd": 1}, 6, 2),
+        ({"vrd_ce_image": 1}, 6, 1),
+        ({"vrd_ce_text": 1}, 6, 1),
+        ({"afd": 1}, 6, 1),
+        (PAPER.model_dump(exclude_none=True), 4, 3),
+        (PAPER.model_dump(exclude_none=True), 6, 4),
+    ],
+)
+def test_only_what_active_terms_need_is_gathered(
+    weights: dict[str, Any], teacher_width: int, num_gathers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[Tensor] = []
+    monkeypatch.setattr(objective_module, "gather_with_grad", lambda x, _: gathered.append(x) or x)
+    objective = make_objective(ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | weights)), 4, teacher_width)
+    objective(**make_features(6, 4, teacher_width), student_logit_scale=torch.tensor(10.0))
+    assert len(gathered) == len({id(one) for one in gathered}) == num_gathers
 
 
 def test_plain_clip_needs_no_teacher() -> None:

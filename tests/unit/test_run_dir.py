@@ -12,6 +12,7 @@ from cliprd_core.run_dir import (
     ErrorReason,
     ErrorRecord,
     append_record,
+    cache_dir,
     checkpoint_dir,
     complete_checkpoints,
     read_record,
@@ -77,3 +78,10 @@ def test_only_marked_checkpoints_count_and_they_sort_by_step(tmp_path: Path) -> 
     for step in (1000, 20):
         (checkpoint_dir(tmp_path, step) / CHECKPOINT_MARKER).write_text("{}")
     assert complete_checkpoints(tmp_path) == [checkpoint_dir(tmp_path, 20), checkpoint_dir(tmp_path, 1000)]
+
+
+def test_the_cache_is_where_the_environment_says_else_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLIPRD_CACHE_DIR", raising=False)
+    assert cache_dir(tmp_path / "run") == tmp_path / "run/cache"
+    monkeypatch.setenv("CLIPRD_CACHE_DIR", str(tmp_path / "shared"))
+    assert cache_dir(tmp_path / "run") == tmp_path / "shared"

@@ -104,7 +104,14 @@ def test_a_pretrained_tag_is_left_alone_and_a_file_found(root: Path) -> None:
         ({"data": shards("train/{00000..00003}.tar")}, "data.train.0.shards", "00002.tar is missing (and 1 more of 4)", "Check"),
         ({"data": shards("train/*.zip")}, "data.train.0.shards", "no file matches", "Check"),
         ({"data": shards("train/{0..1.tar")}, "data.train.0.shards", "unbalanced", "{00000..00007}"),
-        ({"data": shards("s3://bucket/{0..9}.tar")}, "data.train.0.shards", "address", "Mount"),
+        ({"data": shards("gs://bucket/{0..9}.tar")}, "data.train.0.shards", "address of a kind", "s3://"),
+        ({"data": shards("s3://bucket")}, "data.train.0.shards", "no address of a shard", "BUCKET/KEY"),
+        ({"data": shards("s3:///{0..9}.tar")}, "data.train.0.shards", "no address of a shard", "BUCKET/KEY"),
+        ({"data": shards("https://host/*.tar")}, "data.train.0.shards", "HTTP lists no files", "{00000..00007}"),
+        ({"data": shards("https://host/{0..9.tar")}, "data.train.0.shards", "no pattern", "{00000..00007}"),
+        ({"data": shards("https://[host/0.tar")}, "data.train.0.shards", "no pattern", "{00000..00007}"),
+        ({"data": shards("https://host/a b.tar")}, "data.train.0.shards", "no address of a shard", "https://HOST"),
+        ({"data": shards("http://host/{0..99999999}.tar")}, "data.train.0.shards", "at most 100000", "narrower"),
         ({"data": shards("{0..99999999999999999999}.tar")}, "data.train.0.shards", "at most 100000", "narrower"),
         ({"data": shards("train")}, "data.train.0.shards", "no readable file", "Check"),
         ({"data": shards("x" * 300)}, "data.train.0.shards", "missing", "Check"),
@@ -247,3 +254,9 @@ def test_an_evaluation_set_of_the_other_kind(root: Path) -> None:
 def test_a_wrong_key_of_a_config_is_named(root: Path) -> None:
     config = {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], "widht": 8}}
     assert "`width`" in problems(root, student={"config": config})["student.config.vision_cfg.widht"].remedy
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/train/{0..9}.tar", "s3://bucket/*.tar", "https://host:8080/a/{00..10}.tar?token=a*b"])
+def test_remote_shards_pass_unchanged_and_unasked(root: Path, address: str) -> None:
+    source = check(root, data=shards(address)).data.train[0]
+    assert source.model_dump()["shards"] == address

@@ -20,8 +20,9 @@ def test_bytes_come_back_as_they_went_in(tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "store")
     stored = store.put_file(tmp_path / "source")
     assert (stored.num_bytes, stored.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    with store.open(stored.key) as file:
-        assert file.read() == content
+    assert b"".join(store.stream(stored.key)) == content
+    assert b"".join(store.stream(stored.key, 100, 2_000_000)) == content[100:2_000_100]
+    assert store.num_bytes(stored.key) == len(content)
     assert store.put_file(tmp_path / "source").key != stored.key
     store.delete(stored.key)
     store.delete(stored.key)

@@ -12,6 +12,7 @@ import pytest
 
 from service.die_with_parent import wrap
 from worker.process import COOKIE_VARIABLE, TrainingProcess, processes_with_cookie, torchrun_command, trainer_environment
+from worker.settings import WorkerSettings
 
 START_TREE = """
 import subprocess, sys, time
@@ -125,4 +126,28 @@ def test_threads_are_shared_out_unless_set(monkeypatch: pytest.MonkeyPatch) -> N
     assert trainer_environment(3, 10 * cores)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert trainer_environment(1, 1)["OMP_NUM_THREADS"] == "7"
+
+
+def test_the_trainer_is_told_its_attempt_and_where_things_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     assert trainer_environment(3, 1)["CLIPRD_ATTEMPT"] == "3"
+    environment = WorkerSettings(teacher_store_root=Path("stores"), cache_dir=Path("cache"), shard_cache_bytes=7).trainer_environment
+    assert environment["CLIPRD_TEACHER_STORE_ROOT"] == str(tmp_path / "stores"), "absolute, whatever the trainer's folder is"
+    assert environment["CLIPRD_CACHE_DIR"] == str(tmp_path / "cache")
+    assert environment["CLIPRD_SHARD_CACHE_BYTES"] == "7"
+
+
+def test_the_trainer_is_told_where_the_jobs_share_what_they_know_of_data(tmp_path: Path) -> None:
+    settings = WorkerSettings(cache_dir=tmp_path / "cache", shard_cache_bytes=123)
+    program = "import os; print(os.environ['CLIPRD_CACHE_DIR'], os.environ['CLIPRD_SHARD_CACHE_BYTES'])"
+    (tmp_path / "program.py").write_text(program)
+    process = TrainingProcess.start(
+        tmp_path,
+        attempt=1,
+        num_processes=1,
+        grace_seconds=1.0,
+        trainer=[str(tmp_path / "program.py")],
+        environment=settings.trainer_environment,
+    )
+    assert process.wait(60)
+    assert f"{tmp_path / 'cache'} 123" in process.report().last_lines

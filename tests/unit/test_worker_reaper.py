@@ -9,14 +9,18 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
 from sqlalchemy.orm import Session, sessionmaker
 
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
-from service.store.jobs import JobState, claim_job, create_job, get_job
-from service.store.models import Job
+from service.store.artifacts import list_artifacts, register_artifact
+from service.store.blobs import BlobStore
+from service.store.jobs import Cancelled, JobState, claim_job, create_job, finish_job, get_job, release_job, request_cancel
+from service.store.models import ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
 from worker.celery_app import create_app
 from worker.reaper import Reaper, num_messages
@@ -31,7 +35,9 @@ class Bench:
         migrate(url)
         self.engine = make_engine(url)
         self.sessions: sessionmaker[Session] = make_sessions(self.engine)
-        self.settings = WorkerSettings(database_url=url, broker_url="memory://", queues=(self.queue,), reaper_seconds=0.02)
+        self.settings = WorkerSettings(
+            database_url=url, broker_url="memory://", queues=(self.queue,), reaper_seconds=0.02, artifacts_root=folder / "artifacts"
+        )
         self.app: Celery = create_app(self.settings, flag)
         self.reaper = Reaper(self.app, self.settings)
 
@@ -159,3 +165,32 @@ def test_settings_that_cannot_work_are_named(environment: dict[str, str], field:
 def test_queues_come_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPRD_QUEUES", "default, big.gpu")
     assert WorkerSettings().queues == ("default", "big.gpu")
+
+
+def test_checkpoints_of_jobs_that_can_not_go_on_are_dropped(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"state")
+    blobs = BlobStore(bench.settings.artifacts_root)
+    kept: dict[str, Path] = {}
+    for end in ("failed", "cancelled", "queued", "running"):
+        job_id = bench.submit(age_seconds=0)
+        with bench.sessions.begin() as session:
+            claimed = claim_job(session=session, job_id=job_id, worker="one", lease_seconds=60)
+            assert claimed is not None
+            held: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": claimed.lease_token}
+            blob = blobs.put_file(tmp_path / "state.pt")
+            register_artifact(**held, kind=ArtifactKind.CHECKPOINT, group="step-0000000001", name="state.pt", blob=blob, step=1)
+            if end == "failed":
+                finish_job(**held, outcome=ErrorRecord(reason=ErrorReason.DIVERGED, message="NaN"))
+            elif end == "cancelled":
+                request_cancel(session=session, job_id=job_id)
+                finish_job(**held, outcome=Cancelled())
+            elif end == "queued":
+                release_job(**held)
+        kept[end] = blobs.path(blob.key)
+    bench.reaper.reap()
+    assert all(path.exists() for path in kept.values()), "for some days, someone may go on from them"
+    soon = bench.settings.model_copy(update={"checkpoint_retention_seconds": 0})
+    Reaper(bench.app, soon).reap()
+    assert [end for end, path in kept.items() if path.exists()] == ["queued", "running"]
+    with reading(bench.sessions) as session:
+        assert len(list_artifacts(session=session).rows) == 2

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints
 from cliprd_core.spec import JobSpec, merge_over
+from cliprd_core.store_dir import lock_shared
 from service.store.blobs import BlobStore
 from service.store.events import list_events
 from service.store.jobs import (
@@ -39,6 +40,7 @@ from service.store.logs import read_log
 from service.store.metrics import list_evaluations, series
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
+from tests.teacher_store_helpers import make_store
 from worker.held_job import HeldJob
 from worker.process import TrainingProcess, trainer_environment
 from worker.settings import WorkerSettings
@@ -62,6 +64,7 @@ class Bench:
             database_url=url,
             artifacts_root=folder / "artifacts",
             runs_root=folder / "runs",
+            teacher_store_root=folder / "teacher-stores",
             lease_seconds=2,
             heartbeat_seconds=0.2,
             grace_seconds=5,
@@ -475,3 +478,27 @@ def test_a_stored_spec_that_this_version_refuses_fails_the_job(bench: Bench) -> 
     error = bench.error(job_id)
     assert error.reason is ErrorReason.INVALID_SPEC
     assert "unheard_of" in error.detail
+
+
+def test_teacher_stores_over_the_limit_are_deleted_before_training_but_none_in_use(bench: Bench) -> None:
+    root = bench.settings.teacher_store_root
+    idle, used = make_store(root), make_store(root, seed=1)
+    lock = lock_shared(root / used)
+    assert lock is not None
+    bench.settings = bench.settings.model_copy(update={"teacher_store_max_bytes": 0})
+    job_id = bench.submit({"steps": "5"})
+    bench.run(job_id)
+    os.close(lock)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert [path.name for path in root.iterdir()] == [used]
+    assert idle != used
+
+
+def test_teacher_stores_that_can_not_be_looked_at_are_no_reason_to_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("worker.supervisor.evict", refuse)
+    job_id = bench.submit({"steps": "5"})
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED

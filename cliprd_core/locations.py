@@ -1,0 +1,93 @@
+"""Where a job may read from: folders and remote hosts that the operator allows, since a spec comes over the network.
+
+The API looks when a spec is submitted, and the trainer looks again at each file it opens: between the two a link may have been changed,
+and a table's rows and a glob's matches are known only then. Links count as what they lead to. The standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+DATA_ROOTS_VARIABLE = "CLIPRD_DATA_ROOTS"
+"""Environment variable: folders that jobs may read, separated by `:`. Unset, in the trainer: any."""
+
+REMOTE_HOSTS_VARIABLE = "CLIPRD_REMOTE_HOSTS"
+"""Environment variable: what jobs may read from elsewhere: `HOST`, `HOST:PORT` or `s3://BUCKET`, separated by commas; `*`: anything."""
+
+ANY_HOST = "*"
+
+
+class ForbiddenLocationError(ValueError):
+    """A job may not read from there; the message says from where it may."""
+
+
+@dataclass(frozen=True)
+class Locations:
+    """Where a job may read from."""
+
+    roots: tuple[str, ...] | None = None
+    """Folders, as real paths. None: any."""
+    hosts: tuple[str, ...] | None = None
+    """Lower-case entries as in REMOTE_HOSTS_VARIABLE. None: any."""
+
+    @classmethod
+    def of(cls, roots: Iterable[str | Path], hosts: Iterable[str]) -> Locations:
+        """From what an operator writes; relative roots start in the current directory."""
+        return cls(tuple(os.path.realpath(root) for root in roots), tuple(host.lower() for host in hosts))
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Locations:
+        """What the worker tells its trainer; anywhere, where nobody says anything."""
+        roots, hosts = environment.get(DATA_ROOTS_VARIABLE), environment.get(REMOTE_HOSTS_VARIABLE)
+        return cls(
+            None if roots is None else tuple(os.path.realpath(root) for root in split_roots(roots)),
+            None if hosts is None else split_hosts(hosts),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The same for a child process."""
+        return {
+            **({} if self.roots is None else {DATA_ROOTS_VARIABLE: os.pathsep.join(self.roots)}),
+            **({} if self.hosts is None else {REMOTE_HOSTS_VARIABLE: ",".join(self.hosts)}),
+        }
+
+    def check_path(self, path: str | Path) -> None:
+        """
+        Raises:
+            ForbiddenLocationError: what it leads to is under no root.
+        """
+        if self.roots is None:
+            return
+        real = os.path.realpath(path)
+        if not any(real == root or real.startswith(root.rstrip("/") + "/") for root in self.roots):
+            leads = "" if real == os.path.normpath(path) else f" (it leads to {real})"
+            raise ForbiddenLocationError(f"{path}{leads} is outside the folders that jobs may read: {', '.join(self.roots) or 'none'}")
+
+    def check_url(self, url: str) -> None:
+        """
+        Raises:
+            ForbiddenLocationError: its host or bucket is not allowed.
+            ValueError: it is no URL.
+        """
+        if self.hosts is None or ANY_HOST in self.hosts:
+            return
+        parts = urlsplit(url)
+        host = (parts.hostname or "").lower()
+        names = {f"s3://{parts.netloc.lower()}"} if parts.scheme == "s3" else {host, f"{host}:{parts.port}"}
+        if not names & set(self.hosts):
+            allowed = ", ".join(self.hosts) or "none"
+            raise ForbiddenLocationError(f"{sorted(names)[0]} is none of the remote hosts that jobs may read from: {allowed}")
+
+
+def split_roots(text: str) -> tuple[str, ...]:
+    """The entries of DATA_ROOTS_VARIABLE."""
+    return tuple(part.strip() for part in text.split(os.pathsep) if part.strip())
+
+
+def split_hosts(text: str) -> tuple[str, ...]:
+    """The entries of REMOTE_HOSTS_VARIABLE."""
+    return tuple(part.strip().lower() for part in text.split(",") if part.strip())

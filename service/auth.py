@@ -1,0 +1,149 @@
+"""Who may do what: API keys in `Authorization: Bearer`, and, before the first key is made, this machine's own requests alone.
+
+It stands before the routes, so that nobody's body is read, and nobody learns which jobs exist, before the key was looked at.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import database_problem, problem_response
+from service.store.keys import ApiKey, KeyScope, any_keys, find_key, is_use_stale, mark_used
+from service.store.session import reading
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+"""Need no key: what asks whether the service lives has none, and learns nothing else."""
+
+_LEVELS = {scope: level for level, scope in enumerate(KeyScope)}
+_MAKE_ONE = "make one on the service's machine with `cliprd keys create`, and send it as `Authorization: Bearer KEY` (CLIPRD_API_KEY)"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request may not pass."""
+
+    status: int
+    detail: str
+    challenge: str = "Bearer"
+    """`WWW-Authenticate` (RFC 6750, section 3)."""
+
+
+class Authorization:
+    """Middleware that lets a request pass, or answers it with 401 or 403.
+
+    Args:
+        app: What stands behind it.
+        sessions: The database of the keys.
+        open_paths: Paths that need no key.
+    """
+
+    def __init__(self, app: ASGIApp, sessions: sessionmaker[Session], open_paths: frozenset[str] = OPEN_PATHS) -> None:
+        self.app = app
+        self._sessions = sessions
+        self._open_paths = open_paths
+        self._has_keys = False  # once there is a key, there always is
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _route_path(scope) in self._open_paths:
+            await self.app(scope, receive, send)
+            return
+        try:
+            refusal = await run_in_threadpool(self._refusal, scope)
+        except SQLAlchemyError as error:
+            await database_problem(scope["method"], scope["path"], error)(scope, receive, send)
+            return
+        if refusal is None:
+            await self.app(scope, receive, send)
+        else:
+            await _answer(scope, refusal)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        """Why the request may not pass; None: it may."""
+        with reading(self._sessions) as session:
+            self._has_keys = self._has_keys or any_keys(session=session)
+            if not self._has_keys:
+                return _refusal_without_keys(scope)
+            kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not key.strip():
+                return Refusal(401, f"this needs an API key; {_MAKE_ONE}")
+            found = find_key(session=session, key=key.strip())
+            is_stale = found is not None and is_use_stale(found, session=session)
+        if found is None:
+            return Refusal(401, f"there is no such API key, or it was revoked; {_MAKE_ONE}", 'Bearer error="invalid_token"')
+        if is_stale:
+            self._mark_used(found)
+        needed = needed_scope(scope["method"])
+        if _LEVELS[found.scope] >= _LEVELS[needed]:
+            return None
+        detail = f"this needs an API key of scope `{needed}`, but `{found.name}` has `{found.scope}`; use one that has it"
+        return Refusal(403, detail, f'Bearer error="insufficient_scope", scope="{needed}"')
+
+    def _mark_used(self, key: ApiKey) -> None:
+        """A database too busy for this is no reason to refuse the request."""
+        try:
+            with self._sessions.begin() as session:
+                mark_used(session=session, key_id=key.id)
+        except SQLAlchemyError as error:
+            logger.warning("the use of API key %s was not recorded: %s", key.id, error)
+
+
+def needed_scope(method: str) -> KeyScope:
+    """The scope that a request of this method needs."""
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return KeyScope.READ
+    return KeyScope.ADMIN if method == "DELETE" else KeyScope.SUBMIT
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address, without port, is this machine's own."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _refusal_without_keys(scope: Scope) -> Refusal | None:
+    """Client, `Host` and `Origin` must all be this machine: a page on the internet can make a browser here send requests to names that
+    resolve to 127.0.0.1 (DNS rebinding), and to 127.0.0.1 itself."""
+    headers = Headers(scope=scope)
+    client = scope.get("client")
+    given = {"Host": _host_of(f"//{headers.get('host', '')}")}
+    if client is not None:  # a Unix socket has none
+        given["client"] = client[0]
+    if "origin" in headers:
+        given["Origin"] = _host_of(headers["origin"])
+    for name, host in given.items():
+        if not is_loopback(host):
+            detail = f"no API key has been made yet, so only this machine's own requests are served, and the {name} is {host[:200]!r}"
+            return Refusal(403, f"{detail}; {_MAKE_ONE}")
+    return None
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _route_path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _answer(scope: Scope, refusal: Refusal) -> Response:
+    return problem_response(scope["path"], refusal.status, refusal.detail, headers={"WWW-Authenticate": refusal.challenge})

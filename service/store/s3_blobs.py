@@ -1,0 +1,137 @@
+"""The bytes of artifacts in S3, or in any store that speaks its protocol. Needs the extra `s3`.
+
+Credentials, region and endpoint come from where every AWS tool looks (`AWS_…` variables, profiles, instance roles).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from service.store.blobs import CHUNK_BYTES, BlobsUnreachableError, StoredBlob, check_key, new_key
+
+CONNECT_TIMEOUT_SECONDS = 10
+READ_TIMEOUT_SECONDS = 60
+NUM_TRIES = 5
+
+
+class S3BlobStore:
+    """Objects below `s3://BUCKET/PREFIX`, named by keys that the store makes up itself.
+
+    A put is atomic in S3, also one in several parts, and S3 compares every part with the SHA-256 that is sent along.
+
+    Raises:
+        ValueError: `url` is not `s3://BUCKET[/PREFIX]`, or the extra `s3` is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+            raise ValueError(f"artifacts_url: {url!r} is not s3://BUCKET/PREFIX; correct CLIPRD_ARTIFACTS_URL")
+        try:
+            import boto3  # noqa: F401
+        except ImportError as error:
+            raise ValueError("artifacts_url: S3 needs the package boto3; `pip install 'cliprd[s3]'`") from error
+        self._bucket = parts.netloc
+        self._prefix = parts.path.strip("/")
+
+    @cached_property
+    def _client(self) -> Any:
+        import boto3
+        from botocore.config import Config
+
+        retries = {"mode": "standard", "total_max_attempts": NUM_TRIES}
+        config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT_SECONDS, read_timeout=READ_TIMEOUT_SECONDS)
+        return boto3.session.Session().client("s3", config=config)  # the module's own default session is not safe in threads
+
+    def put_file(self, source: Path) -> StoredBlob:
+        """Upload a file. After a crash there is the whole blob or none.
+
+        Raises:
+            OSError: the source can't be read, or changed meanwhile; BlobsUnreachableError: the store refused it.
+        """
+        before = source.stat()
+        with source.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        blob = StoredBlob(key=new_key(), num_bytes=before.st_size, sha256=sha256)
+        where = self._where(blob.key)
+        with self._translated():
+            options = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": sha256}}
+            self._client.upload_file(str(source), where["Bucket"], where["Key"], ExtraArgs=options)
+        after = source.stat()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or self.num_bytes(blob.key) != blob.num_bytes:
+            self.delete(blob.key)
+            raise OSError(f"{source} changed while it was uploaded")
+        return blob
+
+    def num_bytes(self, key: str) -> int:
+        """
+        Raises:
+            FileNotFoundError: there are no such bytes.
+        """
+        with self._translated():
+            return int(self._client.head_object(**self._where(key))["ContentLength"])
+
+    def stream(self, key: str, start: int = 0, num_bytes: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` on, in chunks. They are asked for at once, so that what is missing is known before the first chunk.
+
+        Raises:
+            FileNotFoundError: there are no such bytes; BlobsUnreachableError: the store fails, now or on the way.
+        """
+        if num_bytes == 0:
+            self.num_bytes(key)
+            return iter(())
+        end = "" if num_bytes is None else str(start + num_bytes - 1)
+        asked = {} if start == 0 and num_bytes is None else {"Range": f"bytes={start}-{end}"}
+        with self._translated():
+            body = self._client.get_object(**self._where(key), **asked)["Body"]
+        return self._chunks(body)
+
+    def _chunks(self, body: Any) -> Iterator[bytes]:
+        try:
+            with self._translated():
+                yield from body.iter_chunks(CHUNK_BYTES)
+        finally:
+            body.close()
+
+    def delete(self, key: str) -> None:
+        """Forget the bytes; a key without any is fine, so that a deletion can be repeated."""
+        with self._translated():
+            self._client.delete_object(**self._where(key))
+
+    def check_writable(self) -> None:
+        """Raises:
+        OSError: nothing can be written there.
+        """
+        probe = {"Bucket": self._bucket, "Key": self._below(f".probe-{uuid.uuid4().hex}")}
+        with self._translated():
+            self._client.put_object(**probe, Body=b"")
+            self._client.delete_object(**probe)
+
+    def _where(self, key: str) -> dict[str, str]:
+        check_key(key)
+        return {"Bucket": self._bucket, "Key": self._below(key)}
+
+    def _below(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """boto's errors as the blob stores' own."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
+                raise FileNotFoundError(f"s3://{self._bucket} does not hold the bytes") from error
+            raise BlobsUnreachableError(f"s3://{self._bucket}: {error}") from error
+        except (BotoCoreError, Boto3Error) as error:
+            raise BlobsUnreachableError(f"s3://{self._bucket}: {error}") from error

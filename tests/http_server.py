@@ -1,0 +1,77 @@
+"""A small HTTP server for tests of remote shards: it counts what it is asked, and misbehaves on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass
+class FileServer:
+    """Serves the files of a folder."""
+
+    folder: Path
+    url: str = ""
+    num_asked: Counter[tuple[str, str]] = field(default_factory=Counter)  # by method and path
+    failures_left: int = 0  # this many GETs answer 503
+    cut_at: int | None = None  # bytes after which the connection breaks
+    answers_get_after_seconds: float = 0.0
+
+    def num_downloads(self, name: str) -> int:
+        return self.num_asked["GET", f"/{name}"]
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[FileServer]:
+    server = FileServer(folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def _answer(self, with_body: bool) -> None:
+            server.num_asked[self.command, self.path] += 1
+            file = server.folder / self.path.lstrip("/")
+            if with_body:
+                time.sleep(server.answers_get_after_seconds)
+            if with_body and server.failures_left > 0:
+                server.failures_left -= 1
+                self.send_error(503)
+                return
+            if not file.is_file():
+                self.send_error(404)
+                return
+            content = file.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()[:16]}"')
+            self.end_headers()
+            if with_body:
+                self.wfile.write(content[: server.cut_at])
+            if server.cut_at is not None:
+                self.close_connection = True
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    server.url = f"http://127.0.0.1:{http.server_port}"
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()

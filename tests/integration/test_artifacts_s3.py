@@ -1,0 +1,166 @@
+"""Artifacts in S3, against moto's server: stored, verified, streamed by the API in whole and in part; and without the store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from fastapi.testclient import TestClient
+from moto.server import ThreadedMotoServer
+
+from service.app import create_app
+from service.settings import Settings
+from service.store import artifacts, s3_blobs
+from service.store.blobs import Blobs, BlobsUnreachableError, make_blobs
+from service.store.models import Artifact, ArtifactKind
+from service.store.s3_blobs import S3BlobStore
+from tests.store_helpers import claim, create, local_client
+
+CONTENT = bytes(range(256)) * 50_000  # 12.8 MB: uploaded in parts
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of an empty bucket; the store finds the server as any AWS tool does."""
+    monkeypatch.setattr(s3_blobs, "NUM_TRIES", 1)
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="models")
+    yield client
+    for one in client.list_objects_v2(Bucket="models").get("Contents", []):
+        client.delete_object(Bucket="models", Key=one["Key"])
+
+
+@pytest.fixture
+def blobs(s3: Any) -> Blobs:
+    return make_blobs("s3://models/some/prefix/", Path("unused"))
+
+
+def keys(s3: Any) -> list[str]:
+    return [one["Key"] for one in s3.list_objects_v2(Bucket="models").get("Contents", [])]
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_bytes_come_back_as_they_went_in(s3: Any, blobs: Blobs, tmp_path: Path) -> None:
+    stored = blobs.put_file(write(tmp_path / "source", CONTENT))
+    assert (stored.num_bytes, stored.sha256) == (len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    assert keys(s3) == [f"some/prefix/{stored.key}"]
+    assert blobs.num_bytes(stored.key) == len(CONTENT)
+    assert b"".join(blobs.stream(stored.key)) == CONTENT
+    assert b"".join(blobs.stream(stored.key, 1000, 3_000_000)) == CONTENT[1000:3_001_000]
+    assert b"".join(blobs.stream(stored.key, 1000)) == CONTENT[1000:]
+    assert b"".join(blobs.stream(stored.key, 5, 0)) == b""
+    for _ in range(2):
+        blobs.delete(stored.key)
+    assert keys(s3) == []
+    for missing in (blobs.num_bytes, blobs.stream):
+        with pytest.raises(FileNotFoundError):
+            missing(stored.key)
+    empty = blobs.put_file(write(tmp_path / "empty", b""))
+    assert b"".join(blobs.stream(empty.key)) == b""
+
+
+def test_a_file_that_changes_while_it_is_uploaded_is_not_stored(
+    s3: Any, blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "source", b"first")
+    real = hashlib.file_digest
+
+    def changed(file: Any, name: str) -> Any:
+        digest = real(file, name)
+        source.write_bytes(b"changed")
+        return digest
+
+    monkeypatch.setattr(hashlib, "file_digest", changed)
+    with pytest.raises(OSError, match="changed while"):
+        blobs.put_file(source)
+    assert keys(s3) == []
+
+
+def test_a_store_out_of_reach_is_told_from_missing_bytes(blobs: Blobs, tmp_path: Path) -> None:
+    blobs.check_writable()
+    nowhere = S3BlobStore("s3://no-such-bucket")
+    for act in (nowhere.check_writable, lambda: nowhere.put_file(write(tmp_path / "source", b"x"))):
+        with pytest.raises(BlobsUnreachableError, match="no-such-bucket"):
+            act()
+
+
+@pytest.mark.parametrize("url", ["s3://", "http://bucket/x", "bucket", "s3://bucket/x?y=1"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(ValueError, match="CLIPRD_ARTIFACTS_URL"):
+        make_blobs(url, Path())
+
+
+def test_only_keys_of_its_own_making_are_objects(blobs: Blobs) -> None:
+    for act in (blobs.stream, blobs.delete, blobs.num_bytes):
+        with pytest.raises(ValueError, match="no key"):
+            act("../other")
+
+
+@pytest.fixture
+def client(s3: Any, settings: Settings) -> Iterator[TestClient]:
+    with local_client(create_app(settings.model_copy(update={"artifacts_url": "s3://models"})), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def artifact(client: TestClient, tmp_path: Path) -> Artifact:
+    services = client.app.state.services  # type: ignore[attr-defined]
+    claimed = claim(services.sessions, create(services.sessions).id)
+    with services.sessions.begin() as session:
+        return artifacts.register_artifact(
+            session=session,
+            job_id=claimed.job.id,
+            lease_token=claimed.lease_token,
+            kind=ArtifactKind.MODEL,
+            group="export",
+            name="model.safetensors",
+            blob=services.blobs.put_file(write(tmp_path / "source", CONTENT)),
+        )
+
+
+def test_the_api_streams_it_in_whole_and_in_part(client: TestClient, artifact: Artifact) -> None:
+    href = f"/artifacts/{artifact.id}"
+    whole = client.get(href)
+    assert whole.content == CONTENT
+    assert whole.headers["etag"] == f'"{hashlib.sha256(CONTENT).hexdigest()}"'
+    part = client.get(href, headers={"Range": "bytes=100-2000099", "If-Range": whole.headers["etag"]})
+    assert (part.status_code, part.content) == (206, CONTENT[100:2_000_100])
+    assert client.head(href).headers["content-length"] == str(len(CONTENT))
+    assert client.get("/readyz").status_code == 200
+
+
+def test_the_api_tells_a_store_that_is_away_from_bytes_that_are_gone(
+    client: TestClient, artifact: Artifact, s3: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    href = f"/artifacts/{artifact.id}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with local_client(create_app(settings.model_copy(update={"artifacts_url": "s3://models"}))) as other:
+        response = other.get(href)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        assert [one["field"] for one in other.get("/readyz").json()["errors"]] == ["artifacts_root"]
+    s3.delete_object(Bucket="models", Key=artifact.storage_key)
+    assert client.get(href).status_code == 404

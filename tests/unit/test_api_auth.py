@@ -1,0 +1,179 @@
+"""Who is let in: without keys this machine alone, with keys whoever has one of the right scope."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+from typer.testing import CliRunner
+
+from service.__main__ import main
+from service.app import create_app
+from service.auth import is_loopback
+from service.cli import app as cli
+from service.client import Client
+from service.settings import Settings
+from tests.store_helpers import spec_dict, write_table
+
+
+def run(settings: Settings, *arguments: str) -> tuple[int, str, str]:
+    result = CliRunner(env={"CLIPRD_DATABASE_URL": settings.database_url, "COLUMNS": "200"}).invoke(cli, ["keys", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def make_key(settings: Settings, scope: str) -> str:
+    code, stdout, stderr = run(settings, "create", "--scope", scope, "--name", f"{scope} key")
+    assert code == 0, stderr
+    assert "shown this once" in stderr
+    return stdout.strip()
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def problem(response: httpx2.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["www-authenticate"].startswith("Bearer")
+    body: dict[str, Any] = response.json()
+    assert "cliprd keys create" in body["detail"] or "scope" in body["detail"]
+    return body
+
+
+@pytest.mark.parametrize(
+    ("client_host", "headers"),
+    [
+        ("192.0.2.7", {}),
+        ("127.0.0.1", {"Host": "evil.example"}),
+        ("127.0.0.1", {"Host": "127.0.0.1.evil.example:8000"}),
+        ("127.0.0.1", {"Host": "[::1"}),
+        ("127.0.0.1", {"Host": ""}),
+        ("127.0.0.1", {"Origin": "https://evil.example"}),
+        ("127.0.0.1", {"Origin": "null"}),
+    ],
+)
+def test_without_keys_other_machines_and_other_sites_pages_are_refused(
+    settings: Settings, client_host: str, headers: dict[str, str]
+) -> None:
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=(client_host, 5)) as client:
+        for response in (client.get("/jobs", headers=headers), client.post("/jobs/00000000/cancel", headers=headers)):
+            assert "no API key has been made" in problem(response, 403)["detail"]
+        assert client.get("/healthz", headers=headers).status_code == 200
+        assert client.get("/readyz", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(("client_host", "host"), [("127.0.0.1", "localhost:8000"), ("::1", "[::1]:8000"), ("127.3.4.5", "LOCALHOST")])
+def test_without_keys_this_machine_is_let_in(settings: Settings, client_host: str, host: str) -> None:
+    with TestClient(create_app(settings), client=(client_host, 5)) as client:
+        assert client.get("/jobs", headers={"Host": host, "Origin": f"http://{host}"}).status_code == 200
+
+
+def test_each_scope_allows_what_it_says_and_what_is_below(client: TestClient, settings: Settings, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    keys = {scope: bearer(make_key(settings, scope)) for scope in ("read", "submit", "admin")}
+    assert "was revoked" in problem(client.get("/jobs", headers=bearer("cliprd_wrong")), 401)["detail"]
+    for path in ("/jobs", "/openapi.json", "/docs", "/nothing"):
+        problem(client.get(path), 401)
+        problem(client.get(path, headers={"Authorization": "Basic eDp5"}), 401)
+        for headers in keys.values():
+            assert client.get(path, headers=headers).status_code == (404 if path == "/nothing" else 200)
+    refused = client.post("/jobs", content=b"not looked at", headers=keys["read"])
+    assert "`read key` has `read`" in problem(refused, 403)["detail"]
+    assert 'scope="submit"' in refused.headers["www-authenticate"]
+    for scope in ("submit", "admin"):
+        response = client.post("/jobs", json=spec_dict(), headers=keys[scope])
+        assert response.status_code == 201
+    href = f"/jobs/{response.json()['id']}"
+    problem(client.post(f"{href}/cancel", headers=keys["read"]), 403)
+    assert client.post(f"{href}/cancel", headers=keys["submit"]).status_code == 200
+    problem(client.delete(href, headers=keys["submit"]), 403)
+    assert client.delete(href, headers=keys["admin"]).status_code == 204
+    assert client.get("/healthz").status_code == 200
+
+
+def test_keys_are_listed_with_their_use_and_revoked(client: TestClient, settings: Settings) -> None:
+    key = make_key(settings, "read")
+    listed = run(settings, "list")[1]
+    assert "never" in listed
+    assert key not in listed
+    key_id = listed.splitlines()[1].split()[0]
+    assert client.get("/jobs", headers=bearer(key)).status_code == 200
+    assert "never" not in run(settings, "list")[1]
+    assert run(settings, "revoke", key_id)[:2] == (0, "revoked: read key\n")
+    assert "revoked" in run(settings, "list")[1]
+    problem(client.get("/jobs", headers=bearer(key)), 401)
+    problem(client.get("/jobs"), 401)  # revoking the last key opens nothing
+    code, _, stderr = run(settings, "revoke", "nothing")
+    assert code == 1
+    assert "keys list" in stderr
+
+
+def test_the_client_sends_the_key_of_the_environment(client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    key = make_key(settings, "read")
+    sent: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers.get("Authorization"))
+        return httpx.Response(200, content=client.get("/jobs", headers=dict(request.headers)).content)
+
+    transport = httpx.MockTransport(answer)
+    monkeypatch.setenv("CLIPRD_API_KEY", key)
+    for options in ({}, {"api_key": key}):
+        with Client("http://127.0.0.1", transport=transport, **options) as ours:  # type: ignore[arg-type]
+            assert list(ours.jobs()) == []
+    assert sent == [f"Bearer {key}"] * 2
+
+
+def test_a_database_that_fails_is_a_503_here_too(client: TestClient) -> None:
+    with client.app.state.services.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.execute(text("DROP TABLE api_keys"))
+    assert client.get("/jobs").status_code == 503
+
+
+def test_openapi_says_which_routes_need_a_key(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    for path, methods in schema["paths"].items():
+        for operation in methods.values():
+            is_open = path in ("/healthz", "/readyz")
+            assert ("security" in operation, {"401", "403"} <= set(operation["responses"])) == (not is_open, not is_open)
+
+
+def test_an_address_for_other_machines_needs_a_key_first(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr("uvicorn.run", lambda _app, **options: started.append(options))
+    monkeypatch.setenv("CLIPRD_DATABASE_URL", settings.database_url)
+    monkeypatch.setenv("CLIPRD_HOST", "0.0.0.0")
+    with pytest.raises(SystemExit, match="keys create"):
+        main()
+    assert started == []
+    make_key(settings, "admin")
+    main()
+    assert started == [{"host": "0.0.0.0", "port": 8000, "timeout_graceful_shutdown": 5}]
+
+
+def test_this_machine_needs_no_key(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr("uvicorn.run", lambda _app, **options: started.append(options))
+    monkeypatch.setenv("CLIPRD_DATABASE_URL", settings.database_url)
+    main()
+    assert started == [{"host": "127.0.0.1", "port": 8000, "timeout_graceful_shutdown": 5}]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost.", True), ("0.0.0.0", False), ("::", False)]
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_options_without_a_name_are_refused(settings: Settings) -> None:
+    assert run(settings, "create", "--scope", "read", "--name", "")[0] == 1
+    assert run(settings, "create", "--scope", "root", "--name", "x")[0] == 2
