@@ -20,7 +20,7 @@ from service.store.jobs import QueuedJob
 from service.store.models import Job
 from service.store.session import reading
 from service.store.states import JobState
-from service.store.teachers import lock_teachers, must_wait
+from service.store.teachers import lock_teachers
 
 
 def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tuple[Job, bool]:
@@ -62,7 +62,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
     resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
     with reading(services.sessions) as session:
         teachers = lock_teachers(session, resolved)
-    waits = must_wait(resolved, teachers)
+    waits = not all(teacher.state.is_finished for teacher in teachers)
     num_pairs = known_num_pairs(resolved) if settings.check_files else None
     return DryRunView(
         state=JobState.WAITING if waits else JobState.QUEUED,

@@ -16,7 +16,7 @@ from service.store.events import EventKind, record_event
 from service.store.models import Artifact, Job, JobLabel, JobTeacher
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.teachers import lock_teachers, must_wait
+from service.store.teachers import lock_teachers
 from service.store.transitions import QueuedJob, move, settle_dependents, waits_for_a_teacher
 
 FINISHED_STATES = [state for state in JobState if state.is_finished]
@@ -118,7 +118,7 @@ def retry_job(*, session: Session, job_id: str) -> Changed:
     job = _lock(session, job_id)
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise JobConflictError(job_id, f"is {job.state}; only a failed or cancelled job can be tried again")
-    waits = must_wait(spec, teachers)
+    waits = not all(teacher.state is JobState.SUCCEEDED for teacher in teachers)
     now = database_now(session)
     record_event(job, EventKind.RETRIED, now=now)
     move(job, JobState.WAITING if waits else JobState.QUEUED, now=now)

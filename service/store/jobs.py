@@ -54,7 +54,7 @@ from service.store.models import Job, JobLabel, JobTeacher
 from service.store.recovery import jobs_to_send, mark_sent, requeue_expired
 from service.store.session import database_now
 from service.store.states import ALLOWED_MOVES, JobState
-from service.store.teachers import lock_teachers, must_wait
+from service.store.teachers import lock_teachers
 from service.store.transitions import QueuedJob
 
 __all__ = [
@@ -114,7 +114,7 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEM
     """
     teachers = lock_teachers(session, spec)
     now = database_now(session)
-    waits = must_wait(spec, teachers)
+    waits = not all(teacher.state.is_finished for teacher in teachers)
     job = Job(
         id=str(uuid.uuid4()),
         name=spec.name,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -36,12 +34,6 @@ def lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
         if job.state in (JobState.FAILED, JobState.CANCELLED):
             raise TeacherUnavailableError(fields_of_jobs[job.id], f"job {job.id!r} ended as {job.state}, so it has no model to offer")
     return locked
-
-
-def must_wait(spec: JobSpec, teachers: Sequence[Job]) -> bool:
-    """Whether a locked teacher that is a job has yet to succeed. An artifact is there, whatever its job still does."""
-    named = {teacher.job for teacher in spec.teacher_fields.values()}
-    return any(teacher.id in named and teacher.state is not JobState.SUCCEEDED for teacher in teachers)
 
 
 def _job_of_artifact(session: Session, field: str, artifact_id: str) -> str:
