@@ -147,7 +147,7 @@ class Job(Base):
 
     @property
     def labels(self) -> dict[str, str]:
-        labels: dict[str, str] = self.spec["labels"]
+        labels: dict[str, str] = self.spec.get("labels", {})  # a spec of another version, too, must be told of
         return labels
 
     @property

@@ -15,7 +15,7 @@ from service.app import create_app
 from service.settings import Settings
 from service.store import jobs
 from service.store.session import make_engine, make_sessions
-from tests.store_helpers import FAILURE, Sessions, claim, finish, spec_dict, write_table
+from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, spec_dict, write_table
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_two_apis_at_once_make_one_job_of_one_key(database_url: str, settings: S
     write_table(tmp_path)
     with ExitStack() as stack:
         apps = [create_app(settings.model_copy(update={"database_url": database_url})) for _ in range(2)]
-        both = [stack.enter_context(TestClient(app)) for app in apps]
+        both = [stack.enter_context(local_client(app)) for app in apps]
         for client in both:  # the framework makes its routes ready at the first request, which two threads at once would warn about
             assert client.get("/jobs").status_code == 200
         for number in range(5):

@@ -294,15 +294,20 @@ def test_a_paused_job_saves_and_goes_on_on_another_machine(bench: Bench, tmp_pat
 
 
 def test_a_job_that_runs_for_too_long_saves_and_can_be_tried_again(bench: Bench, tmp_path: Path) -> None:
-    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"}, resources={"max_hours": 0.5 / 3600})
-    bench.run(job_id)
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"}, resources={"max_hours": 2.0})
+    with bench.sessions.begin() as session:
+        session.get_one(Job, job_id).seconds_run = 3600.0
+    held = bench.held(job_id)
+    assert held.seconds_left == 3600
+    supervisor = bench.supervisor(held)
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), lambda: setattr(supervisor, "_stop_at", time.monotonic()))
+    supervisor.run()
     error = bench.error(job_id)
     assert error.reason is ErrorReason.TIMEOUT
     saved = int(complete_checkpoints(bench.run_dir(job_id))[-1].name.removeprefix("step-"))
     assert 0 < saved < 60
     with bench.sessions.begin() as session:
         retry_job(session=session, job_id=job_id)
-        session.get_one(Job, job_id).seconds_run = -1000.0  # that is, with time enough
     bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
     bench.run(job_id)
     assert bench.job(job_id).state is JobState.SUCCEEDED
@@ -323,7 +328,7 @@ def test_a_full_disk_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_damaged_mirror_falls_back_to_the_older_one(bench: Bench, tmp_path: Path) -> None:
-    job_id = bench.submit({"steps": "80", "step_seconds": "0.03"})
+    job_id = bench.submit({"steps": "160", "step_seconds": "0.03"})
     soon(lambda: len({one.group for one in bench.artifacts(job_id, ArtifactKind.CHECKPOINT)}) == 2, bench.stop.set)
     bench.run(job_id)
     mirrored = sorted(bench.artifacts(job_id, ArtifactKind.CHECKPOINT), key=lambda artifact: (artifact.step, artifact.name))
