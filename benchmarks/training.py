@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cliprd_core.data.batch import Batch, StoredFeatures
+from cliprd_core.data.transforms import Normalise
 from cliprd_core.losses import unit_rows
 from cliprd_core.models import LoadedModel, load_student
 from cliprd_core.objective import Objective
@@ -127,14 +128,17 @@ def make_batches(args: argparse.Namespace, student: LoadedModel, teacher: Loaded
         for row, length in enumerate(lengths):
             tokens[row, 0], tokens[row, length - 1] = START_TOKEN, END_TOKEN
             tokens[row, 1 : length - 1] = torch.randint(1, START_TOKEN, (length - 2,), generator=generator)
-        images = [torch.randn(args.batch_size, 3, size, size, generator=generator) for size in _image_sizes(student, teacher)]
+        images = [
+            torch.randint(0, 256, (args.batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
+            for size in _image_sizes(student, teacher)
+        ]
         batches.append(
             Batch(
                 sample_indices=torch.arange(args.batch_size),
                 view=0,
-                student_images=images[0],
+                student_pixels=images[0],
                 student_tokens=tokens,
-                teacher_images=(images[1] if len(images) > 1 else None,),
+                teacher_pixels=(images[1] if len(images) > 1 else None,),
                 teacher_tokens=(None,),
             )
         )
@@ -155,7 +159,7 @@ def make_step(way: Way, teacher: LoadedModel, args: argparse.Namespace) -> Calla
     shape = {"student_width": model.embed_dim, "teacher_width": teacher.embed_dim, "teacher_logit_scale": 100.0}
     objective = (Objective if way.blocked_loss else DenseObjective)(weights, **shape)
     trained = model.model if way.trims_text else WholeContext(model.model)
-    module = StudentWithObjective(trained, objective, dtype).to(device).train()
+    module = StudentWithObjective(trained, objective, dtype, prepare=Normalise(model.preprocess)).to(device).train()
     if way.compiled:
         model.model.visual.compile()
         model.model.transformer.compile(dynamic=True)
@@ -173,7 +177,7 @@ def make_step(way: Way, teacher: LoadedModel, args: argparse.Namespace) -> Calla
         stored = None if store is None else StoredFeatures.read(store, batch.sample_indices.numpy(), 0)
         batch = replace(batch, stored_features=(stored,)).to(device)
         image_features, text_features = features.of(batch)
-        losses = passes.forward(batch.student_images, batch.student_tokens, image_features, text_features)
+        losses = passes.forward(batch.student_pixels, batch.student_tokens, image_features, text_features)
         passes.backward(losses["loss"])
         optimizer.step()
         optimizer.zero_grad()

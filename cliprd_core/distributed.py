@@ -6,14 +6,12 @@ Every function also works without a process group, where there is one process of
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-T = TypeVar("T")
 
 _VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -62,12 +60,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait for every process."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of `x` over ranks, the same on each; any shape, equal on all ranks. Detached; `x` itself is left alone."""
     return _all_reduced(x, dist.ReduceOp.SUM)
@@ -81,21 +73,6 @@ def all_reduce_logsumexp(x: Tensor) -> Tensor:
     # Where every rank's sum is empty, -inf − -inf would be NaN.
     shifted = (x.detach() - largest).masked_fill(largest == -torch.inf, -torch.inf)
     return largest + all_reduce_sum(shifted.exp()).log()
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on at least one rank."""
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=_collective_device())).item())
-
-
-def broadcast_object(obj: T) -> T:
-    """Rank 0's `obj`, on every rank. It is pickled, so it must be one that all ranks may trust and load."""
-    if world_size() == 1:
-        return obj
-    box: list[Any] = [obj]
-    dist.broadcast_object_list(box, src=0, device=_collective_device())
-    received: T = box[0]
-    return received
 
 
 @torch.no_grad()

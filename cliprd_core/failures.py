@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from cliprd_core.run_dir import ERROR_FILE, ErrorReason, ErrorRecord, sync_directory
+from cliprd_core.run_dir import DISK_FULL_ERRNOS, ERROR_FILE, ErrorReason, ErrorRecord, sync_directory
+from cliprd_core.spec import JobSpec
 
 MAX_DETAIL_CHARACTERS = 20_000
 
@@ -21,15 +23,19 @@ class DivergedError(ArithmeticError):
     """The loss or the gradient is no longer a finite number."""
 
 
-def describe_failure(error: BaseException) -> ErrorRecord:
-    """The record for `error`. The traceback always goes along: the reason may be misjudged."""
+def describe_failure(error: BaseException, spec: JobSpec | None = None) -> ErrorRecord:
+    """The record for `error`. The traceback always goes along: the reason may be misjudged.
+
+    Args:
+        error: what ended the run.
+        spec: the run's, where it could be read: for advice in its numbers.
+    """
     detail = "".join(traceback.format_exception(error))[-MAX_DETAIL_CHARACTERS:]
     reason = _reason(error)
     if reason is ErrorReason.OUT_OF_MEMORY:
-        message = (
-            "The training process ran out of memory; set or lower `training.micro_batch_size` (it keeps the batch and its negatives), lower"
-            f" `training.global_batch_size`, use more processes, or a smaller model or teacher. ({_first_line(error)})"
-        )
+        message = f"The training process ran out of memory; {_memory_advice(spec)} ({_first_line(error)})"
+    elif reason is ErrorReason.DISK_FULL:
+        message = f"A disk of the worker is full: {_first_line(error)}. Free space under its `CLIPRD_RUNS_ROOT`."
     elif isinstance(error, ValidationError):
         faults = [f"`{'.'.join(str(part) for part in fault['loc']) or 'spec'}`: {fault['msg']}" for fault in error.errors()]
         message = f"The job spec is not valid: {'; '.join(faults[:5])}"
@@ -38,6 +44,20 @@ def describe_failure(error: BaseException) -> ErrorRecord:
     else:
         message = str(error)
     return ErrorRecord(reason=reason, message=message, detail=detail)
+
+
+def _memory_advice(spec: JobSpec | None) -> str:
+    micro = None if spec is None else _smaller_micro_batch(spec)
+    first = "lower `training.micro_batch_size`" if micro is None else f"set `training.micro_batch_size` to {micro}"
+    others = "lower `training.global_batch_size`, use more processes, or a smaller model or teacher."
+    return f"{first} (it keeps the batch and its negatives), {others}"
+
+
+def _smaller_micro_batch(spec: JobSpec) -> int | None:
+    """Half of what a process took at once. None: that was a single pair."""
+    share = spec.training.global_batch_size // spec.resources.num_processes
+    at_once = min(share, spec.training.micro_batch_size or share)
+    return at_once // 2 or None
 
 
 def write_failure(run: Path, record: ErrorRecord) -> None:
@@ -57,6 +77,8 @@ def write_failure(run: Path, record: ErrorRecord) -> None:
 def _reason(error: BaseException) -> ErrorReason:
     from cliprd_core.data.errors import InvalidDataError
 
+    if _is_disk_full(error):
+        return ErrorReason.DISK_FULL
     if isinstance(error, InvalidDataError):
         return ErrorReason.INVALID_DATA
     if isinstance(error, InvalidSpecError | ValidationError):
@@ -64,6 +86,16 @@ def _reason(error: BaseException) -> ErrorReason:
     if isinstance(error, DivergedError):
         return ErrorReason.DIVERGED
     return ErrorReason.OUT_OF_MEMORY if _is_out_of_memory(error) else ErrorReason.INTERNAL
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Also where a library puts the system's error into one of its own: as its cause, or as words."""
+    current: BaseException | None = error
+    while current is not None:
+        if (isinstance(current, OSError) and current.errno in DISK_FULL_ERRNOS) or os.strerror(errno.ENOSPC) in str(current):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ neither knows more of the other. It imports pydantic only.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ SHARD_CACHE_BYTES_VARIABLE = "CLIPRD_SHARD_CACHE_BYTES"
 
 DEFAULT_SHARD_CACHE_BYTES = 100 * 10**9
 
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, or of a used-up quota."""
+
 EXIT_CODE_STOPPED = 75
 """The trainer's exit code after SIGTERM: it saved a checkpoint and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
@@ -71,6 +75,10 @@ class ErrorReason(StrEnum):
     """The worker vanished, or its training process was killed, too often."""
     TEACHER_UNAVAILABLE = "teacher_unavailable"
     """The job or artifact that should be the teacher failed, was cancelled or is gone."""
+    DISK_FULL = "disk_full"
+    """A disk of the worker, or the artifact store, is full."""
+    TIMEOUT = "timeout"
+    """It ran for `resources.max_hours` without coming to its end."""
     INTERNAL = "internal"
     """A fault of cliprd itself."""
 

@@ -18,6 +18,7 @@ from cliprd_core.control import ControlGroup
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
+from cliprd_core.data.transforms import Normalise
 from cliprd_core.evaluation.run import check_evaluation_sets
 from cliprd_core.failures import InvalidSpecError
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
@@ -147,13 +148,15 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     check_schedule(spec.training, num_steps)
 
     objective = _build_objective(spec, student, teachers)
-    module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student)).to(device)
+    module = StudentWithObjective(
+        student.model, objective, computed_in, _mask_patch_size(student), prepare=Normalise(student.preprocess)
+    ).to(device)
     if distributed.world_size() > 1:
         _freeze_unused(student, device)
     optimizer = build_optimizer(module, spec.training)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.training.precision is Precision.FP16)
     current = training_state(spec, loader, scaler, teachers, step=0, attempt=attempt)
-    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler))
+    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler), control)
     metrics = MetricsLog(
         run_dir,
         attempt=attempt,
@@ -225,9 +228,9 @@ def _build_objective(spec: JobSpec, student: LoadedModel, teachers: Sequence[Loa
         )
 
 
-def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts) -> int:
+def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control: ControlGroup) -> int:
     """Load the newest valid checkpoint, as found by rank 0; returns the step to go on from, 0 without one."""
-    folder = distributed.broadcast_object(latest_valid(run_dir) if distributed.is_main() else None)
+    folder = control.broadcast(latest_valid(run_dir) if distributed.is_main() else None)
     if folder is None:
         return 0
     saved = read_state(folder)

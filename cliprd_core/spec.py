@@ -361,6 +361,15 @@ class ResourcesSpec(SpecModel):
     queue: str = Field(
         default="default", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Workers subscribe to queues; the job waits in this one."
     )
+    priority: StrictInt = Field(
+        default=0, ge=-100, le=100, description="Of the jobs in a queue, those of the highest number start first, the oldest of them first."
+    )
+    max_hours: StrictFloat | None = Field(
+        default=None,
+        gt=0,
+        description="Hours it may run, over all attempts since it was submitted or last retried; then it saves a checkpoint and fails"
+        " (`timeout`). Null: no limit.",
+    )
 
 
 class JobSpec(SpecModel):

@@ -46,13 +46,19 @@ class StudentWithObjective(nn.Module):
         objective: Objective | TeacherEnsemble,
         autocast_type: torch.dtype | None,
         mask_patch_size: int = MASK_PATCH_SIZE,
+        prepare: nn.Module | None = None,
     ) -> None:
-        """`mask_patch_size`: pixels, height and width, of what `mfd` masks; used with that term alone."""
+        """
+        Args:
+            mask_patch_size: pixels, height and width, of what `mfd` masks; used with that term alone.
+            prepare: makes the student's input, (B, 3, H, W), of the images that `forward` is given. None: they are that.
+        """
         super().__init__()
         self.student = student
         self.objective = objective
         self._autocast_type = autocast_type
         self._mask_patch_size = mask_patch_size
+        self.prepare = prepare or nn.Identity()
 
     def forward(
         self, images: Tensor, tokens: Tensor, teacher_image_features: Tensor | None, teacher_text_features: Tensor | None
@@ -65,6 +71,7 @@ class StudentWithObjective(nn.Module):
 
         `images` on the student's device, `tokens` on the host (`encode_text` says why).
         """
+        images = self.prepare(images)
         with autocast(images.device, self._autocast_type):
             features = [self.student.encode_image(images), encode_text(self.student, tokens, images.device)]
             if self.objective.weights.mfd:

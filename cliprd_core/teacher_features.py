@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cliprd_core.data.batch import Batch, FeatureStore, StoredFeatures
+from cliprd_core.data.transforms import Normalise
 from cliprd_core.models import LoadedModel
 from cliprd_core.precision import autocast
 from cliprd_core.text_encoding import encode_text
@@ -57,6 +58,7 @@ class TeacherFeatures:
         """
         assert len(stores) == len(teachers)
         self._teachers = list(zip(teachers, stores, strict=True))
+        self._normalise = {teacher.preprocess: Normalise(teacher.preprocess) for teacher in teachers}
         self._device = device
         self._autocast_type = autocast_type
         self._micro_batch_size = micro_batch_size
@@ -68,7 +70,7 @@ class TeacherFeatures:
     def of(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Image and text features, (B, sum of the teachers' widths) each, fp32, on the device; None without teachers.
 
-        Images may be on the host or on the device. Call `flush` before the end of the step.
+        Pixels may be on the host or on the device. Call `flush` before the end of the step.
         """
         if not self._teachers:
             return None, None
@@ -94,10 +96,10 @@ class TeacherFeatures:
                 store.close()
 
     def _online(self, index: int, teacher: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        images, tokens = batch.inputs_of_teacher(index)
-        rows = self._micro_batch_size or len(images)
+        pixels, tokens = batch.inputs_of_teacher(index)
+        rows = self._micro_batch_size or len(pixels)
         of_images, of_texts = self._encoders(teacher)
-        return _in_chunks(of_images, images, rows), _in_chunks(of_texts, tokens, rows)
+        return _in_chunks(of_images, pixels, rows), _in_chunks(of_texts, tokens, rows)
 
     def _stored(self, index: int, teacher: LoadedModel, store: FeatureStore, batch: Batch) -> tuple[Tensor, Tensor]:
         indices = batch.sample_indices.numpy()
@@ -107,7 +109,7 @@ class TeacherFeatures:
             found = StoredFeatures.read(store, indices, batch.view)  # with what has been written since the batch was prepared
         image, text = (one.to(self._device, non_blocking=True) for one in (found.image, found.text))
         if not found.is_complete:
-            images, tokens = batch.inputs_of_teacher(index)
+            pixels, tokens = batch.inputs_of_teacher(index)
             of_images, of_texts = self._encoders(teacher)
 
             def keep_images(rows: Tensor, features: Tensor) -> None:
@@ -116,7 +118,7 @@ class TeacherFeatures:
             def keep_texts(rows: Tensor, features: Tensor) -> None:
                 store.write_texts(indices[rows.numpy()], features)
 
-            image = self._completed(image, found.image_present, images, lambda part: store.rounded(of_images(part)), keep_images)
+            image = self._completed(image, found.image_present, pixels, lambda part: store.rounded(of_images(part)), keep_images)
             text = self._completed(text, found.text_present, tokens, lambda part: store.rounded(of_texts(part)), keep_texts)
         return image.float(), text.float()
 
@@ -149,10 +151,12 @@ class TeacherFeatures:
 
     def _encoders(self, teacher: LoadedModel) -> tuple[Encode, Encode]:
         model = teacher.model.to(self._device)  # a look at its parameters, if it is there
+        normalise = self._normalise[teacher.preprocess].to(self._device)
 
-        def of_images(images: Tensor) -> Tensor:
+        def of_images(pixels: Tensor) -> Tensor:
+            images = normalise(pixels.to(self._device, non_blocking=True))
             with autocast(self._device, self._autocast_type):
-                return model.encode_image(images.to(self._device, non_blocking=True)).float()
+                return model.encode_image(images).float()
 
         def of_texts(tokens: Tensor) -> Tensor:
             with autocast(self._device, self._autocast_type):

@@ -35,13 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     if is_main:
         for stale in (RESULT_FILE, ERROR_FILE):
             (run_dir / stale).unlink(missing_ok=True)
+    spec = None
     try:
         spec = JobSpec.model_validate_json(given.spec.read_bytes())
         from cliprd_core.trainer import Outcome, train  # here, since it loads torch: a bad spec fails at once
 
         outcome = train(spec, run_dir, stop)
     except Exception as error:
-        record = describe_failure(error)
+        record = describe_failure(error, spec)
         write_failure(run_dir, record)
         logging.getLogger("cliprd_core").exception("%s: %s", record.reason.value, record.message)
         return 1

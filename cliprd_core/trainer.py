@@ -92,7 +92,7 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     if run.passes.micro_batch_size is None:
         batch = batch.to(run.device)  # else each micro batch's images go there in their turn
     teacher_image_features, teacher_text_features = run.teacher_features.of(batch)
-    losses = run.passes.forward(batch.student_images, batch.student_tokens, teacher_image_features, teacher_text_features)
+    losses = run.passes.forward(batch.student_pixels, batch.student_tokens, teacher_image_features, teacher_text_features)
 
     run.passes.backward(run.scaler.scale(losses["loss"]))
     run.scaler.unscale_(run.optimizer)

@@ -18,7 +18,7 @@ def main() -> None:
     settings = Settings()
     if not is_loopback(settings.host):
         _insist_on_a_key(settings)
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port)
+    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
 
 
 def _insist_on_a_key(settings: Settings) -> None:

@@ -18,11 +18,12 @@ from service.logs import configure
 from service.middleware import BodyLimit, ProblemsOnly
 from service.monitoring import JobCollector, RequestMonitor
 from service.queue import JobQueue
-from service.routes import artifacts, health, jobs, teacher_stores
+from service.routes import artifacts, control, health, jobs, streams, teacher_stores
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.store.blobs import make_blobs
 from service.store.session import make_engine, make_sessions, migrate
+from service.streams import Streams
 
 KEY_DESCRIPTION = (
     "An API key, made by `cliprd keys create`. Reading needs scope `read`, submitting and cancelling `submit`, deleting `admin`; each"
@@ -45,7 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(ProblemsOnly)
     app.add_middleware(RequestMonitor, registry=services.registry)
     install_handlers(app)
-    for part in (jobs, artifacts, teacher_stores, health):
+    for part in (jobs, control, streams, artifacts, teacher_stores, health):
         app.include_router(part.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
@@ -63,6 +64,11 @@ def _make_services(settings: Settings) -> Services:
         sessions=sessions,
         blobs=make_blobs(settings.artifacts_url, settings.artifacts_root),
         queue=JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds),
+        streams=Streams(
+            max_open=settings.max_streams,
+            poll_seconds=settings.stream_poll_seconds,
+            heartbeat_seconds=settings.stream_heartbeat_seconds,
+        ),
     )
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from service import cli_control, cli_stores
+from service.cli_common import DEFAULT_URL, JobId, Url, connected, fail, json_object, key_and_value, out
 from service.keys_cli import keys
 from service.store.states import JobState
 
@@ -33,16 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_control.app)
+app.add_typer(cli_stores.app, name="stores")
 app.add_typer(keys, name="keys")
-out = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-
-stores_app = typer.Typer(help="List teacher stores, or delete one.", invoke_without_command=True)
-app.add_typer(stores_app, name="stores")
-
-Url = Annotated[str, typer.Option(envvar="CLIPRD_URL", help="Address of the service.")]
-JobId = Annotated[str, typer.Argument(help="Id of the job, in full.", show_default=False)]
-DEFAULT_URL = "http://127.0.0.1:8000"
 WATCH_SECONDS = 1.0
 
 
@@ -65,7 +57,7 @@ def up(
             _watch_until_interrupted(stack.watch)
             out.print("Stopping; a running job saves a checkpoint first and goes on at the next start.")
     except EmbeddedError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:  # while starting
         out.print("Stopped.")
 
@@ -90,23 +82,29 @@ def submit(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Submit a job and print its id."""
-    try:
-        spec = json.loads(file.read_text())
-    except ValueError as error:
-        _fail(f"{file} is not JSON: {error}")
-    if not isinstance(spec, dict):
-        _fail(f"{file} must hold a JSON object, the job spec")
-    with _client(url) as client:
+    spec = json_object(file)
+    with connected(url) as client:
         job = client.submit(spec)
         out.print(job.id, soft_wrap=True)
         if watch:
             _watch(client, job.id)
 
 
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="Job spec, a JSON file.", exists=True, dir_okay=False, show_default=False)],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Check a job spec without submitting it; prints what it would become."""
+    spec = json_object(file)
+    with connected(url) as client:
+        out.print_json(client.check(spec).model_dump_json())
+
+
 @app.command("watch")
 def watch_job(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Show a job's progress until it ends. Exit code 0 if it succeeded, else 1."""
-    with _client(url) as client:
+    with connected(url) as client:
         _watch(client, job_id)
 
 
@@ -116,7 +114,7 @@ def _watch(client: Client, job_id: str) -> None:
     with ProgressView(out) as view:
         job = client.wait(job_id, poll_seconds=WATCH_SECONDS, on_poll=view.show)
     if job.error is not None:
-        _fail(f"{job.error.reason}: {job.error.message}")
+        fail(f"{job.error.reason}: {job.error.message}")
     if job.state is not JobState.SUCCEEDED:
         raise typer.Exit(1)
 
@@ -131,20 +129,13 @@ def jobs(
     """List jobs, newest first."""
     from service.progress_view import status_of
 
-    labels = dict(_key_and_value(one) for one in label or [])
+    labels = dict(key_and_value(one) for one in label or [])
     table = Table("id", "name", "state", "attempt", "status", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
-    with _client(url) as client:
+    with connected(url) as client:
         for job in islice(client.jobs(state=state, labels=labels), limit):
             table.add_row(job.id, job.name, str(job.state), str(job.attempt), "" if job.state.is_finished else status_of(job))
     out.print(table)
-
-
-def _key_and_value(label: str) -> tuple[str, str]:
-    key, equals, value = label.partition("=")
-    if not (key and equals):
-        _fail(f"--label {label}: write it as key=value")
-    return key, value
 
 
 @app.command()
@@ -152,7 +143,7 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """Show a job: its state, progress, latest evaluations and files."""
     from service.progress_view import status_of
 
-    with _client(url) as client:
+    with connected(url) as client:
         job = client.job(job_id)
         evaluations, artifacts = client.evaluations(job_id), client.artifacts(job_id)
     rows = Table(box=None, show_header=False, pad_edge=False)
@@ -181,14 +172,6 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
 
 
 @app.command()
-def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
-    """Cancel a job. A running one is asked to stop, and does so soon."""
-    with _client(url) as client:
-        job = client.cancel(job_id)
-    out.print("cancelled" if job.state is JobState.CANCELLED else "its worker was asked to stop it")
-
-
-@app.command()
 def download(
     job_id: JobId,
     to: Annotated[Path | None, typer.Option(help="Folder to download into.  [default: the job's id]", show_default=False)] = None,
@@ -196,65 +179,13 @@ def download(
 ) -> None:
     """Download the trained student, ready for open_clip."""
     folder = to or Path(job_id)
-    with _client(url) as client:
+    with connected(url) as client:
         for path in client.download_model(job_id, folder):
             out.print(f"{path}  {path.stat().st_size:,} bytes", soft_wrap=True)
     out.print("\nLoad it with open_clip:\n", soft_wrap=True)
     name = f'"local-dir:{folder.resolve()}"'
     out.print(f"    model, _, preprocess = open_clip.create_model_and_transforms({name})", soft_wrap=True, markup=False)
     out.print(f"    tokenizer = open_clip.get_tokenizer({name})", soft_wrap=True, markup=False)
-
-
-@stores_app.callback()
-def stores(context: typer.Context, url: Url = DEFAULT_URL) -> None:
-    """List teacher stores, most recently used first; `cliprd stores delete KEY` deletes one."""
-    if context.invoked_subcommand is not None:
-        return
-    table = Table("key", "teacher", "data", "GB", "filled", "hits", "last used", "in use", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    with _client(url) as client:
-        for store in client.teacher_stores():
-            table.add_row(
-                store.key,
-                store.teacher or "?",
-                store.data or "?",
-                f"{store.num_bytes_on_disk / 1e9:.2f} of {store.num_bytes / 1e9:.2f}",
-                "?" if store.filled is None else f"{store.filled:.0%}",
-                f"{store.hits:,}",
-                f"{store.last_used_at.astimezone():%Y-%m-%d %H:%M}",
-                "yes" if store.in_use else "no",
-            )
-    out.print(table)
-
-
-@stores_app.command("delete")
-def delete_store(
-    key: Annotated[str, typer.Argument(help="Key of the store, in full.", show_default=False)],
-    url: Url = DEFAULT_URL,
-) -> None:
-    """Delete a teacher store and free its space. One that a run uses is refused."""
-    with _client(url) as client:
-        client.delete_teacher_store(key)
-    out.print("deleted")
-
-
-@contextmanager
-def _client(url: str) -> Iterator[Client]:
-    """A client whose errors end the command with one clear message."""
-    from service.client import Client, CliprdError
-
-    try:
-        with Client(url) as client:
-            yield client
-    except CliprdError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)  # as the shell expects after Ctrl-C
-
-
-def _fail(message: str) -> NoReturn:
-    errors.print(f"cliprd: {message}", style="red" if errors.is_terminal else None, soft_wrap=True, markup=False)
-    raise typer.Exit(1)
 
 
 def main() -> None:

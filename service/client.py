@@ -9,6 +9,7 @@ with Client("http://127.0.0.1:8000") as client:
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,11 @@ from service.errors import Problem
 from service.schemas import (
     ArtifactList,
     ArtifactView,
+    CancelledJobs,
+    DryRunView,
     EvaluationList,
+    EventList,
+    EventView,
     JobList,
     JobView,
     MetricsView,
@@ -89,10 +94,19 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def submit(self, spec: JobSpec | Mapping[str, Any]) -> JobView:
-        """Submit a job; the service checks the spec, which may leave out whatever has a default."""
+    def submit(self, spec: JobSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> JobView:
+        """Submit a job; the service checks the spec, which may leave out whatever has a default.
+
+        Repeated with the same `idempotency_key`, such as `str(uuid.uuid4())`, it returns the job that the first call made.
+        """
         body = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
-        return self._call("POST", "/jobs", JobView, json=body)
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return self._call("POST", "/jobs", JobView, json=body, headers=headers)
+
+    def check(self, spec: JobSpec | Mapping[str, Any]) -> DryRunView:
+        """What a spec would become as a job; nothing is submitted."""
+        body = spec.model_dump(mode="json") if isinstance(spec, JobSpec) else dict(spec)
+        return self._call("POST", "/jobs", DryRunView, json=body, params={"dry_run": True})
 
     def job(self, job_id: str) -> JobView:
         return self._call("GET", f"/jobs/{job_id}", JobView)
@@ -114,6 +128,54 @@ class Client:
     def cancel(self, job_id: str) -> JobView:
         """Ask for a job's end. A running one is stopped by its worker soon after."""
         return self._call("POST", f"/jobs/{job_id}/cancel", JobView)
+
+    def pause(self, job_id: str) -> JobView:
+        """Put a job aside. A running one saves a checkpoint first, soon after."""
+        return self._call("POST", f"/jobs/{job_id}/pause", JobView)
+
+    def resume(self, job_id: str) -> JobView:
+        """Let a paused job go on from its newest checkpoint."""
+        return self._call("POST", f"/jobs/{job_id}/resume", JobView)
+
+    def cancel_all(self, labels: Mapping[str, str]) -> CancelledJobs:
+        """Cancel every unfinished job that carries all of these labels."""
+        return self._call("POST", "/jobs/cancel", CancelledJobs, json={"labels": dict(labels)})
+
+    def retry(self, job_id: str) -> JobView:
+        """Try a failed or cancelled job again, from its newest checkpoint."""
+        return self._call("POST", f"/jobs/{job_id}/retry", JobView)
+
+    def clone(self, job_id: str, overrides: Mapping[str, Any] | None = None) -> JobView:
+        """Submit a new job from this one's spec, with some fields replaced, object by object."""
+        return self._call("POST", f"/jobs/{job_id}/clone", JobView, json=dict(overrides or {}))
+
+    def delete(self, job_id: str) -> None:
+        """Forget a finished job, its artifacts included."""
+        self._request("DELETE", f"/jobs/{job_id}")
+
+    def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+        """What happened to the job so far, oldest first."""
+        while page := self._call("GET", f"/jobs/{job_id}/events", EventList, params={"after": after, "limit": PAGE_SIZE}).events:
+            yield from page
+            after = page[-1].id
+
+    def log(self, job_id: str, *, tail: int | None = None) -> str:
+        """What the job's training processes printed, or the last lines of it."""
+        return self._request("GET", f"/jobs/{job_id}/log", params={} if tail is None else {"tail": tail}).text
+
+    def follow_log(self, job_id: str, *, tail: int | None = None) -> Iterator[str]:
+        """The log as it is printed, piece by piece, until the job ends."""
+        params = {} if tail is None else {"tail": tail}
+        try:
+            with self._http.stream("GET", f"/jobs/{job_id}/log", params=params, headers={"Accept": "text/event-stream"}) as response:
+                if response.is_error:
+                    response.read()
+                    raise _error_of(response)
+                for line in response.iter_lines():
+                    if line.startswith("data:"):
+                        yield json.loads(line.removeprefix("data:")).get("text", "")
+        except httpx.TransportError as error:
+            raise UnreachableError(f"the stream from {self.url} broke off ({error})") from error
 
     def metrics(self, job_id: str, names: list[str] | None = None, *, since_step: int = 0) -> dict[str, SeriesView]:
         """Metric series by name; `names` may end in `*`. None: all."""

@@ -22,11 +22,14 @@ from service.problems import BODY, FieldProblem, SpecError, problems_of
 from service.store.blobs import BlobsUnreachableError
 from service.store.errors import (
     ArtifactNotFoundError,
+    IdempotencyConflictError,
     InvalidCursorError,
+    JobConflictError,
     JobFinishedError,
     JobNotFoundError,
     TeacherUnavailableError,
 )
+from service.streams import TooManyStreamsError
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +94,14 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(TeacherUnavailableError, _on_refused_field)
     app.add_exception_handler(InvalidCursorError, _on_refused_field)
     app.add_exception_handler(NoSuchLabelError, _on_refused_field)
+    app.add_exception_handler(IdempotencyConflictError, _on_refused_field)
     app.add_exception_handler(JobNotFoundError, _on_not_found)
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
     app.add_exception_handler(StoreNotFoundError, _on_not_found)
     app.add_exception_handler(JobFinishedError, _on_job_finished)
     app.add_exception_handler(StoreInUseError, _on_store_in_use)
+    app.add_exception_handler(JobConflictError, _on_job_conflict)
+    app.add_exception_handler(TooManyStreamsError, _on_too_many_streams)
     app.add_exception_handler(NotReadyError, _on_not_ready)
     app.add_exception_handler(OperationalError, _on_database_error)
     app.add_exception_handler(InterfaceError, _on_database_error)
@@ -153,6 +159,9 @@ def _on_refused_field(request: Request, error: Exception) -> Response:
         case NoSuchLabelError():
             remedy = "Write it as `label=key=value`; repeat it for several."
             return _invalid(request, [FieldProblem(field="label", problem=str(error), remedy=remedy)])
+        case IdempotencyConflictError():
+            remedy = "Use a new key for each job; repeat one only with the spec it was first sent with."
+            return _invalid(request, [FieldProblem(field="Idempotency-Key", problem=str(error), remedy=remedy)])
         case _:
             remedy = "Leave it out to start at the first page."
             return _invalid(request, [FieldProblem(field="cursor", problem=str(error), remedy=remedy)])
@@ -173,6 +182,15 @@ def _on_job_finished(request: Request, error: Exception) -> Response:
 
 def _on_store_in_use(request: Request, error: Exception) -> Response:
     return problem_response(request.url.path, 409, str(error), kind="teacher-store-in-use", title="The teacher store is in use")
+
+
+def _on_job_conflict(request: Request, error: Exception) -> Response:
+    return problem_response(request.url.path, 409, str(error), kind="job-conflict", title="Not possible in the job's state")
+
+
+def _on_too_many_streams(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    detail = "too many event streams are open; close some, try again later, or ask for the list instead"
+    return problem_response(request.url.path, 503, detail, kind="too-many-streams", headers={"Retry-After": "5"})
 
 
 def _on_not_ready(request: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cliprd_core.spec import CsvSource, DataSource, WebDatasetSource
+from cliprd_core.spec import CsvSource, DataSource, JobSpec, WebDatasetSource
 from service import data_files
 
 
@@ -18,6 +18,17 @@ def at_most_num_pairs(source: DataSource) -> int | None:
     counted = _rows_of(source) if isinstance(source, CsvSource) else _pairs_of(source)
     known = [number for number in (counted, source.num_samples) if number is not None]
     return min(known, default=None)
+
+
+def known_num_pairs(spec: JobSpec) -> int | None:
+    """The training pairs of a resolved spec, at most: unreadable ones are among them. None: unknown without much reading."""
+    counts = [at_most_num_pairs(source) for source in spec.data.train]
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def num_steps_of(spec: JobSpec, num_pairs: int) -> int:
+    """Optimiser updates of a whole run; the pairs that fill no batch at an epoch's end are left out."""
+    return num_pairs // spec.training.global_batch_size * spec.training.epochs
 
 
 def _rows_of(source: CsvSource) -> int | None:

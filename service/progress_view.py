@@ -71,6 +71,8 @@ def status_of(job: JobView) -> str:
         return "waits for its teacher" if job.state is JobState.WAITING else str(job.state)
     if job.cancel_requested_at is not None:
         return "stopping"
+    if job.pause_requested_at is not None:
+        return "pausing"
     if job.progress is None:
         return "starting"
     parts: list[str] = [f"step {job.progress.step}/{job.progress.num_steps}"]

@@ -14,7 +14,7 @@ from cliprd_core.run_dir import ErrorReason, EvaluationRecord, Progress, ResultR
 from cliprd_core.spec import JobSpec
 from cliprd_core.store_dir import StoreKey, StoreRecord
 from service.store.metrics import Series
-from service.store.models import Artifact, ArtifactKind, Job
+from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
 from service.store.states import JobState
 
 
@@ -48,7 +48,14 @@ class JobLinks(View):
 
     self: str
     cancel: str
+    pause: str
+    resume: str
+    retry: str
+    clone: str
+    events: str
+    log: str
     metrics: str
+    metrics_stream: str
     evaluations: str
     artifacts: str
 
@@ -70,6 +77,7 @@ class JobView(View):
     started_at: datetime | None = Field(description="When training first started.")
     finished_at: datetime | None
     cancel_requested_at: datetime | None
+    pause_requested_at: datetime | None = Field(description="Set while its worker is asked to pause it.")
     progress: Progress | None
     metrics: dict[str, float] = Field(description="Latest value of every metric.")
     error: JobErrorView | None
@@ -96,6 +104,7 @@ class JobView(View):
             started_at=job.started_at,
             finished_at=job.finished_at,
             cancel_requested_at=job.cancel_requested_at,
+            pause_requested_at=job.pause_requested_at,
             progress=None if job.progress is None else Progress.model_validate(job.progress),
             metrics=job.metrics or {},
             error=None if job.error is None else JobErrorView.model_validate(job.error),
@@ -104,7 +113,14 @@ class JobView(View):
             links=JobLinks(
                 self=here,
                 cancel=f"{here}/cancel",
+                pause=f"{here}/pause",
+                resume=f"{here}/resume",
+                retry=f"{here}/retry",
+                clone=f"{here}/clone",
+                events=f"{here}/events",
+                log=f"{here}/log",
                 metrics=f"{here}/metrics",
+                metrics_stream=f"{here}/metrics/stream",
                 evaluations=f"{here}/evaluations",
                 artifacts=f"{here}/artifacts",
             ),
@@ -116,6 +132,55 @@ class JobList(View):
 
     jobs: list[JobView]
     next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
+
+
+class DryRunView(View):
+    """What a spec would become as a job."""
+
+    state: JobState = Field(description="`queued`, or `waiting` for a teacher that is a job under way.")
+    spec: StoredSpec = Field(description="As it would run: recipe applied, paths absolute.")
+    num_pairs: int | None = Field(description="Training pairs, unreadable ones among them. Null: unknown without much reading.")
+    num_steps: int | None = Field(description="Optimiser updates of the whole run. Null: unknown.")
+    teacher_job_ids: list[str] = Field(description="The jobs whose results are teachers.")
+
+
+class EventView(View):
+    """One thing that happened to a job."""
+
+    id: int = Field(description="Higher than that of every earlier event of the job.")
+    kind: EventKind
+    time: datetime
+    attempt: int
+    data: dict[str, Any] = Field(description="What the kind brings along: `worker`, `step`, `reason`, `metrics`, …")
+
+    @classmethod
+    def of(cls, event: JobEvent) -> Self:
+        return cls(id=event.id, kind=event.kind, time=event.created_at, attempt=event.attempt, data=event.data)
+
+
+class EventList(View):
+    """Events, oldest first."""
+
+    events: list[EventView]
+
+    @classmethod
+    def of(cls, events: Sequence[JobEvent]) -> Self:
+        return cls(events=[EventView.of(event) for event in events])
+
+
+class LabelSelector(View):
+    """Which jobs: those that carry all of these labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: dict[str, str] = Field(min_length=1, max_length=16, examples=[{"team": "vision"}])
+
+
+class CancelledJobs(View):
+    """What became of the jobs that were to be cancelled, by id."""
+
+    cancelled: list[str] = Field(description="Cancelled at once: they hadn't started, or were paused.")
+    requested: list[str] = Field(description="Running; their workers were asked to stop them.")
 
 
 class SeriesView(View):

@@ -67,6 +67,10 @@ class Settings(BaseSettings):
     broker_timeout_seconds: float = Field(
         default=2.0, gt=0, description="A broker that doesn't answer for this long counts as down; the reaper re-sends."
     )
+    max_streams: int = Field(default=100, ge=1, description="Event streams that one process keeps open; further ones are refused (503).")
+    stream_poll_seconds: float = Field(default=1.0, gt=0, description="Pause between a stream's looks for news.")
+    stream_heartbeat_seconds: int = Field(default=15, ge=1, description="Pause between heartbeats of a stream without news.")
+    shutdown_seconds: int = Field(default=5, ge=1, description="From the order to stop to the end of requests that are still open.")
 
     @property
     def locations(self) -> Locations:

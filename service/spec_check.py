@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.spec import DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service import data_files, model_names
-from service.pair_counts import at_most_num_pairs
+from service.pair_counts import known_num_pairs, num_steps_of
 from service.problems import FieldProblem, SpecError, closest
 
 MAX_CONFIG_DEPTH = 16
@@ -165,12 +165,11 @@ class _Check:
         """Batch and warm-up against the number of pairs, as far as that is known without reading the data."""
         if not self.check_files or self.problems:
             return
-        counts = [at_most_num_pairs(source) for source in spec.data.train]
-        if None in counts:
+        num_pairs = known_num_pairs(spec)
+        if num_pairs is None:
             return
-        num_pairs = sum(count for count in counts if count is not None)
         training = spec.training
-        num_steps = num_pairs // training.global_batch_size * training.epochs
+        num_steps = num_steps_of(spec, num_pairs)
         if num_steps == 0:
             self._add(
                 "training.global_batch_size",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from cliprd_core import train
 from cliprd_core.run_dir import EXPORT_DIR, METRICS_FILE, SPEC_FILE, MetricsRecord, read_records
 from cliprd_core.spec import JobSpec
+from tests.process_group import free_port
 from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
 
 WEIGHTS = f"{EXPORT_DIR}/open_clip_model.safetensors"
@@ -72,13 +72,6 @@ def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1)
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], *, attempt: int = 1) -> None:

@@ -26,13 +26,16 @@ from service.store.jobs import (
     finish_job,
     get_job,
     mark_started,
+    record_checkpoint,
     record_evaluations,
     record_metrics,
     release_job,
     renew_lease,
 )
+from service.store.logs import append_log
 from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
+from worker.outcome import StopCause
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ AnyResult = TypeVar("AnyResult")
 class HeldJob:
     """What the supervisor does to its job in the store. Every write raises LeaseLostError once the lease is gone.
 
-    `record_…`, `renew` and `is_cancel_requested` raise one of OUT_OF_REACH at once; their callers try again in their own time.
+    `record_…`, `append_log`, `renew` and `requested_stop` raise one of OUT_OF_REACH at once; their callers try again in their own time.
     All other methods keep trying for as long as the lease is held.
     """
 
@@ -57,6 +60,10 @@ class HeldJob:
         self.id = claim.job.id
         self.attempt = claim.attempt
         self.spec = JobSpec.model_validate(claim.job.spec)
+        self.seconds_left = float("inf")
+        """For which it may still run; not counted down."""
+        if self.spec.resources.max_hours is not None:
+            self.seconds_left = 3600 * self.spec.resources.max_hours - claim.job.seconds_run
         self.blobs = blobs
         self.is_lost: Callable[[], bool] = lambda: False
         """Set by whoever keeps the lease."""
@@ -68,9 +75,13 @@ class HeldJob:
         with self._sessions.begin() as session:
             return renew_lease(session=session, job_id=self.id, lease_token=self._token, lease_seconds=self._lease_seconds)
 
-    def is_cancel_requested(self) -> bool:
+    def requested_stop(self) -> StopCause | None:
+        """What users want of the run."""
         with reading(self._sessions) as session:
-            return get_job(session=session, job_id=self.id).cancel_requested_at is not None
+            job = get_job(session=session, job_id=self.id)
+        if job.cancel_requested_at is not None:
+            return StopCause.CANCEL
+        return StopCause.PAUSE if job.pause_requested_at is not None else None
 
     def record_metrics(self, records: Sequence[MetricsRecord]) -> None:
         with self._sessions.begin() as session:
@@ -79,6 +90,10 @@ class HeldJob:
     def record_evaluations(self, records: Sequence[EvaluationRecord]) -> None:
         with self._sessions.begin() as session:
             record_evaluations(session=session, job_id=self.id, lease_token=self._token, records=records)
+
+    def append_log(self, text: str) -> None:
+        with self._sessions.begin() as session:
+            append_log(session=session, job_id=self.id, lease_token=self._token, text=text)
 
     def mark_started(self) -> None:
         self._persist(lambda session: mark_started(session=session, job_id=self.id, lease_token=self._token))
@@ -120,7 +135,7 @@ class HeldJob:
         return remove_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, keep_groups=keep_groups)
 
     def release(self) -> QueuedJob | None:
-        """Give the job back; None if it was cancelled meanwhile."""
+        """Give the job back; None if it was to be cancelled or paused, so that it is not queued."""
         return self._persist(lambda session: release_job(session=session, job_id=self.id, lease_token=self._token))
 
     def artifacts(self, job_id: str, kind: ArtifactKind, group: str | None = None) -> list[Artifact]:
@@ -145,6 +160,7 @@ class HeldJob:
         def write(session: Session) -> list[str]:
             for name, blob in stored:
                 self._register(session, name, blob, kind=ArtifactKind.CHECKPOINT, group=group, step=step)
+            record_checkpoint(session=session, job_id=self.id, lease_token=self._token, step=step)
             return self._drop_checkpoints(session, keep_groups)
 
         self._delete_blobs([*self._persist(write), *replaced])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from enum import Enum, auto
 from pathlib import Path
@@ -16,8 +18,25 @@ class StopCause(Enum):
 
     CANCEL = auto()
     """A user asked for it."""
+    PAUSE = auto()
+    """A user asked to put the job aside; it goes on later, here or elsewhere."""
+    TIMEOUT = auto()
+    """It ran for as long as its spec allows."""
     SHUTDOWN = auto()
     """The worker was told to stop; another one shall go on with the job."""
+
+
+OUTCOMES: dict[StopCause, Outcome | None] = {
+    StopCause.CANCEL: Cancelled(),
+    StopCause.PAUSE: None,
+    StopCause.SHUTDOWN: None,
+    StopCause.TIMEOUT: ErrorRecord(
+        reason=ErrorReason.TIMEOUT,
+        message="The job ran for `resources.max_hours` and was stopped after saving a checkpoint. Retry it, and it goes on there for as"
+        " long again; or clone it with a higher limit.",
+    ),
+}
+"""How a job ended whose run stopped when it was asked to; None: it did not, and is given back."""
 
 
 def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | None:
@@ -29,10 +48,8 @@ def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | 
     result = read_record(run / RESULT_FILE, ResultRecord)
     if result is not None:
         return result
-    if cause is StopCause.CANCEL:
-        return Cancelled()
-    if cause is StopCause.SHUTDOWN:
-        return None
+    if cause is not None:
+        return OUTCOMES[cause]
     error = read_record(run / ERROR_FILE, ErrorRecord)
     if error is not None:
         return error
@@ -43,6 +60,9 @@ def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | 
 
 def explain(report: ExitReport) -> ErrorRecord:
     """The error of a run that died without a word."""
+    if os.strerror(errno.ENOSPC) in report.last_lines:  # where not even the error could be written
+        message = "A disk of the worker is full; the log's last lines are in `detail`. Free space under its `CLIPRD_RUNS_ROOT`."
+        return ErrorRecord(reason=ErrorReason.DISK_FULL, message=message, detail=report.last_lines)
     if report.signal_number == signal.SIGKILL:
         message = (
             "The training process was killed (SIGKILL), most likely because the machine ran out of memory."

@@ -1,4 +1,4 @@
-"""Copies the records a run appends to its files into the store, surviving times when the store is out of reach."""
+"""Copies the records a run appends to its files, and its log, into the store, surviving times when the store is out of reach."""
 
 from __future__ import annotations
 
@@ -14,8 +14,34 @@ from cliprd_core.run_dir import AnyRecord, read_records
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 500
+MAX_LOG_CHUNK_BYTES = 64 * 1024
+LOG_PAUSE_SECONDS = 1.0
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 10.0
+
+
+class Retry:
+    """When to try again after the store was out of reach: later and later, up to a limit."""
+
+    def __init__(self, retriable: tuple[type[Exception], ...]) -> None:
+        self._retriable = retriable
+        self._seconds = FIRST_RETRY_SECONDS
+        self._not_before = 0.0
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._not_before
+
+    def run(self, write: Callable[[], None]) -> bool:
+        """True if it was written; False if the store is out of reach."""
+        try:
+            write()
+        except self._retriable as error:
+            logger.warning("the store is out of reach (%s); trying again in %.1f s", type(error).__name__, self._seconds)
+            self._not_before = time.monotonic() + self._seconds
+            self._seconds = min(2 * self._seconds, MAX_RETRY_SECONDS)
+            return False
+        self._seconds = FIRST_RETRY_SECONDS
+        return True
 
 
 class RecordPump(Generic[AnyRecord]):
@@ -40,29 +66,66 @@ class RecordPump(Generic[AnyRecord]):
         self._path = path
         self._kind = kind
         self._write = write
-        self._retriable = retriable
         self._offset = 0
-        self._retry_seconds = FIRST_RETRY_SECONDS
-        self._not_before = 0.0
+        self._retry = Retry(retriable)
 
     def pump(self) -> bool:
         """Write the next batch; True if there may be more to write at once."""
-        if time.monotonic() < self._not_before:
+        if not self._retry.is_due():
             return False
         batch = list(islice(read_records(self._path, self._kind, self._offset), MAX_BATCH))
-        if not batch:
+        if not batch or not self._retry.run(lambda: self._write([record for record, _ in batch])):
             return False
-        try:
-            self._write([record for record, _ in batch])
-        except self._retriable as error:
-            logger.warning("the store is out of reach (%s); trying again in %.1f s", type(error).__name__, self._retry_seconds)
-            self._not_before = time.monotonic() + self._retry_seconds
-            self._retry_seconds = min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
-            return False
-        self._retry_seconds = FIRST_RETRY_SECONDS
         self._offset = batch[-1][1]
         return len(batch) == MAX_BATCH
 
     def is_drained(self) -> bool:
         """Whether every whole record of the file has been written."""
         return next(iter(read_records(self._path, self._kind, self._offset)), None) is None
+
+
+class LogPump:
+    """A run's log, in whole lines, from where it ends now: what earlier attempts printed on this machine is in the store already.
+
+    Args:
+        path: The file, which need not exist yet.
+        write: Adds text to the log in the store.
+        retriable: Errors of `write` that are tried again later.
+    """
+
+    def __init__(self, path: Path, write: Callable[[str], None], retriable: tuple[type[Exception], ...]) -> None:
+        self._path = path
+        self._write = write
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._retry = Retry(retriable)
+        self._pumped_at = 0.0
+
+    def pump(self) -> None:
+        """Write what is new, once in a while, since every write is a row."""
+        if time.monotonic() - self._pumped_at >= LOG_PAUSE_SECONDS:
+            self._pump(is_final=False)
+
+    def drain(self) -> bool:
+        """After the run's end: write the rest, an unfinished line included. True once all of it is written."""
+        return not self._pump(is_final=True)
+
+    def _pump(self, *, is_final: bool) -> bool:
+        """Whether there may be more to write."""
+        if not self._retry.is_due():
+            return True
+        self._pumped_at = time.monotonic()
+        chunk = self._next_chunk(is_final)
+        if not chunk:
+            return False
+        if self._retry.run(lambda: self._write(chunk.decode(errors="replace"))):
+            self._offset += len(chunk)
+        return True
+
+    def _next_chunk(self, is_final: bool) -> bytes:
+        if not self._path.exists():
+            return b""
+        with self._path.open("rb") as log:
+            log.seek(self._offset)
+            chunk = log.read(MAX_LOG_CHUNK_BYTES)
+        whole_lines = chunk[: chunk.rfind(b"\n") + 1]
+        return whole_lines or (chunk if is_final or len(chunk) == MAX_LOG_CHUNK_BYTES else b"")

@@ -14,10 +14,12 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.store.artifacts import remove_finished_checkpoints
 from service.store.blobs import make_blobs
+from service.store.idempotency import forget_keys
 from service.store.jobs import QueuedJob, jobs_to_send, requeue_expired
 from service.store.session import make_engine, make_sessions, reading
 from worker.settings import WorkerSettings
 from worker.tasks import send
+from worker.webhooks import deliver_webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class Reaper:
         self._thread.join(timeout=5)
 
     def reap(self) -> None:
-        """One round: take back what expired, and send again what is queued and may have lost its message.
+        """One round: take back what expired, send again what is queued and may have lost its message, and deliver webhooks.
 
         No connection stays open between rounds: a child forked in between must not inherit one (SQLite forbids it).
         """
@@ -54,6 +56,7 @@ class Reaper:
             sessions = make_sessions(engine)
             with sessions.begin() as session:
                 expired = requeue_expired(session=session)
+                forget_keys(session=session)
             for job in expired:
                 logger.warning("job %s: its worker vanished; it is queued again", job.job_id)
             send(self._app, sessions, expired)
@@ -61,6 +64,8 @@ class Reaper:
                 waiting = jobs_to_send(session=session, older_than_seconds=self._settings.resend_seconds)
             send(self._app, sessions, self._without_message(waiting))
             self._drop_finished_checkpoints(sessions)
+            secret = self._settings.webhook_secret
+            deliver_webhooks(sessions, self._settings.webhook_urls, None if secret is None else secret.get_secret_value())
         finally:
             engine.dispose()
 

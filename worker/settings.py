@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from cliprd_core.locations import Locations
 from cliprd_core.run_dir import CACHE_DIR_VARIABLE, DEFAULT_SHARD_CACHE_BYTES, SHARD_CACHE_BYTES_VARIABLE, TEACHER_STORE_VARIABLE
 from service.logs import LogFormat
 from service.settings import Hosts, Roots
+
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 
 
 class WorkerSettings(BaseSettings):
@@ -65,7 +68,14 @@ class WorkerSettings(BaseSettings):
             TEACHER_STORE_VARIABLE: str(self.teacher_store_root.absolute()),
         }
 
-    @field_validator("queues", mode="before")
+    webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Told of every job's changes of state; comma-separated. All workers need the same ones."
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 random bytes."
+    )
+
+    @field_validator("queues", "webhook_urls", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -78,4 +88,22 @@ class WorkerSettings(BaseSettings):
             raise ValueError("queues: name at least one, as in CLIPRD_QUEUES=default")
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("heartbeat_seconds must be at most half of lease_seconds, or one missed heartbeat loses the job")
+        if self.webhook_urls:
+            _check_webhooks(self.webhook_urls, self.webhook_secret)
         return self
+
+
+def _check_webhooks(urls: tuple[str, ...], secret: SecretStr | None) -> None:
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"webhook_urls: {url!r} is no address; write it as https://HOST/PATH")
+    encoded = "" if secret is None else secret.get_secret_value()
+    try:
+        num_bytes = len(base64.b64decode(encoded.removeprefix("whsec_"), validate=True))
+    except ValueError:
+        num_bytes = 0
+    if not encoded.startswith("whsec_") or not MIN_SECRET_BYTES <= num_bytes <= MAX_SECRET_BYTES:
+        raise ValueError(
+            "webhook_secret: webhooks need one to be signed with; make it with"
+            """ `python -c "import base64, os; print('whsec_' + base64.b64encode(os.urandom(32)).decode())"`"""
+        )

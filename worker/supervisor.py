@@ -11,9 +11,11 @@ from pathlib import Path
 
 from cliprd_core.run_dir import (
     CHECKPOINTS_DIR,
+    DISK_FULL_ERRNOS,
     ERROR_FILE,
     EVALUATIONS_FILE,
     EXPORT_DIR,
+    LOG_FILE,
     METRICS_FILE,
     RESULT_FILE,
     SPEC_FILE,
@@ -32,12 +34,12 @@ from worker.lease import LeaseKeeper
 from worker.mirror import CheckpointMirror
 from worker.outcome import StopCause, decide
 from worker.process import TrainingProcess
-from worker.pump import RecordPump
+from worker.pump import LogPump, RecordPump
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-CANCEL_POLL_SECONDS = 1.0
+REQUEST_POLL_SECONDS = 1.0
 
 Launch = Callable[[Path, HeldJob], TrainingProcess]
 """Starts the training processes of a prepared run directory."""
@@ -65,7 +67,9 @@ class Supervisor:
             RecordPump(self._run / METRICS_FILE, MetricsRecord, job.record_metrics, OUT_OF_REACH),
             RecordPump(self._run / EVALUATIONS_FILE, EvaluationRecord, job.record_evaluations, OUT_OF_REACH),
         ]
-        self._cancel_polled_at = 0.0
+        self._log_pump = LogPump(self._run / LOG_FILE, job.append_log, OUT_OF_REACH)
+        self._requests_polled_at = 0.0
+        self._stop_at = time.monotonic() + job.seconds_left
 
     def run(self) -> list[QueuedJob]:
         """Work on the job until it ends, is given back or is lost.
@@ -99,6 +103,9 @@ class Supervisor:
         except Exception as error:
             logger.exception("job %s: the supervisor failed", self._job.id)
             self._kill()
+            if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+                message = f"The worker's disk or the artifact store is full ({error}). Free space there."
+                return self._finish(ErrorRecord(reason=ErrorReason.DISK_FULL, message=message, detail=traceback.format_exc()))
             message = f"The worker could not run the job: {type(error).__name__}: {error}"
             return self._finish(ErrorRecord(reason=ErrorReason.INTERNAL, message=message, detail=traceback.format_exc()))
 
@@ -159,41 +166,52 @@ class Supervisor:
                 process.kill()
             for pump in self._pumps:
                 pump.pump()
+            self._log_pump.pump()
             self._mirror.start()
         return cause
 
     def _stop_cause(self) -> StopCause | None:
         if self._should_stop():
             return StopCause.SHUTDOWN
-        if time.monotonic() - self._cancel_polled_at < CANCEL_POLL_SECONDS:
+        if time.monotonic() > self._stop_at:
+            return StopCause.TIMEOUT
+        if time.monotonic() - self._requests_polled_at < REQUEST_POLL_SECONDS:
             return None
-        self._cancel_polled_at = time.monotonic()
+        self._requests_polled_at = time.monotonic()
         try:
-            return StopCause.CANCEL if self._job.is_cancel_requested() else None
+            return self._job.requested_stop()
         except OUT_OF_REACH:
             return None  # asked again in a moment
 
     def _drain(self) -> None:
-        """Write the last records, however long the store is away."""
-        while not all(pump.is_drained() for pump in self._pumps):
+        """Write the last records and lines, however long the store is away."""
+        while not all([self._log_pump.drain(), *(pump.is_drained() for pump in self._pumps)]):
             if self._job.is_lost():
                 raise LeaseLostError(self._job.id)
             for pump in self._pumps:
                 pump.pump()
             time.sleep(0.02)
 
-    def _release(self) -> list[QueuedJob]:
+    def _mirror_last(self) -> None:
+        """So that the next attempt may be on another machine."""
         try:
-            self._mirror.mirror()  # so that the next worker may be on another machine
+            self._mirror.mirror()
         except OSError:
             logger.exception("job %s: its last checkpoint was not mirrored", self._job.id)
+
+    def _release(self) -> list[QueuedJob]:
+        self._mirror_last()
         released = self._job.release()
         logger.info("job %s: given back", self._job.id)
         return [] if released is None else [released]
 
     def _finish(self, outcome: Outcome) -> list[QueuedJob]:
-        self._mirror.wait()
-        files = [self._run / EXPORT_DIR / name for name in outcome.export_files] if isinstance(outcome, ResultRecord) else []
+        files: list[Path] = []
+        if isinstance(outcome, ResultRecord):
+            self._mirror.wait()
+            files = [self._run / EXPORT_DIR / name for name in outcome.export_files]
+        else:
+            self._mirror_last()  # for a retry
         queued = self._job.finish(outcome, files)
         logger.info("job %s: ended: %s", self._job.id, outcome)
         if isinstance(outcome, ResultRecord):  # the artifact store has what matters of these

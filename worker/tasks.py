@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.logs import clear_job, set_job
 from service.store.blobs import make_blobs
-from service.store.jobs import Claim, QueuedJob, claim_job, finish_job, mark_sent
+from service.store.jobs import Claim, QueuedJob, claim_next, finish_job, mark_sent
 from service.store.session import make_engine, make_sessions
 from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.process import TrainingProcess
@@ -29,7 +29,7 @@ RUN_JOB = "cliprd.run_job"
 
 
 def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], job_id: str) -> None:
-    """Claim the job and see it through. A message for a job that is not queued (any more) does nothing."""
+    """Claim the best job of the named one's queue and see it through. Where none is queued (any more), this does nothing."""
     if should_stop():
         return  # taken while shutting down: the job stays queued, and the reaper sends it again
     engine = make_engine(settings.database_url)  # made here, in the pool's child: connections don't survive a fork
@@ -37,12 +37,12 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
         sessions = make_sessions(engine)
         try:
             with sessions.begin() as session:
-                claim = claim_job(session=session, job_id=job_id, worker=worker_name(), lease_seconds=settings.lease_seconds)
+                claim = claim_next(session=session, job_id=job_id, worker=worker_name(), lease_seconds=settings.lease_seconds)
         except OUT_OF_REACH as error:
             logger.warning("job %s: not claimed, as the store is out of reach (%s); the reaper sends it again", job_id, error)
             return
         if claim is None:
-            logger.info("job %s: not queued, so there is nothing to do", job_id)
+            logger.info("nothing is queued where job %s was, so there is nothing to do", job_id)
             return
         try:
             job = HeldJob(

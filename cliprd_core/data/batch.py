@@ -49,6 +49,10 @@ class StoredFeatures:
         """What `reader` has now of the samples `indices` (B,), their images as cropped in `view`."""
         return cls(*reader.read_images(indices, view), *reader.read_texts(indices))
 
+    def pin_memory(self) -> StoredFeatures:
+        """The features in memory from which copies to a GPU overlap with computing; what is present is asked on the host alone."""
+        return replace(self, image=self.image.pin_memory(), text=self.text.pin_memory())
+
     @property
     def is_complete(self) -> bool:
         return bool(self.image_present.all()) and bool(self.text_present.all())
@@ -86,27 +90,30 @@ class Batch:
 
     sample_indices: Tensor  # (B,) int64, position of each pair in the training set
     view: int  # which crop of each image this is; without a limit on their number, the epoch
-    student_images: Tensor  # (B, 3, H, W) float32, normalised
+    student_pixels: Tensor  # (B, H, W, 3) uint8; a quarter of what it is once normalised
     student_tokens: Tensor  # (B, context) int64
-    teacher_images: tuple[Tensor | None, ...] = ()  # one per teacher; None: it sees student_images
+    teacher_pixels: tuple[Tensor | None, ...] = ()  # one per teacher; None: it sees student_pixels
     teacher_tokens: tuple[Tensor | None, ...] = ()  # one per teacher; None: it reads student_tokens
     stored_features: tuple[StoredFeatures | None, ...] = ()  # one per teacher, as they were when the batch was prepared; None: no store
 
     def to(self, device: torch.device) -> Batch:
-        """Images on `device`, without waiting for the copies; tokens stay on the host, where `encode_text` reads off their lengths."""
-        return self._with_images(lambda images: images.to(device, non_blocking=True))
+        """Pixels on `device`, without waiting for the copies; tokens stay on the host, where `encode_text` reads off their lengths."""
+        return self._with_pixels(lambda pixels: pixels.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Images in memory from which copies to a GPU overlap with computing."""
-        return self._with_images(lambda images: images.pin_memory())
+        """In memory from which copies to a GPU overlap with computing."""
+        tokens = tuple(None if one is None else one.pin_memory() for one in self.teacher_tokens)
+        stored = tuple(None if one is None else one.pin_memory() for one in self.stored_features)
+        pinned = self._with_pixels(lambda pixels: pixels.pin_memory())
+        return replace(pinned, student_tokens=self.student_tokens.pin_memory(), teacher_tokens=tokens, stored_features=stored)
 
     def inputs_of_teacher(self, index: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and tokens (B, context), these on the host, of one teacher whose features are not all stored."""
+        """Pixels (B, H, W, 3) and tokens (B, context), these on the host, of one teacher whose features are not all stored."""
         stored = self.stored_features[index] if self.stored_features else None
         assert stored is None or not stored.is_complete, "its inputs were not prepared"
-        images, tokens = self.teacher_images[index], self.teacher_tokens[index]
-        return self.student_images if images is None else images, self.student_tokens if tokens is None else tokens
+        pixels, tokens = self.teacher_pixels[index], self.teacher_tokens[index]
+        return self.student_pixels if pixels is None else pixels, self.student_tokens if tokens is None else tokens
 
-    def _with_images(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        teacher_images = tuple(None if images is None else move(images) for images in self.teacher_images)
-        return replace(self, student_images=move(self.student_images), teacher_images=teacher_images)
+    def _with_pixels(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        teacher_pixels = tuple(None if pixels is None else move(pixels) for pixels in self.teacher_pixels)
+        return replace(self, student_pixels=move(self.student_pixels), teacher_pixels=teacher_pixels)

@@ -22,7 +22,6 @@ from cliprd_core.data.transforms import (
     check_preprocess,
     decode_for_crop,
     decode_rgb,
-    normalise,
     open_image,
     random_crop_box,
     resize_crop,
@@ -180,8 +179,8 @@ class BatchBuilder:
         return True
 
     def _finish(self, draft: _Draft, view: int, stored: Sequence[StoredFeatures | None]) -> Batch:
-        def images(model_input: ModelInput) -> Tensor:
-            return normalise(draft.pixels[_crop(model_input)], model_input.preprocess)
+        def pixels(model_input: ModelInput) -> Tensor:
+            return torch.from_numpy(draft.pixels[_crop(model_input)])
 
         def tokens(cache: TokenCache) -> Tensor:
             return cache.tokenise(draft.indices, draft.captions)
@@ -189,10 +188,10 @@ class BatchBuilder:
         return Batch(
             sample_indices=torch.tensor(draft.indices, dtype=torch.int64),
             view=view,
-            student_images=images(self._student),
+            student_pixels=pixels(self._student),
             student_tokens=tokens(self._student_tokens),
-            teacher_images=tuple(
-                images(teacher) if teacher.preprocess != self._student.preprocess and _must_run(found) else None
+            teacher_pixels=tuple(
+                pixels(teacher) if _crop(teacher) != _crop(self._student) and _must_run(found) else None
                 for teacher, found in zip(self._teachers, stored, strict=True)
             ),
             teacher_tokens=tuple(

@@ -102,13 +102,8 @@ class TrainLoader:
         return self._plan.num_steps_per_epoch
 
     @property
-    def num_corrupt(self) -> int:
-        """Different pairs met so far, by this process, that could not be read."""
-        return len(self._corrupt)
-
-    @property
     def corrupt_indices(self) -> frozenset[int]:
-        """Their numbers; the union over processes is without double counting, which a sum of `num_corrupt` is not."""
+        """Numbers of the pairs met so far, by this process, that could not be read."""
         return frozenset(self._corrupt)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:

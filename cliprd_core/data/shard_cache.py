@@ -24,7 +24,7 @@ from cliprd_core.data.shard_files import Descriptor, RemoteShard
 
 log = logging.getLogger(__name__)
 
-MAX_WAIT_FOR_ROOM_SECONDS = 600.0  # others' downloads must end, and their readers must let go
+MAX_WAIT_FOR_ROOM_SECONDS = 300.0  # others' downloads must end, and their readers let go; below the time-out of gradient exchange
 WAIT_SECONDS = 0.05
 PAUSE_AFTER_FAILURE_SECONDS = 60.0
 """A shard that could not be fetched is not tried again for this long: each of its samples would wait for all the tries."""

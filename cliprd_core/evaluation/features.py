@@ -19,7 +19,7 @@ from cliprd_core import distributed
 from cliprd_core.control import ControlGroup
 from cliprd_core.data.batch import Preprocess, Tokenizer
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
-from cliprd_core.data.transforms import center_crop, decode_rgb, normalise
+from cliprd_core.data.transforms import Normalise, center_crop, decode_rgb
 from cliprd_core.evaluation.datasets import ImageSet, Truth
 from cliprd_core.precision import autocast, autocast_type
 from cliprd_core.spec import Precision
@@ -154,4 +154,4 @@ def _decode_batch(images: ImageSet[Truth], numbers: range, preprocess: Preproces
             corrupt.append(error)
         else:
             truths.append(known.truth)
-    return _DecodedBatch(normalise(pixels[: len(truths)], preprocess), truths, corrupt)
+    return _DecodedBatch(Normalise(preprocess)(torch.from_numpy(pixels[: len(truths)])), truths, corrupt)

@@ -15,6 +15,7 @@ from service.queue import JobQueue
 from service.settings import Settings
 from service.store.blobs import Blobs
 from service.store.errors import ArtifactNotFoundError, JobNotFoundError
+from service.streams import Streams
 
 _ID = re.compile(r"[0-9a-z-]{8,64}")
 
@@ -28,6 +29,7 @@ class Services:
     sessions: sessionmaker[Session]
     blobs: Blobs
     queue: JobQueue
+    streams: Streams
     registry: CollectorRegistry
     """What `/metrics` tells."""
 

@@ -1,43 +1,63 @@
-"""Jobs: submit, list, read, cancel, and what they measured."""
+"""Jobs: submit, list, read, and what they measured."""
 
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi.responses import JSONResponse
 
 from cliprd_core.spec import JobSpec
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf
-from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
-from service.spec_check import check_spec
+from service.schemas import ArtifactList, DryRunView, EvaluationList, JobList, JobView, MetricsView
 from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
+from service.submission import dry_run, submit
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 
 
-@router.post("", status_code=201, summary="Submit a job", responses=problem_responses(400, 413, 422, 500, 503))
+@router.post(
+    "",
+    status_code=201,
+    summary="Submit a job",
+    response_model=JobView,
+    responses={
+        200: {"description": "Dry run: what the job would be", "model": DryRunView},
+        **problem_responses(400, 413, 422, 500, 503),
+    },
+)
 def submit_job(
-    services: ServicesOf, root_path: RootPath, response: Response, spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)]
-) -> JobView:
-    """Check the spec, store the job, and send it to the workers of its queue. Every problem that was found is named at once."""
-    settings = services.settings
-    resolved = check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
-    with services.sessions.begin() as session:
-        job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)
-    if job.state is JobState.QUEUED and services.queue.send(job.id, job.queue):
-        with services.sessions.begin() as session:
-            jobs.mark_sent(session=session, job_ids=[job.id])
+    *,
+    services: ServicesOf,
+    root_path: RootPath,
+    response: Response,
+    spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)],
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$", description="Repeating a submission under one key makes one job."),
+    ] = None,
+    is_dry_run: Annotated[bool, Query(alias="dry_run", description="Only check the spec, and answer what it would become (200).")] = False,
+) -> JobView | JSONResponse:
+    """Check the spec, store the job, and send it to the workers of its queue. Every problem that was found is named at once.
+
+    With an `Idempotency-Key` (a UUID, say) a submission whose answer was lost can be repeated for two days: the same key and spec answer
+    with the same job, and `Idempotency-Replayed: true`; the same key and another spec are refused (422).
+    """
+    if is_dry_run:
+        return JSONResponse(dry_run(services, spec).model_dump(mode="json"))
+    job, is_replayed = submit(services, spec, key=idempotency_key)
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self
+    if is_replayed:
+        response.headers["Idempotency-Replayed"] = "true"
     return view
 
 
@@ -73,20 +93,6 @@ def read_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -> 
     """State, progress, latest metrics, and error or result."""
     with reading(services.sessions) as session:
         return JobView.of(jobs.get_job(session=session, job_id=job_id), root_path)
-
-
-@router.post(
-    "/{job_id}/cancel",
-    summary="Cancel a job",
-    responses={202: {"description": "Requested; its worker stops it", "model": JobView}, **problem_responses(404, 409, 500, 503)},
-)
-def cancel_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath, response: Response) -> JobView:
-    """A job that hasn't started is cancelled at once (200); a running one is asked to stop (202); a finished one can't be (409)."""
-    with services.sessions.begin() as session:
-        job = jobs.request_cancel(session=session, job_id=job_id)
-    if not job.state.is_finished:
-        response.status_code = HTTPStatus.ACCEPTED
-    return JobView.of(job, root_path)
 
 
 @router.get("/{job_id}/metrics", summary="Metric series", responses=problem_responses(404, 422, 500, 503))

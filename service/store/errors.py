@@ -49,6 +49,23 @@ class JobFinishedError(StoreError):
         self.state = state
 
 
+class JobConflictError(StoreError):
+    """What was asked is not possible in the state the job is in."""
+
+    def __init__(self, job_id: str, problem: str) -> None:
+        super().__init__(f"job {job_id} {problem}")
+        self.job_id = job_id
+
+
+class IdempotencyConflictError(StoreError):
+    """The idempotency key belongs to a submission of another spec."""
+
+    def __init__(self, key: str, job_id: str) -> None:
+        super().__init__(f"the key was used for another spec, which became job {job_id}")
+        self.key = key
+        self.job_id = job_id
+
+
 class TeacherUnavailableError(StoreError):
     """The spec's teacher is a job or an artifact that can't be one."""
 

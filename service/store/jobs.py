@@ -1,4 +1,4 @@
-"""Jobs: submitting, reading, listing, cancelling; and, gathered here from their modules, all that changes a job.
+"""Jobs: submitting, reading, listing; and, gathered here from their modules, all that changes a job.
 
 Callers import from this module; `session` is passed by keyword, and the caller commits (see `service.store.session`).
 """
@@ -7,47 +7,65 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from datetime import datetime
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
+from service.store.control import (
+    Changed,
+    delete_job,
+    labelled,
+    request_cancel,
+    request_pause,
+    resume_job,
+    retry_job,
+    unfinished_jobs,
+)
 from service.store.cursors import Page, newest_page
 from service.store.errors import (
     ArtifactNotFoundError,
+    IdempotencyConflictError,
     InvalidCursorError,
+    JobConflictError,
     JobFinishedError,
     JobNotFoundError,
     LeaseLostError,
     StoreError,
     TeacherUnavailableError,
 )
+from service.store.events import EventKind, record_event
 from service.store.leases import (
     Cancelled,
     Claim,
     LeaseStatus,
     Outcome,
     claim_job,
+    claim_next,
     finish_job,
     mark_started,
+    record_checkpoint,
     record_progress,
     release_job,
     renew_lease,
 )
 from service.store.metrics import record_evaluations, record_metrics
-from service.store.models import Artifact, ArtifactKind, Job, JobLabel, JobTeacher
+from service.store.models import Job, JobLabel, JobTeacher
 from service.store.recovery import jobs_to_send, mark_sent, requeue_expired
 from service.store.session import database_now
 from service.store.states import ALLOWED_MOVES, JobState
-from service.store.transitions import QueuedJob, move, settle_dependents
+from service.store.teachers import lock_teachers
+from service.store.transitions import QueuedJob
 
 __all__ = [
     "ALLOWED_MOVES",
     "ArtifactNotFoundError",
     "Cancelled",
+    "Changed",
     "Claim",
+    "IdempotencyConflictError",
     "InvalidCursorError",
+    "JobConflictError",
     "JobFinishedError",
     "JobNotFoundError",
     "JobState",
@@ -59,20 +77,27 @@ __all__ = [
     "StoreError",
     "TeacherUnavailableError",
     "claim_job",
+    "claim_next",
     "create_job",
+    "delete_job",
     "finish_job",
     "get_job",
     "jobs_to_send",
     "list_jobs",
     "mark_sent",
     "mark_started",
+    "record_checkpoint",
     "record_evaluations",
     "record_metrics",
     "record_progress",
     "release_job",
     "renew_lease",
     "request_cancel",
+    "request_pause",
     "requeue_expired",
+    "resume_job",
+    "retry_job",
+    "unfinished_jobs",
 ]
 
 MAX_ATTEMPTS = 3
@@ -87,7 +112,7 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEM
     Raises:
         TeacherUnavailableError: a teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
     """
-    teachers = _lock_teachers(session, spec)
+    teachers = lock_teachers(session, spec)
     now = database_now(session)
     waits = not all(teacher.state.is_finished for teacher in teachers)
     job = Job(
@@ -97,6 +122,7 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEM
         state=JobState.WAITING if waits else JobState.QUEUED,
         spec=spec.model_dump(mode="json"),
         queue=spec.resources.queue,
+        priority=spec.resources.priority,
         attempt=0,
         num_releases=0,
         max_attempts=max_attempts,
@@ -107,36 +133,9 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEM
     session.flush()
     session.add_all([JobLabel(job_id=job.id, key=key, value=value) for key, value in spec.labels.items()])
     session.add_all([JobTeacher(job_id=job.id, teacher_job_id=teacher.id) for teacher in teachers])
-    session.flush()
+    record_event(job, EventKind.CREATED, now=now)
+    record_event(job, EventKind(job.state.value), now=now)
     return job
-
-
-def _lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
-    """The jobs whose results are teachers, locked so that they can't finish between our look and our insert."""
-    fields_of_jobs: dict[str, str] = {}
-    for field, teacher in spec.teacher_fields.items():
-        if teacher.artifact is not None:
-            _check_teacher_artifact(session, f"{field}.artifact", teacher.artifact)
-        elif teacher.job is not None:
-            fields_of_jobs.setdefault(teacher.job, f"{field}.job")
-    # In the order of their ids, as everyone locks several jobs.
-    locked = list(session.scalars(select(Job).where(Job.id.in_(fields_of_jobs)).order_by(Job.id).with_for_update()))
-    missing = fields_of_jobs.keys() - {job.id for job in locked}
-    for job_id, field in fields_of_jobs.items():
-        if job_id in missing:
-            raise TeacherUnavailableError(field, f"there is no job {job_id!r}")
-    for job in locked:
-        if job.state in (JobState.FAILED, JobState.CANCELLED):
-            raise TeacherUnavailableError(fields_of_jobs[job.id], f"job {job.id!r} ended as {job.state}, so it has no model to offer")
-    return locked
-
-
-def _check_teacher_artifact(session: Session, field: str, artifact_id: str) -> None:
-    artifact = session.get(Artifact, artifact_id)
-    if artifact is None:
-        raise TeacherUnavailableError(field, f"there is no artifact {artifact_id!r}")
-    if artifact.kind is not ArtifactKind.MODEL:
-        raise TeacherUnavailableError(field, f"artifact {artifact.id!r} is a {artifact.kind}, not a model")
 
 
 def get_job(*, session: Session, job_id: str) -> Job:
@@ -167,30 +166,4 @@ def list_jobs(
     query = select(Job)
     if state is not None:
         query = query.where(Job.state == state)
-    for key, value in (labels or {}).items():
-        query = query.where(Job.id.in_(select(JobLabel.job_id).where(JobLabel.key == key, JobLabel.value == value)))
-    return newest_page(session, query, Job.created_at, Job.id, limit=limit, cursor=cursor)
-
-
-def request_cancel(*, session: Session, job_id: str, now: datetime | None = None) -> Job:
-    """End a job that hasn't started at once; ask the worker of a running one, which learns it when it next renews its lease.
-
-    Asking twice for a running job is the same as asking once. Jobs that wait for this one as their teacher fail with it.
-
-    Raises:
-        JobNotFoundError: there is no such job.
-        JobFinishedError: it has finished, whichever way.
-    """
-    query = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
-    job = session.scalars(query).one_or_none()
-    if job is None:
-        raise JobNotFoundError(job_id)
-    if job.state.is_finished:
-        raise JobFinishedError(job_id, job.state)
-    now = now or database_now(session)
-    job.cancel_requested_at = job.cancel_requested_at or now
-    if job.state is not JobState.RUNNING:
-        move(job, JobState.CANCELLED, now=now)
-        settle_dependents(session=session, job=job, now=now)
-    session.flush()
-    return job
+    return newest_page(session, labelled(query, labels or {}), Job.created_at, Job.id, limit=limit, cursor=cursor)

@@ -12,12 +12,13 @@ from datetime import timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import ErrorReason, ErrorRecord, Progress, ResultRecord
+from cliprd_core.run_dir import ErrorRecord, Progress, ResultRecord
 from service.store.errors import LeaseLostError
+from service.store.events import EventKind, record_event
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.transitions import QueuedJob, fail, lose_attempt, move, settle_dependents, sources_of
+from service.store.transitions import QueuedJob, end_badly, give_back, move, settle_dependents, sources_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class LeaseStatus:
     """False: stop at once and write nothing more."""
     cancel_requested: bool
     """True: a user wants the job to end; stop it and finish it as `Cancelled`."""
+    pause_requested: bool
+    """True: a user wants the job put aside; stop it and give it back with `release_job`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
         .values(
             state=JobState.RUNNING,
             attempt=Job.attempt + 1,
+            attempt_started_at=now,
             worker=worker,
             lease_token=token,
             lease_expires_at=now + timedelta(seconds=lease_seconds),
@@ -68,7 +72,27 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
     if claimed is None:
         return None
     job = session.get_one(Job, job_id, populate_existing=True)
+    record_event(job, EventKind.CLAIMED, now=now, worker=worker)
     return Claim(job=job, attempt=job.attempt, lease_token=token)
+
+
+def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: float) -> Claim | None:
+    """Take, for a message that names `job_id`, the best job of that job's queue: the highest priority, and the oldest of several.
+
+    A queue has a message for each job, so whatever job a message names, as many messages as jobs find one.
+    """
+    named = session.execute(select(Job.queue, Job.queued_at).where(Job.id == job_id)).one_or_none()
+    if named is None:
+        return None
+    queue, queued_at = named
+    now = database_now(session)
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.queue == queue, Job.queued_at <= now)
+    query = query.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
+    best = session.scalars(query.with_for_update(skip_locked=True)).first()
+    if best is None and (queued_at is None or queued_at > now):
+        return None
+    # None that is not locked: the named one may be, by whoever marks it as sent, and that is worth waiting for.
+    return claim_job(session=session, job_id=best or job_id, worker=worker, lease_seconds=lease_seconds)
 
 
 def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> LeaseStatus:
@@ -78,10 +102,13 @@ def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_second
         update(Job)
         .where(Job.id == job_id, Job.lease_token == lease_token, Job.state == JobState.RUNNING)
         .values(lease_expires_at=expires_at)
-        .returning(Job.cancel_requested_at)
+        .returning(Job.cancel_requested_at, Job.pause_requested_at)
         .execution_options(synchronize_session=False)
     ).one_or_none()
-    return LeaseStatus(held=row is not None, cancel_requested=row is not None and row.cancel_requested_at is not None)
+    if row is None:
+        return LeaseStatus(held=False, cancel_requested=False, pause_requested=False)
+    cancelled_at, paused_at = row
+    return LeaseStatus(held=True, cancel_requested=cancelled_at is not None, pause_requested=paused_at is not None)
 
 
 def lock_held_job(*, session: Session, job_id: str, lease_token: str) -> Job:
@@ -104,8 +131,20 @@ def mark_started(*, session: Session, job_id: str, lease_token: str) -> None:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    now = database_now(session)
+    record_event(job, EventKind.STARTED, now=now)
     if job.started_at is None:
-        job.started_at = database_now(session)
+        job.started_at = now
+
+
+def record_checkpoint(*, session: Session, job_id: str, lease_token: str, step: int) -> None:
+    """Tell that the checkpoint of this step is in the artifact store.
+
+    Raises:
+        LeaseLostError: the token no longer holds the job.
+    """
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    record_event(job, EventKind.CHECKPOINT, now=database_now(session), step=step)
 
 
 def record_progress(*, session: Session, job_id: str, lease_token: str, progress: Progress) -> None:
@@ -121,7 +160,7 @@ def record_progress(*, session: Session, job_id: str, lease_token: str, progress
 def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outcome) -> list[QueuedJob]:
     """Record how the run ended, and settle the jobs that waited for it as their teacher.
 
-    A run whose processes were killed from outside (`worker_lost`) is queued again while attempts are left.
+    A run that failed for a reason that may pass is queued again while attempts are left, as `failure_policy` says.
 
     Returns:
         The jobs that became claimable by this; send their messages after the commit.
@@ -136,10 +175,8 @@ def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outc
         case ResultRecord():
             move(job, JobState.SUCCEEDED, now=now)
             job.result = outcome.model_dump(mode="json")
-        case ErrorRecord(reason=ErrorReason.WORKER_LOST):
-            return lose_attempt(session=session, job=job, error=outcome, now=now)
         case ErrorRecord():
-            fail(job, outcome, now=now)
+            return end_badly(session=session, job=job, error=outcome, now=now)
         case Cancelled():
             if job.cancel_requested_at is None:
                 raise ValueError(f"nobody asked to cancel job {job_id}; give it back with release_job")
@@ -148,20 +185,13 @@ def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outc
 
 
 def release_job(*, session: Session, job_id: str, lease_token: str) -> QueuedJob | None:
-    """Give a job back unfinished, as a worker does that shuts down; the attempt doesn't count as a failure.
+    """Give a job back unfinished, as a worker does that shuts down or was asked to pause it; the attempt doesn't count as a failure.
 
     Returns:
-        The job, to be sent again after the commit; or None when its cancellation was requested, so that it is `cancelled` now.
+        The job, to be sent again after the commit; or None when it isn't queued, since its cancellation or a pause was requested.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
-    now = database_now(session)
-    if job.cancel_requested_at is not None:
-        move(job, JobState.CANCELLED, now=now)
-        settle_dependents(session=session, job=job, now=now)
-        return None
-    move(job, JobState.QUEUED, now=now)
-    job.num_releases += 1
-    return QueuedJob(job.id, job.queue)
+    return next(iter(give_back(session=session, job=job, now=database_now(session))), None)

@@ -12,9 +12,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
+from service.store.events import EventKind, record_event
 from service.store.leases import lock_held_job
 from service.store.models import Base, Evaluation, Job, Metric
 from service.store.rollups import MIN_POINTS, thinned, update_rollups
+from service.store.session import database_now
 
 __all__ = ["MIN_POINTS", "Series", "list_evaluations", "record_evaluations", "record_metrics", "series"]
 
@@ -64,12 +66,19 @@ def record_evaluations(*, session: Session, job_id: str, lease_token: str, recor
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
-    lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
     rows: dict[tuple[int, str, str], dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: record.attempt):
         key = {"job_id": job_id, "step": record.step, "task": record.task, "dataset": record.dataset}
         rows[record.step, record.task, record.dataset] = {**key, "attempt": record.attempt, "record": record.model_dump(mode="json")}
+    known = select(Evaluation.step, Evaluation.task, Evaluation.dataset, Evaluation.attempt)
+    known = known.where(Evaluation.job_id == job_id, Evaluation.step.in_({step for step, _, _ in rows}))
+    attempts = {(step, task, dataset): attempt for step, task, dataset, attempt in session.execute(known)}
     _upsert(session, Evaluation, list(rows.values()), replace=("attempt", "record"))
+    now = database_now(session)
+    for (step, task, dataset), row in sorted(rows.items()):
+        if row["attempt"] > attempts.get((step, task, dataset), 0):  # else it is a replay
+            record_event(job, EventKind.EVALUATED, now=now, step=step, task=task, dataset=dataset, metrics=row["record"]["metrics"])
 
 
 def list_evaluations(*, session: Session, job_id: str) -> list[EvaluationRecord]:
@@ -97,6 +106,20 @@ def series(*, session: Session, job: Job, names: Sequence[str] = ("*",), since_s
             points = thinned(session=session, job_id=job.id, name=name, since_step=since_step, max_points=max_points)
             found[name] = Series([step for step, _ in points], [value for _, value in points])
     return found
+
+
+def steps_after(*, session: Session, job: Job, names: Sequence[str], after: int, limit: int) -> dict[int, dict[str, float]]:
+    """What was measured at the next `limit` steps after step `after`, by step in order, of metrics whose names match."""
+    found = [name for name in job.metrics or {} if any(_matches(name, pattern) for pattern in names)]
+    is_wanted = (Metric.job_id == job.id, Metric.name.in_(found), Metric.step > after)
+    last = session.scalars(select(Metric.step).where(*is_wanted).distinct().order_by(Metric.step).limit(limit)).all()
+    if not last:
+        return {}
+    by_step: dict[int, dict[str, float]] = {step: {} for step in last}
+    rows = select(Metric.step, Metric.name, Metric.value).where(*is_wanted, Metric.step <= last[-1]).order_by(Metric.step, Metric.name)
+    for step, name, value in session.execute(rows):
+        by_step.setdefault(step, {})[name] = value
+    return by_step
 
 
 def _matches(name: str, pattern: str) -> bool:

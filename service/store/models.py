@@ -32,6 +32,33 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class EventKind(StrEnum):
+    """What can happen to a job."""
+
+    CREATED = "created"
+    WAITING = "waiting"
+    """A teacher of it is a job that has not finished."""
+    QUEUED = "queued"
+    CLAIMED = "claimed"
+    """A worker took it: a new attempt."""
+    STARTED = "started"
+    """The attempt's training process runs."""
+    CHECKPOINT = "checkpoint"
+    """A checkpoint is in the artifact store."""
+    EVALUATED = "evaluated"
+    LEASE_LOST = "lease_lost"
+    """The worker, or its training process, vanished."""
+    PAUSING = "pausing"
+    """Its worker was asked to pause it."""
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    RETRIED = "retried"
+    CANCEL_REQUESTED = "cancel_requested"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 class ArtifactKind(StrEnum):
     """What an artifact is for."""
 
@@ -54,6 +81,7 @@ class Base(DeclarativeBase):
         dict[str, Any]: JSON(none_as_null=True),
         JobState: _enum_column(JobState),
         ArtifactKind: _enum_column(ArtifactKind),
+        EventKind: _enum_column(EventKind),
         KeyScope: _enum_column(KeyScope),
     }
 
@@ -65,6 +93,7 @@ class Job(Base):
     __table_args__ = (
         Index("jobs_newest", "created_at", "id"),
         Index("jobs_newest_by_state", "state", "created_at", "id"),
+        Index("jobs_to_claim", "state", "queue", "priority", "created_at"),
         Index("jobs_by_lease", "state", "lease_expires_at"),
     )
 
@@ -75,24 +104,32 @@ class Job(Base):
     spec: Mapped[dict[str, Any]]
     """The resolved JobSpec: recipe applied, paths absolute."""
     queue: Mapped[str] = mapped_column(String(64))
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    """Of the queued jobs of a queue, the one with the highest is claimed first, the oldest of several."""
 
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
-    """Attempts that a worker gave back in good order; they don't count against `max_attempts`."""
+    """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
     num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Attempts lost with their worker or its training process."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=3)
+    attempt_started_at: Mapped[datetime | None]
+    """When the latest attempt was claimed."""
+    seconds_run: Mapped[float] = mapped_column(Double, default=0.0)
+    """From claim to end, over the ended attempts since the job was made or last retried."""
     worker: Mapped[str | None] = mapped_column(String(255))
     """Name of the worker of the latest attempt."""
     lease_token: Mapped[str | None] = mapped_column(String(64))
     """Known to the holder alone; set while running."""
     lease_expires_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]
+    pause_requested_at: Mapped[datetime | None]
+    """Set while its worker is asked to pause it."""
 
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]
-    """When it last became claimable. Null: it has been waiting ever since."""
+    """When it last became claimable, or will, where it is to wait before it is tried again. Null: it has been waiting ever since."""
     sent_at: Mapped[datetime | None]
     """When its message last went to the broker. Null: not since it was queued."""
     started_at: Mapped[datetime | None]
@@ -132,13 +169,67 @@ class JobLabel(Base):
 
 
 class JobTeacher(Base):
-    """A job whose teacher, or one of whose teachers, is another job's result."""
+    """A job whose teacher, or one of whose teachers, is another job's result, be it named by job or by artifact."""
 
     __tablename__ = "job_teachers"
     __table_args__ = (Index("job_teachers_by_teacher", "teacher_job_id"),)
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     teacher_job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+
+
+class JobEvent(Base):
+    """One thing that happened to a job, written in the transaction that did it. Of one job, a later event has a higher id."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("job_events_by_job", "job_id", "id"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    kind: Mapped[EventKind]
+    attempt: Mapped[int]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class WebhookDelivery(Base):
+    """A message about a job that is still to be delivered: the outbox, written in the transaction of the event it tells of."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index("webhook_deliveries_by_time", "next_try_at"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    message_id: Mapped[str] = mapped_column(String(64))
+    """The same for every URL and every try."""
+    url: Mapped[str | None] = mapped_column(Text)
+    """Null: not yet addressed; only a worker knows the URLs."""
+    body: Mapped[str] = mapped_column(Text)
+    num_tries: Mapped[int]
+    next_try_at: Mapped[datetime]
+
+
+class LogChunk(Base):
+    """Some of what a job's training processes printed, over all attempts."""
+
+    __tablename__ = "log_chunks"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """Characters of the job's log before this chunk."""
+    end: Mapped[int] = mapped_column(BigInteger)
+    text: Mapped[str] = mapped_column(Text)
+
+
+class IdempotencyKey(Base):
+    """A submission's `Idempotency-Key`, and the job it made."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("idempotency_keys_by_age", "created_at"), Index("idempotency_keys_by_job", "job_id"))
+
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime]
 
 
 class Metric(Base):

@@ -12,7 +12,7 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.transitions import QueuedJob, lose_attempt, num_lost_attempts
+from service.store.transitions import QueuedJob, end_badly, num_lost_attempts
 
 
 def requeue_expired(*, session: Session, now: datetime | None = None) -> list[QueuedJob]:
@@ -33,7 +33,7 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> list[Qu
             " Look at the worker's log for why it ended; memory that ran out is the usual cause."
         )
         error = ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message)
-        queued += lose_attempt(session=session, job=job, error=error, now=now)
+        queued += end_badly(session=session, job=job, error=error, now=now)
     return queued
 
 

@@ -14,6 +14,8 @@ class JobState(StrEnum):
     """Any worker of its queue may claim it."""
     RUNNING = "running"
     """One worker holds it under a lease."""
+    PAUSED = "paused"
+    """Put aside by a user, with its newest checkpoint; it goes on once it is resumed."""
     SUCCEEDED = "succeeded"
     """Trained, evaluated and exported."""
     FAILED = "failed"
@@ -23,16 +25,17 @@ class JobState(StrEnum):
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing can follow."""
-        return not ALLOWED_MOVES[self]
+        """Whether the job has ended, one way or another."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 ALLOWED_MOVES: dict[JobState, frozenset[JobState]] = {
-    JobState.WAITING: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.WAITING: frozenset({JobState.QUEUED, JobState.PAUSED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.WAITING, JobState.FAILED, JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED, JobState.WAITING}),
+    JobState.CANCELLED: frozenset({JobState.QUEUED, JobState.WAITING}),
 }
-"""Every move there is: from each state, the states that may follow."""
+"""Every move there is; those from `failed` and `cancelled` are retries: from each state, the states that may follow."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import NamedTuple
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.store.events import EventKind, record_event
+from service.store.failure_policy import FAILURE_POLICIES
 from service.store.models import Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
 
@@ -25,49 +27,79 @@ def sources_of(target: JobState) -> list[JobState]:
     return [state for state, targets in ALLOWED_MOVES.items() if target in targets]
 
 
-def move(job: Job, target: JobState, *, now: datetime) -> None:
-    """Move a job whose row the caller has locked, and set what belongs to the move.
+def move(job: Job, target: JobState, *, now: datetime, **data: Any) -> None:
+    """Move a job whose row the caller has locked, and set what belongs to the move; `data` goes into its event.
 
     Claiming is not done here but in one UPDATE (`leases.claim_job`), since two claimers race for an unlocked row.
     """
     assert target in ALLOWED_MOVES[job.state], f"job {job.id} can't go from {job.state} to {target}"
+    if job.state is JobState.RUNNING and job.attempt_started_at is not None:
+        job.seconds_run += (now - job.attempt_started_at).total_seconds()
     job.state = target
     job.lease_token = None
     job.lease_expires_at = None
+    job.pause_requested_at = None
     if target is JobState.QUEUED:
         job.queued_at = now
         job.sent_at = None
-    if target.is_finished:
-        job.finished_at = now
+    job.finished_at = now if target.is_finished else None
+    record_event(job, EventKind(target.value), now=now, **data)
 
 
 def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
     """Move a locked job to `failed` and record why."""
-    move(job, JobState.FAILED, now=now)
+    move(job, JobState.FAILED, now=now, reason=error.reason.value, message=error.message)
     job.error = error.model_dump(mode="json")
 
 
-def lose_attempt(*, session: Session, job: Job, error: ErrorRecord, now: datetime) -> list[QueuedJob]:
-    """After a locked job's worker or training process vanished: queue the job again; or cancel it, if that was requested; or fail it
-    with `error`, when this was the last attempt that may be lost.
+def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime) -> list[QueuedJob]:
+    """After a locked job's attempt failed: do what `FAILURE_POLICIES` says of the reason. A job that is to be tried again is queued; or
+    cancelled or left paused, if that was requested; or failed, when this was the last attempt that may be lost.
 
     Returns:
-        The job if it is queued again; send its message after the commit.
+        Jobs that are claimable by this, now; send their messages after the commit. One that is to wait is sent by the reaper.
     """
-    job.num_lost += 1
-    if job.cancel_requested_at is not None:
+    policy = FAILURE_POLICIES[error.reason]
+    if error.reason is ErrorReason.WORKER_LOST:
+        record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
+        job.num_lost += 1
+    if not policy.is_retried:
+        fail(job, error, now=now)
+    elif job.cancel_requested_at is not None:
         move(job, JobState.CANCELLED, now=now)
     elif num_lost_attempts(job) >= job.max_attempts:
         fail(job, error, now=now)
+    elif job.pause_requested_at is not None:
+        move(job, JobState.PAUSED, now=now)
+        return []
     else:
-        move(job, JobState.QUEUED, now=now)
-        return [QueuedJob(job.id, job.queue)]
+        move(job, JobState.QUEUED, now=now, reason=error.reason.value, message=error.message, delay_seconds=policy.delay_seconds)
+        job.queued_at = now + timedelta(seconds=policy.delay_seconds)
+        return [] if policy.delay_seconds else [QueuedJob(job.id, job.queue)]
     return settle_dependents(session=session, job=job, now=now)
 
 
 def num_lost_attempts(job: Job) -> int:
     """Attempts that were not given back in good order, with the present one counted as lost."""
     return job.attempt - job.num_releases
+
+
+def give_back(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
+    """End a locked job's attempt in good order, so that it doesn't count as lost: the job is queued again; or cancelled or paused,
+    if that was requested.
+
+    Returns:
+        The job if it is queued again; send its message after the commit.
+    """
+    if job.cancel_requested_at is not None:
+        move(job, JobState.CANCELLED, now=now)
+        return settle_dependents(session=session, job=job, now=now)
+    job.num_releases += 1
+    if job.pause_requested_at is not None:
+        move(job, JobState.PAUSED, now=now)
+        return []
+    move(job, JobState.QUEUED, now=now)
+    return [QueuedJob(job.id, job.queue)]
 
 
 def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
@@ -79,7 +111,7 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
         session.flush()
         for dependent in _lock_dependents(session, teacher):
             if teacher.state is JobState.SUCCEEDED:
-                if _waits_for_another(session, dependent):
+                if dependent.state is JobState.PAUSED or waits_for_a_teacher(session, dependent):
                     continue
                 move(dependent, JobState.QUEUED, now=now)
                 queued.append(QueuedJob(dependent.id, dependent.queue))
@@ -96,11 +128,11 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
 
 def _lock_dependents(session: Session, teacher: Job) -> list[Job]:
     students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id == teacher.id)
-    query = select(Job).where(Job.id.in_(students), Job.state == JobState.WAITING).order_by(Job.id).with_for_update()
+    query = select(Job).where(Job.id.in_(students), Job.state.in_((JobState.WAITING, JobState.PAUSED))).order_by(Job.id).with_for_update()
     return list(session.scalars(query.execution_options(populate_existing=True)))
 
 
-def _waits_for_another(session: Session, dependent: Job) -> bool:
+def waits_for_a_teacher(session: Session, dependent: Job) -> bool:
     """Whether a teacher of a locked job has yet to succeed. Of two that finish at once, the later one to lock the job sees both."""
     teachers = select(JobTeacher.teacher_job_id).where(JobTeacher.job_id == dependent.id)
     unfinished = select(Job.id).where(Job.id.in_(teachers), Job.state != JobState.SUCCEEDED).limit(1)

@@ -14,8 +14,7 @@ from cliprd_core.control import ControlGroup
 from cliprd_core.data.sources import open_sources
 from cliprd_core.evaluation import features
 from cliprd_core.spec import EvaluationSpec, WebDatasetSource
-from tests.integration.test_objective_distributed import run as run_processes
-from tests.integration.test_objective_distributed import start as join_group
+from tests.process_group import join_group, run_processes
 from tests.unit.test_evaluation_run import COLOURS, ColourModel, run, write_classification, write_retrieval
 
 

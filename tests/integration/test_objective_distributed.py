@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cliprd_core import distributed
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.spec import ObjectiveSpec, ScaleMode
+from tests.process_group import join_group, run_processes
 from tests.unit import numpy_objective as oracle
 from tests.unit.test_objective import STUDENT_FEATURES, Problem, problems, run_problem
 
@@ -74,19 +69,6 @@ def row_counts_of(num_processes: int) -> list[list[int]]:
     return [even, uneven, [0] + [3] * (num_processes - 1)] if num_processes > 1 else [even]
 
 
-def find_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def start(rank: int, num_processes: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init(torch.device("cpu"))
-
-
 def check_objective(rank: int, num_processes: int, port: int) -> None:
     """What each process runs: first alone on the whole batch, then its share in a group, wrapped as training wraps it."""
     cases = [
@@ -101,7 +83,7 @@ def check_objective(rank: int, num_processes: int, port: int) -> None:
         output = alone(make_batch(sum(row_counts), teacher_width))
         output.loss.backward()
         expected.append((output, {name: parameter.grad for name, parameter in alone.named_parameters()}))
-    start(rank, num_processes, port)
+    join_group(rank, num_processes, port)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, num_processes, rank == 0)
     for number, ((weights, teacher_width, row_counts), (whole, gradients)) in enumerate(zip(cases, expected, strict=True)):
         modules = TrainedModules(weights, teacher_width)
@@ -116,7 +98,7 @@ def check_objective(rank: int, num_processes: int, port: int) -> None:
         torch.testing.assert_close(mean_loss, whole.total, rtol=1e-9, atol=1e-12)
         for name, parameter in modules.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-11)
-    distributed.barrier()
+    distributed.all_reduce_sum(torch.zeros(1))  # so that none leaves before the others are done
     distributed.shutdown()
 
 
@@ -134,7 +116,7 @@ def check_properties(rank: int, num_processes: int, port: int) -> None:
     draw()  # alike on every rank, as it is derandomised
     assert len(drawn) == 40
     alone = [run_problem(*problem) for problem in drawn]
-    start(rank, num_processes, port)
+    join_group(rank, num_processes, port)
     generator = np.random.default_rng(0)
     for problem, (whole, gradients) in zip(drawn, alone, strict=True):
         variables, teacher, _, max_block_elements = problem
@@ -151,7 +133,7 @@ def check_properties(rank: int, num_processes: int, port: int) -> None:
             mean = found[name] if name in STUDENT_FEATURES else distributed.all_reduce_sum(found[name]) / num_processes
             smallest = 1e-9 * (1e-3 + float(gradient.abs().max()))
             torch.testing.assert_close(mean, of_rank, rtol=1e-9, atol=smallest, msg=lambda text, name=name: f"{name}: {text}")
-    distributed.barrier()
+    distributed.all_reduce_sum(torch.zeros(1))  # so that none leaves before the others are done
     distributed.shutdown()
 
 
@@ -169,7 +151,7 @@ def check_feature_gradients(rank: int, num_processes: int, port: int) -> None:
         return list(torch.autograd.grad(output.loss, leaves))
 
     expected = student_gradients(batch)
-    start(rank, num_processes, port)
+    join_group(rank, num_processes, port)
     found = student_gradients({name: tensor.split(row_counts)[rank] for name, tensor in batch.items()})
     for one, whole in zip(found, expected, strict=True):
         torch.testing.assert_close(one, whole.split(row_counts)[rank] * num_processes, rtol=1e-9, atol=1e-12)
@@ -177,7 +159,7 @@ def check_feature_gradients(rank: int, num_processes: int, port: int) -> None:
 
 
 def check_collectives(rank: int, num_processes: int, port: int) -> None:
-    start(rank, num_processes, port)
+    join_group(rank, num_processes, port)
     own = torch.full((rank + 1, 2), float(rank), dtype=torch.float64, requires_grad=True)
     gathered = distributed.gather_with_grad(own)
     assert gathered[:, 0].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 2.0][: len(gathered)]
@@ -199,39 +181,30 @@ def check_collectives(rank: int, num_processes: int, port: int) -> None:
     expected = torch.logsumexp(torch.arange(num_processes, dtype=torch.float32), dim=0)
     torch.testing.assert_close(distributed.all_reduce_logsumexp(logs), torch.tensor([expected, -torch.inf, 1000.0]))
     assert distributed.gather_row_counts(rank + 3) == [3 + one for one in range(num_processes)]
-    assert distributed.broadcast_object({"from": rank}) == {"from": 0}
-    assert distributed.any_rank(rank == num_processes - 1)
-    assert not distributed.any_rank(False)
     distributed.shutdown()
     assert distributed.world_size() == 1
-
-
-def run(check: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["torch", "cliprd_core.objective"])  # imports take longer than the checks
-    mp.start_processes(check, args=(num_processes, find_free_port()), nprocs=num_processes, start_method="forkserver")
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
 def test_equals_one_process_on_the_whole_batch(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(check_objective, num_processes, monkeypatch)
+    run_processes(check_objective, num_processes, monkeypatch)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_random_problems_equal_numpy_and_one_process(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(check_properties, num_processes, monkeypatch)
+    run_processes(check_properties, num_processes, monkeypatch)
 
 
 @pytest.mark.timeout(120)
 def test_feature_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    run(check_feature_gradients, 3, monkeypatch)
+    run_processes(check_feature_gradients, 3, monkeypatch)
 
 
 @pytest.mark.timeout(120)
 def test_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    run(check_collectives, 3, monkeypatch)
+    run_processes(check_collectives, 3, monkeypatch)
 
 
 def test_alone_everything_works_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +214,7 @@ def test_alone_everything_works_without_a_group(monkeypatch: pytest.MonkeyPatch)
     x = torch.ones(2, 3)
     assert distributed.gather_with_grad(x) is x
     assert distributed.all_reduce_sum(x).equal(x)
-    assert distributed.broadcast_object("x") == "x"
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    assert distributed.any_rank(True)
-    assert not distributed.any_rank(False)
-    distributed.barrier()
     distributed.shutdown()
 
 

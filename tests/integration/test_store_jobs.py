@@ -104,7 +104,7 @@ def test_a_renewed_lease_outlives_its_first_end(sessions: Sessions) -> None:
     claimed = claim(sessions, job.id, lease_seconds=10)
     with sessions.begin() as session:
         status = jobs.renew_lease(session=session, job_id=job.id, lease_token=claimed.lease_token, lease_seconds=100)
-    assert status == jobs.LeaseStatus(held=True, cancel_requested=False)
+    assert status == jobs.LeaseStatus(held=True, cancel_requested=False, pause_requested=False)
     assert requeue(sessions, 50) == []
     assert requeue(sessions, 101) == [jobs.QueuedJob(job.id, "default")]
 
@@ -157,7 +157,7 @@ def test_cancelling(sessions: Sessions) -> None:
     assert read(sessions, running.id).cancel_requested_at == asked_at
     with sessions.begin() as session:
         status = jobs.renew_lease(session=session, job_id=running.id, lease_token=claimed.lease_token, lease_seconds=60)
-    assert status == jobs.LeaseStatus(held=True, cancel_requested=True)
+    assert status == jobs.LeaseStatus(held=True, cancel_requested=True, pause_requested=False)
     finish(sessions, claimed, Cancelled())
     assert read(sessions, running.id).state is JobState.CANCELLED
 

@@ -159,6 +159,8 @@ def test_a_checkpoint_is_no_teacher_but_a_model_is(sessions: Sessions, claimed: 
         teacher = spec.teacher.model_copy(update={"job": None, "artifact": artifact_id})
         return create(sessions, spec.model_copy(update={"teacher": teacher})).state
 
-    assert with_artifact(model.id) is jobs.JobState.QUEUED
+    assert with_artifact(model.id) is jobs.JobState.WAITING, "the job that made it may yet fail, or be deleted"
     with pytest.raises(jobs.TeacherUnavailableError, match="is a checkpoint, not a model"):
         with_artifact(checkpoint.id)
+    finish(sessions, claimed)
+    assert with_artifact(model.id) is jobs.JobState.QUEUED

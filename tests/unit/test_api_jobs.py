@@ -65,6 +65,21 @@ def test_a_submitted_job_is_sent(client: TestClient, sessions: Sessions) -> None
         assert jobs.get_job(session=session, job_id=job["id"]).sent_at is not None
 
 
+def test_a_dry_run_answers_what_the_job_would_be_and_makes_none(client: TestClient, sessions: Sessions, tmp_path: Path) -> None:
+    teacher = submit(client)
+    changes: dict[str, Any] = {"recipe": "clip_kd", "teacher": {"job": teacher["id"]}, "training": {"global_batch_size": 2, "epochs": 3}}
+    changes["training"]["warmup_steps"] = 1
+    response = client.post("/jobs", params={"dry_run": True}, json=spec_dict(**changes))
+    assert response.status_code == 200
+    answer = response.json()
+    assert (answer["num_pairs"], answer["num_steps"], answer["state"], answer["teacher_job_ids"]) == (4, 6, "waiting", [teacher["id"]])
+    assert answer["spec"]["data"]["train"][0]["path"] == f"{tmp_path}/pairs.tsv"
+    assert [job["id"] for job in client.get("/jobs").json()["jobs"]] == [teacher["id"]]
+    assert submit(client, **changes)["spec"] == answer["spec"]
+    for refused in ({"training": {"epochs": 0}}, {"recipe": "clip_kd", "teacher": {"job": "00000000-none"}}):
+        problem(client.post("/jobs", params={"dry_run": True}, json=spec_dict(**refused)), 422)
+
+
 def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessions) -> None:
     job = submit(client)
     claimed = claim(sessions, job["id"])

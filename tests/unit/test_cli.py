@@ -28,7 +28,8 @@ from service.progress_view import duration
 from service.settings import Settings
 from service.store.artifacts import register_artifact
 from service.store.blobs import BlobStore
-from service.store.jobs import claim_job, finish_job, record_metrics
+from service.store.jobs import Cancelled, claim_job, finish_job, record_metrics, request_cancel
+from service.store.logs import append_log
 from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions
 from tests.teacher_store_helpers import make_store
@@ -157,6 +158,55 @@ def test_cancelling_ends_the_watch_with_exit_code_1(bench: Bench) -> None:
     assert code == 1
     assert "cancelled" in stdout
     assert "finished already" in bench.run("cancel", job_id)[2]
+
+
+def test_checking_a_spec_submits_nothing(bench: Bench) -> None:
+    code, stdout, _ = bench.run("check", str(bench.spec_file))
+    assert code == 0
+    assert json.loads(stdout)["num_pairs"] == 32
+    assert bench.run("jobs")[1].splitlines() == ["id  name  state  attempt  status"]
+
+
+def test_pausing_and_resuming(bench: Bench) -> None:
+    job_id = bench.submit()
+    assert bench.run("pause", job_id) == (0, "paused\n", "")
+    assert "paused" in bench.run("show", job_id)[1]
+    assert bench.run("resume", job_id) == (0, "queued\n", "")
+    with bench.session() as session:
+        assert claim_job(session=session, job_id=job_id, worker="test", lease_seconds=60) is not None
+    assert bench.run("pause", job_id) == (0, "its worker was asked to pause it\n", "")
+    assert "pausing" in bench.run("show", job_id)[1]
+
+
+def test_cancelling_by_label_retrying_cloning_and_deleting(bench: Bench, tmp_path: Path) -> None:
+    spec = json.loads(bench.spec_file.read_text())
+    bench.spec_file.write_text(json.dumps({**spec, "labels": {"sweep": "1"}}))
+    first = bench.submit()
+    overrides = tmp_path / "overrides.json"
+    overrides.write_text('{"name": "a copy", "training": {"learning_rate": 0.0001}}')
+    second = bench.run("clone", first, "--overrides", str(overrides))[1].strip()
+    assert "a copy" in bench.run("show", second)[1]
+    assert bench.run("cancel", "--label", "sweep=1")[1].splitlines() == [f"{one}  cancelled" for one in (second, first)]
+    assert bench.run("cancel")[0] == 1
+    assert bench.run("retry", first) == (0, "queued\n", "")
+    assert "cancel it first" in bench.run("delete", first)[2]
+    assert bench.run("delete", second) == (0, "deleted\n", "")
+    assert "there is no job" in bench.run("show", second)[2]
+
+
+def test_events_and_log(bench: Bench) -> None:
+    job_id = bench.submit()
+    with bench.session() as session:
+        claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=60)
+        assert claim is not None
+        append_log(session=session, job_id=job_id, lease_token=claim.lease_token, text="one\n[two]\n")
+        request_cancel(session=session, job_id=job_id)
+        finish_job(session=session, job_id=job_id, lease_token=claim.lease_token, outcome=Cancelled())
+    _, stdout, _ = bench.run("events", job_id)
+    assert [line.split("  ")[2] for line in stdout.splitlines()] == ["created", "queued", "claimed", "cancel_requested", "cancelled"]
+    assert bench.run("log", job_id) == (0, "one\n[two]\n", "")
+    assert bench.run("log", job_id, "--tail", "1") == (0, "[two]\n", "")
+    assert bench.run("log", job_id, "--follow") == (0, "one\n[two]\n", "")
 
 
 def test_watching_and_downloading_a_job_that_ended_well(bench: Bench, tmp_path: Path) -> None:

@@ -99,10 +99,10 @@ class TestReading:
         for num_data_workers in (0, 2):
             one = spec.model_copy(update={"training": spec.training.model_copy(update={"num_data_workers": num_data_workers})})
             source = open_sources(one.data.train, tmp_path / "cache")
-            with closing(build_train_loader(one, source, student=model_input(), teacher=None)) as loader:
+            with closing(build_train_loader(one, source, student=model_input())) as loader:
                 batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
-                assert loader.num_corrupt == 0
-            found.append([(batch.sample_indices.tolist(), batch.student_images.sum().item()) for batch in batches])
+                assert not loader.corrupt_indices
+            found.append([(batch.sample_indices.tolist(), batch.student_pixels.sum().item()) for batch in batches])
         assert found[0] == found[1]
         assert sum(copy.stat().st_size for copy in copies(tmp_path / "cache")) <= limit
 

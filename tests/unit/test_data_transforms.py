@@ -20,11 +20,11 @@ from cliprd_core.data.hashing import CROP_STREAM, permutation, stream_key, unifo
 from cliprd_core.data.transforms import (
     DRAWS_PER_CROP,
     Box,
+    Normalise,
     center_crop,
     check_preprocess,
     decode_for_crop,
     decode_rgb,
-    normalise,
     open_image,
     random_crop_box,
     resize_crop,
@@ -183,7 +183,7 @@ class TestCenterCrop:
     def test_same_as_open_clips_evaluation_transform(self, size: tuple[int, int], mode: str, interpolation: str) -> None:
         preprocess = Preprocess(24, PREPROCESS.mean, PREPROCESS.std, interpolation, mode)
         image = decode_rgb("key", image_bytes(5, size=size))
-        ours = normalise(np.stack([center_crop(image, preprocess)]), preprocess)[0]
+        ours = Normalise(preprocess)(torch.from_numpy(np.stack([center_crop(image, preprocess)])))[0]
         theirs = image_transform(24, False, preprocess.mean, preprocess.std, resize_mode=mode, interpolation=interpolation)(image)
         assert torch.equal(ours, theirs)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cliprd_core import teacher_features
-from cliprd_core.data.batch import Batch, FeatureStore, StoredFeatures
+from cliprd_core.data.batch import Batch, FeatureStore, Preprocess, StoredFeatures
 from cliprd_core.losses import unit_rows
 from cliprd_core.models import ClipModel, LoadedModel
 from cliprd_core.teacher_features import TeacherFeatures
@@ -49,6 +49,7 @@ def features_of(encoders: Sequence[Encoder], stores: Sequence[MemoryStore | None
     class Teacher:
         def __init__(self, model: Encoder) -> None:
             self.model = cast(ClipModel, model)
+            self.preprocess = Preprocess(2, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
     teachers = [cast(LoadedModel, Teacher(encoder)) for encoder in encoders]
     return TeacherFeatures(teachers, cast("Sequence[FeatureStore | None]", stores), CPU, None, micro_batch_size)
@@ -57,13 +58,13 @@ def features_of(encoders: Sequence[Encoder], stores: Sequence[MemoryStore | None
 def make_batch(start: int, view: int, stores: Sequence[MemoryStore | None]) -> Batch:
     indices = torch.arange(start, start + NUM_ROWS)
     generator = torch.Generator().manual_seed(1000 * view)
-    everything = torch.rand(NUM_SAMPLES, 3, 2, 2, generator=generator)
+    everything = torch.randint(0, 256, (NUM_SAMPLES, 2, 2, 3), generator=generator, dtype=torch.uint8)
     return Batch(
         sample_indices=indices,
         view=view,
-        student_images=everything[indices],
+        student_pixels=everything[indices],
         student_tokens=torch.stack([indices + 1, 2 * indices + 3, 0 * indices], dim=1),
-        teacher_images=(None,) * len(stores),
+        teacher_pixels=(None,) * len(stores),
         teacher_tokens=(None,) * len(stores),
         stored_features=tuple(None if store is None else StoredFeatures.read(store, indices.numpy(), view) for store in stores),
     )

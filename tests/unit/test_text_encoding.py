@@ -283,9 +283,16 @@ def test_no_text_of_a_run_goes_through_with_its_padding(
 def test_the_host_knows_the_lengths_before_the_device_is_asked() -> None:
     """A step never waits for the device, so a batch's tokens stay on the host when its images go."""
     tokens = make_tokens([3, 4])
-    batch = Batch(torch.arange(2), torch.zeros(2, 3, 4, 4), tokens, (torch.ones(2, 3, 4, 4), None), (None, tokens))
+    batch = Batch(
+        sample_indices=torch.arange(2),
+        view=0,
+        student_pixels=torch.zeros(2, 4, 4, 3, dtype=torch.uint8),
+        student_tokens=tokens,
+        teacher_pixels=(torch.ones(2, 4, 4, 3, dtype=torch.uint8), None),
+        teacher_tokens=(None, tokens),
+    )
     moved = batch.to(torch.device("meta"))
-    assert moved.student_images.is_meta
-    assert [images is not None and images.is_meta for images in moved.teacher_images] == [True, False]
+    assert moved.student_pixels.is_meta
+    assert [images is not None and images.is_meta for images in moved.teacher_pixels] == [True, False]
     assert moved.student_tokens is tokens
     assert moved.teacher_tokens[1] is tokens

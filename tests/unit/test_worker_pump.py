@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cliprd_core.run_dir import CheckpointFile, append_record
-from worker.pump import MAX_BATCH, RecordPump
+from worker.pump import MAX_BATCH, LogPump, RecordPump
 
 
 def record(number: int) -> CheckpointFile:
@@ -74,3 +74,41 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 
     with pytest.raises(LookupError):
         RecordPump(path, CheckpointFile, refuse, (ConnectionError,)).pump()
+
+
+def test_the_log_is_copied_in_whole_lines_and_at_the_end_to_the_last_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.pump.LOG_PAUSE_SECONDS", 0)
+    log = tmp_path / "log.txt"
+    log.write_text("of an earlier attempt\n")
+    copied: list[str] = []
+    pump = LogPump(log, copied.append, (ConnectionError,))
+    with log.open("a") as file:
+        for text, expected in (("one\ntw", ["one\n"]), ("o", ["one\n"]), ("\nthree", ["one\n", "two\n"])):
+            file.write(text)
+            file.flush()
+            pump.pump()
+            assert copied == expected
+    while not pump.drain():
+        pass
+    assert "".join(copied) == "one\ntwo\nthree"
+
+
+def test_the_log_waits_for_a_store_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.pump.FIRST_RETRY_SECONDS", 0.01)
+    log = tmp_path / "log.txt"
+    failures = [ConnectionError(), ConnectionError()]
+    copied: list[str] = []
+
+    def write(text: str) -> None:
+        if failures:
+            raise failures.pop()
+        copied.append(text)
+
+    pump = LogPump(log, write, (ConnectionError,))
+    assert pump.drain(), "there is no log yet"
+    log.write_bytes(b"x" * 100_000 + b"\xff\n")
+    deadline = time.monotonic() + 10
+    while not pump.drain():
+        assert time.monotonic() < deadline
+    assert "".join(copied) == "x" * 100_000 + "\ufffd\n"
+    assert len(copied) == 2

@@ -1,5 +1,6 @@
 """The supervisor against a fake trainer and a real store: every way a run can end, and what the store then says."""
 
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,21 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord, complete
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.blobs import BlobStore
-from service.store.jobs import JobState, LeaseLostError, QueuedJob, claim_job, create_job, get_job, request_cancel, requeue_expired
+from service.store.events import list_events
+from service.store.jobs import (
+    JobState,
+    LeaseLostError,
+    QueuedJob,
+    claim_job,
+    create_job,
+    get_job,
+    request_cancel,
+    request_pause,
+    requeue_expired,
+    resume_job,
+    retry_job,
+)
+from service.store.logs import read_log
 from service.store.metrics import list_evaluations, series
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
@@ -143,6 +158,12 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
     assert bench.blobs.path(models["open_clip_model.safetensors"].storage_key).read_bytes() == b"weights of a fake student"
     assert not bench.artifacts(job_id, ArtifactKind.CHECKPOINT), "a finished job needs none"
     assert "attempt 1 starts at step 0" in (bench.run_dir(job_id) / "log.txt").read_text()
+    with reading(bench.sessions) as session:
+        assert read_log(session=session, job_id=job_id)[0] == (bench.run_dir(job_id) / "log.txt").read_text()
+        kinds = [event.kind.value for event in list_events(session=session, job_id=job_id)]
+    assert kinds[:4] == ["created", "queued", "claimed", "started"]
+    assert kinds[-1] == "succeeded"
+    assert {"evaluated"} <= set(kinds[4:-1]) <= {"checkpoint", "evaluated"}  # how many checkpoints are mirrored is a matter of time
 
 
 def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
@@ -249,6 +270,56 @@ def test_a_job_resumes_on_another_machine(bench: Bench, tmp_path: Path) -> None:
     kept = {artifact.storage_key for kind in ArtifactKind for artifact in bench.artifacts(job_id, kind)}
     stored = {str(path.relative_to(bench.blobs.root)) for path in bench.blobs.root.rglob("*") if path.is_file()}
     assert stored == kept, "blobs that nothing names"
+
+
+def test_a_paused_job_saves_and_goes_on_on_another_machine(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+
+    def pause() -> None:
+        with bench.sessions.begin() as session:
+            request_pause(session=session, job_id=job_id)
+
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), pause)
+    assert bench.run(job_id) == []
+    assert bench.job(job_id).state is JobState.PAUSED
+    saved = int(complete_checkpoints(bench.run_dir(job_id))[-1].name.removeprefix("step-"))
+    with reading(bench.sessions) as session:
+        assert series(session=session, job=bench.job(job_id))["train/loss"].steps[-1] == saved, "it stopped right after saving"
+    with bench.sessions.begin() as session:
+        resume_job(session=session, job_id=job_id)
+    bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert (bench.job(job_id).state, bench.job(job_id).attempt) == (JobState.SUCCEEDED, 2)
+    assert f"attempt 2 starts at step {saved}\n" in (bench.run_dir(job_id) / "log.txt").read_text()
+
+
+def test_a_job_that_runs_for_too_long_saves_and_can_be_tried_again(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"}, resources={"max_hours": 0.5 / 3600})
+    bench.run(job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.TIMEOUT
+    saved = int(complete_checkpoints(bench.run_dir(job_id))[-1].name.removeprefix("step-"))
+    assert 0 < saved < 60
+    with bench.sessions.begin() as session:
+        retry_job(session=session, job_id=job_id)
+        session.get_one(Job, job_id).seconds_run = -1000.0  # that is, with time enough
+    bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert f"attempt 2 starts at step {saved}\n" in (bench.run_dir(job_id) / "log.txt").read_text()
+
+
+def test_a_full_disk_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "2"}, max_attempts=2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("worker.supervisor.restore_checkpoint", full)
+    assert bench.run(job_id) == []
+    assert bench.job(job_id).state is JobState.QUEUED
+    bench.run(job_id)
+    assert bench.error(job_id).reason is ErrorReason.DISK_FULL
 
 
 def test_a_damaged_mirror_falls_back_to_the_older_one(bench: Bench, tmp_path: Path) -> None:

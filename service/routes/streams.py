@@ -1,0 +1,146 @@
+"""What happens to a job and what it prints and measures: as lists, and as streams while it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from sqlalchemy.orm import Session
+
+from service.errors import problem_responses
+from service.routes.dependencies import JobIdInPath, ServicesOf
+from service.schemas import EventList, EventView
+from service.store import events, jobs, logs, metrics
+from service.store.models import Job
+from service.store.session import reading
+from service.streams import MEDIA_TYPE, News
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+STEPS_PER_LOOK = 500
+CHUNKS_PER_LOOK = 16
+
+_STREAM = {MEDIA_TYPE: {"schema": {"type": "string"}}}
+
+
+def _wants_stream(accept: Annotated[str, Header(include_in_schema=False)] = "") -> bool:
+    return MEDIA_TYPE in accept
+
+
+WantsStream = Annotated[bool, Depends(_wants_stream)]
+LastEventId = Annotated[int | None, Header(ge=0, lt=2**63, description="Of a stream: the `id` of the last event that arrived.")]
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="What happened to a job",
+    response_model=EventList,
+    responses={
+        200: {"content": _STREAM},
+        204: {"description": "Stream: the job has ended, and nothing is new"},
+        **problem_responses(404, 422, 500, 503),
+    },
+)
+async def read_events(
+    *,
+    services: ServicesOf,
+    job_id: JobIdInPath,
+    is_stream: WantsStream,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Only events with a higher id.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Events, at most; a stream has all.")] = 100,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """Events, oldest first; each was written together with the change it tells of. With `Accept: text/event-stream` they come as they
+    happen, until the job ends: `event` is the kind, `id` serves to go on after a break, and the last one is `end` with the job's state.
+    """
+    if is_stream:
+        position = after if last_event_id is None else last_event_id
+        return await services.streams.open(services.sessions, job_id, _events, position, is_resumed=last_event_id is not None)
+
+    def read() -> EventList:
+        with reading(services.sessions) as session:
+            jobs.get_job(session=session, job_id=job_id)
+            return EventList.of(events.list_events(session=session, job_id=job_id, after=after, limit=limit))
+
+    return JSONResponse((await run_in_threadpool(read)).model_dump(mode="json"))
+
+
+@router.get(
+    "/{job_id}/metrics/stream",
+    summary="Metrics as they are measured",
+    response_class=Response,
+    responses={
+        200: {"description": "Server-sent events", "content": _STREAM},
+        204: {"description": "The job has ended, and nothing is new"},
+        **problem_responses(404, 422, 500, 503),
+    },
+)
+async def stream_metrics(
+    services: ServicesOf,
+    job_id: JobIdInPath,
+    names: Annotated[list[str], Query(max_length=256, description="As of the metric series.")] = ["*"],  # noqa: B006
+    since_step: Annotated[int, Query(ge=0, lt=2**63, description="First step of interest.")] = 0,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """One event `metrics` for each step: `{"step": …, "values": {name: value}}`, with the step as its `id`. A resumed run measures the
+    steps after its checkpoint again; a stream tells each step once. The last event is `end` with the job's state."""
+    look = partial(_metrics, [name.strip() for one in names for name in one.split(",")])
+    position = since_step - 1 if last_event_id is None else last_event_id
+    return await services.streams.open(services.sessions, job_id, look, position, is_resumed=last_event_id is not None)
+
+
+@router.get(
+    "/{job_id}/log",
+    summary="A job's log",
+    response_class=PlainTextResponse,
+    responses={
+        200: {"content": _STREAM},
+        204: {"description": "Stream: the job has ended, and nothing is new"},
+        **problem_responses(404, 422, 500, 503),
+    },
+)
+async def read_log(
+    *,
+    services: ServicesOf,
+    job_id: JobIdInPath,
+    is_stream: WantsStream,
+    tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines, as many. Left out: all.")] = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """What the training processes printed, over all attempts; of a very long log the beginning is dropped. With
+    `Accept: text/event-stream` it comes as events `log`, `{"text": …}`, while it is printed, until `end` with the job's state."""
+
+    def start() -> int:
+        with reading(services.sessions) as session:
+            jobs.get_job(session=session, job_id=job_id)
+            return 0 if tail is None else logs.tail_start(session=session, job_id=job_id, num_lines=tail)
+
+    position = last_event_id if last_event_id is not None else await run_in_threadpool(start)
+    if is_stream:
+        return await services.streams.open(services.sessions, job_id, _log, position, is_resumed=last_event_id is not None)
+
+    def read() -> str:
+        with reading(services.sessions) as session:
+            jobs.get_job(session=session, job_id=job_id)
+            return logs.read_log(session=session, job_id=job_id, after=position)[0]
+
+    return PlainTextResponse(await run_in_threadpool(read))
+
+
+def _events(session: Session, job: Job, position: int) -> Sequence[News]:
+    found = events.list_events(session=session, job_id=job.id, after=position)
+    return [News(one.id, one.kind.value, EventView.of(one).model_dump(mode="json")) for one in found]
+
+
+def _metrics(names: Sequence[str], session: Session, job: Job, position: int) -> Sequence[News]:
+    found = metrics.steps_after(session=session, job=job, names=names, after=position, limit=STEPS_PER_LOOK)
+    return [News(step, "metrics", {"step": step, "values": values}) for step, values in found.items()]
+
+
+def _log(session: Session, job: Job, position: int) -> Sequence[News]:
+    text, end = logs.read_log(session=session, job_id=job.id, after=position, limit=CHUNKS_PER_LOOK)
+    return [News(end, "log", {"text": text})] if end > position else []

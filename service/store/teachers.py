@@ -1,0 +1,45 @@
+"""Teachers that are other jobs' results: whether they can be had."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cliprd_core.spec import JobSpec
+from service.store.errors import TeacherUnavailableError
+from service.store.models import Artifact, ArtifactKind, Job
+from service.store.states import JobState
+
+
+def lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
+    """The jobs whose results are teachers, locked so that they can't finish or be deleted between our look and our insert.
+
+    Raises:
+        TeacherUnavailableError: a teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
+    """
+    fields_of_jobs: dict[str, str] = {}
+    for field, teacher in spec.teacher_fields.items():
+        if teacher.artifact is not None:
+            fields_of_jobs.setdefault(_job_of_artifact(session, f"{field}.artifact", teacher.artifact), f"{field}.artifact")
+        elif teacher.job is not None:
+            fields_of_jobs.setdefault(teacher.job, f"{field}.job")
+    # In the order of their ids, as everyone locks several jobs.
+    query = select(Job).where(Job.id.in_(fields_of_jobs)).order_by(Job.id).with_for_update()
+    locked = list(session.scalars(query.execution_options(populate_existing=True)))
+    missing = fields_of_jobs.keys() - {job.id for job in locked}
+    for job_id, field in fields_of_jobs.items():
+        if job_id in missing:
+            raise TeacherUnavailableError(field, f"there is no job {job_id!r}")
+    for job in locked:
+        if job.state in (JobState.FAILED, JobState.CANCELLED):
+            raise TeacherUnavailableError(fields_of_jobs[job.id], f"job {job.id!r} ended as {job.state}, so it has no model to offer")
+    return locked
+
+
+def _job_of_artifact(session: Session, field: str, artifact_id: str) -> str:
+    artifact = session.get(Artifact, artifact_id)
+    if artifact is None:
+        raise TeacherUnavailableError(field, f"there is no artifact {artifact_id!r}")
+    if artifact.kind is not ArtifactKind.MODEL:
+        raise TeacherUnavailableError(field, f"artifact {artifact.id!r} is a {artifact.kind}, not a model")
+    return artifact.job_id

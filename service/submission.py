@@ -1,0 +1,102 @@
+"""Submitting a job: checked, stored, sent; once for each idempotency key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy.exc import IntegrityError
+
+from cliprd_core.spec import JobSpec, merge_over
+from service.pair_counts import known_num_pairs, num_steps_of
+from service.problems import FieldProblem, SpecError, problems_of
+from service.routes.dependencies import Services
+from service.schemas import DryRunView
+from service.spec_check import check_spec
+from service.store import jobs
+from service.store.idempotency import find_submitted, remember_key
+from service.store.jobs import QueuedJob
+from service.store.models import Job
+from service.store.session import reading
+from service.store.states import JobState
+from service.store.teachers import lock_teachers
+
+
+def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tuple[Job, bool]:
+    """The job of this spec, and whether it was there before.
+
+    Raises:
+        SpecError: the spec has faults.
+        TeacherUnavailableError: a teacher can't be had.
+        IdempotencyConflictError: the key was used for another spec.
+    """
+    earlier = None if key is None else _find(services, key, spec)
+    if earlier is not None:
+        return earlier, True
+    settings = services.settings
+    resolved = check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
+    try:
+        with services.sessions.begin() as session:
+            job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)
+            if key is not None:
+                remember_key(session=session, key=key, spec=spec, job=job)
+    except IntegrityError:  # someone was faster with the same key
+        earlier = None if key is None else _find(services, key, spec)
+        if earlier is None:
+            raise
+        return earlier, True
+    if job.state is JobState.QUEUED:
+        send(services, [QueuedJob(job.id, job.queue)])
+    return job, False
+
+
+def dry_run(services: Services, spec: JobSpec) -> DryRunView:
+    """What `submit` would make of the spec; nothing is stored or sent.
+
+    Raises:
+        SpecError: the spec has faults.
+        TeacherUnavailableError: a teacher can't be had.
+    """
+    settings = services.settings
+    resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
+    with reading(services.sessions) as session:
+        teachers = lock_teachers(session, resolved)
+    waits = not all(teacher.state.is_finished for teacher in teachers)
+    num_pairs = known_num_pairs(resolved) if settings.check_files else None
+    return DryRunView(
+        state=JobState.WAITING if waits else JobState.QUEUED,
+        spec=resolved.model_dump(mode="json"),
+        num_pairs=num_pairs,
+        num_steps=None if num_pairs is None else num_steps_of(resolved, num_pairs),
+        teacher_job_ids=[teacher.job for teacher in resolved.teacher_fields.values() if teacher.job is not None],
+    )
+
+
+def _find(services: Services, key: str, spec: JobSpec) -> Job | None:
+    with reading(services.sessions) as session:
+        return find_submitted(session=session, key=key, spec=spec)
+
+
+def send(services: Services, queued: Sequence[QueuedJob]) -> None:
+    """Send the messages of jobs that became claimable; what the broker does not take, the reaper sends later."""
+    sent = [job.job_id for job in queued if services.queue.send(job.job_id, job.queue)]
+    if sent:
+        with services.sessions.begin() as session:
+            jobs.mark_sent(session=session, job_ids=sent)
+
+
+def cloned_spec(job: Job, overrides: Mapping[str, Any]) -> JobSpec:
+    """A job's stored spec with some fields replaced, object by object.
+
+    Raises:
+        SpecError: what comes out is no spec.
+    """
+    recipe = overrides.get("recipe", job.recipe)
+    if recipe != job.recipe:
+        problem = f"can't be changed from {job.recipe!r}: it gives defaults, and the stored spec has every field set"
+        raise SpecError([FieldProblem(field="recipe", problem=problem, remedy="Leave it out, or submit a spec of its own.")])
+    try:
+        return JobSpec.model_validate(merge_over(job.spec, dict(overrides)))
+    except ValidationError as error:
+        raise SpecError(problems_of(error.errors(), JobSpec)) from error

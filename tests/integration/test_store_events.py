@@ -1,0 +1,118 @@
+"""What is told of jobs while they run, on SQLite and PostgreSQL: events, logs, steps."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from service.store import jobs, logs
+from service.store.events import list_events
+from service.store.metrics import steps_after
+from service.store.session import database_now, reading
+from tests.store_helpers import FAILURE, Sessions, claim, create, distilled_spec, evaluated, finish, measured, read
+
+
+def told(sessions: Sessions, job_id: str, after: int = 0) -> list[str]:
+    with reading(sessions) as session:
+        return [event.kind.value for event in list_events(session=session, job_id=job_id, after=after)]
+
+
+def lease_of(claimed: jobs.Claim) -> dict[str, Any]:
+    return {"job_id": claimed.job.id, "lease_token": claimed.lease_token}
+
+
+def test_a_long_life_is_told_in_order(sessions: Sessions) -> None:
+    job = create(sessions, max_attempts=2)
+    claimed = claim(sessions, job.id)
+    with sessions.begin() as session:
+        jobs.mark_started(session=session, **lease_of(claimed))
+        jobs.record_checkpoint(session=session, **lease_of(claimed), step=5)
+        for _ in range(2):  # a replay is not told again
+            jobs.record_evaluations(session=session, **lease_of(claimed), records=[evaluated(5)])
+        for _ in range(2):
+            jobs.request_pause(session=session, job_id=job.id)
+        jobs.release_job(session=session, **lease_of(claimed))
+        for _ in range(2):
+            jobs.resume_job(session=session, job_id=job.id)
+    expected = ["created", "queued", "claimed", "started", "checkpoint", "evaluated", "pausing", "paused", "resumed", "queued"]
+    assert told(sessions, job.id) == expected
+    claimed = claim(sessions, job.id, worker="worker-2")
+    with sessions.begin() as session:
+        jobs.record_evaluations(session=session, **lease_of(claimed), records=[evaluated(5), evaluated(5, attempt=2)])
+        jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61))
+    claimed = claim(sessions, job.id)
+    with sessions.begin() as session:
+        for _ in range(2):
+            jobs.request_cancel(session=session, job_id=job.id)
+    finish(sessions, claimed, jobs.Cancelled())
+    with sessions.begin() as session:
+        jobs.retry_job(session=session, job_id=job.id)
+    finish(sessions, claim(sessions, job.id), FAILURE)
+    expected += ["claimed", "evaluated", "lease_lost", "queued", "claimed", "cancel_requested", "cancelled", "retried", "queued", "claimed"]
+    assert told(sessions, job.id) == [*expected, "failed"]
+    with reading(sessions) as session:
+        events = list_events(session=session, job_id=job.id)
+    assert [event.id for event in events] == sorted({event.id for event in events})
+    assert [event.data["worker"] for event in events if event.kind == "claimed"] == ["worker-1", "worker-2", "worker-1", "worker-1"]
+    assert events[-1].data == {"reason": "diverged", "message": FAILURE.message}
+    assert told(sessions, job.id, after=events[-2].id) == ["failed"]
+
+
+def test_a_student_tells_of_its_waiting_and_of_its_teachers_end(sessions: Sessions) -> None:
+    teacher = create(sessions)
+    student = create(sessions, distilled_spec(teacher.id))
+    finish(sessions, claim(sessions, teacher.id), FAILURE)
+    assert told(sessions, student.id) == ["created", "waiting", "failed"]
+
+
+def test_what_is_rolled_back_is_not_told(sessions: Sessions) -> None:
+    job = create(sessions)
+    with sessions() as session:
+        jobs.request_pause(session=session, job_id=job.id)
+        session.rollback()
+    assert told(sessions, job.id) == ["created", "queued"]
+
+
+def test_the_log_grows_over_attempts_and_has_a_tail(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = create(sessions)
+    chunks = ["one\ntwo\n", "thr\0ee\n", "four", "\nfive\nsix"]
+    for chunk in chunks:
+        claimed = claim(sessions, job.id)
+        with sessions.begin() as session:
+            logs.append_log(session=session, **lease_of(claimed), text=chunk)
+            jobs.release_job(session=session, **lease_of(claimed))
+    whole = "".join(chunks).replace("\0", "\ufffd")
+    with reading(sessions) as session:
+        assert logs.read_log(session=session, job_id=job.id) == (whole, len(whole))
+        assert logs.read_log(session=session, job_id=job.id, after=5, limit=1) == (whole[5:8], 8)
+        assert logs.read_log(session=session, job_id=job.id, after=len(whole)) == ("", len(whole))
+        for num_lines in range(1, 9):
+            start = logs.tail_start(session=session, job_id=job.id, num_lines=num_lines)
+            assert whole[start:] == "\n".join(whole.split("\n")[-num_lines:])
+    monkeypatch.setattr(logs, "MAX_LOG_CHARACTERS", 10)
+    claimed = claim(sessions, job.id)
+    with sessions.begin() as session:
+        logs.append_log(session=session, **lease_of(claimed), text="\n")
+    with reading(sessions) as session:
+        assert logs.read_log(session=session, job_id=job.id) == ("\nfive\nsix\n", len(whole) + 1)
+        start = logs.tail_start(session=session, job_id=job.id, num_lines=1)
+        assert logs.read_log(session=session, job_id=job.id, after=start)[0] == "six\n"
+    with pytest.raises(jobs.LeaseLostError), sessions.begin() as session:
+        logs.append_log(session=session, job_id=job.id, lease_token="old", text="x")
+
+
+def test_steps_come_in_order_and_in_portions(sessions: Sessions) -> None:
+    job = create(sessions)
+    claimed = claim(sessions, job.id)
+    with sessions.begin() as session:
+        records = [measured(step, train_loss=1 / step, train_lr=0.1) for step in range(1, 6)]
+        jobs.record_metrics(session=session, **lease_of(claimed), records=records)
+    job = read(sessions, job.id)
+    with reading(sessions) as session:
+        some = steps_after(session=session, job=job, names=["train/lo*"], after=1, limit=2)
+        assert some == {2: {"train/loss": 1 / 2}, 3: {"train/loss": 1 / 3}}
+        assert list(steps_after(session=session, job=job, names=["*"], after=3, limit=10)) == [4, 5]
+        assert steps_after(session=session, job=job, names=["*"], after=5, limit=10) == {}
+        assert steps_after(session=session, job=job, names=["none"], after=0, limit=10) == {}

@@ -1,0 +1,151 @@
+"""Jobs that exist, steered over the API."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.settings import Settings
+from service.store import jobs
+from service.store.session import make_engine, make_sessions
+from tests.store_helpers import FAILURE, Sessions, claim, finish, spec_dict, write_table
+
+
+@pytest.fixture
+def sessions(client: TestClient, settings: Settings, tmp_path: Path) -> Any:
+    """The database of the running `client`, beside the data that `spec_dict` names."""
+    write_table(tmp_path)
+    engine = make_engine(settings.database_url)
+    yield make_sessions(engine)
+    engine.dispose()
+
+
+def submit(client: TestClient, **changes: Any) -> dict[str, Any]:
+    response = client.post("/jobs", json=spec_dict(**changes))
+    assert response.status_code == 201, response.text
+    job: dict[str, Any] = response.json()
+    return job
+
+
+def test_pausing_and_resuming(client: TestClient, sessions: Sessions) -> None:
+    queued, running = submit(client), submit(client)
+    claimed = claim(sessions, running["id"])
+    for _ in range(2):
+        response = client.post(queued["links"]["pause"])
+        assert (response.status_code, response.json()["state"]) == (200, "paused")
+        response = client.post(running["links"]["pause"])
+        assert (response.status_code, response.json()["state"]) == (202, "running")
+        assert response.json()["pause_requested_at"] is not None
+    with sessions.begin() as session:
+        assert jobs.release_job(session=session, job_id=running["id"], lease_token=claimed.lease_token) is None
+    assert [job["id"] for job in client.get("/jobs", params={"state": "paused"}).json()["jobs"]] == [running["id"], queued["id"]]
+    for job in (queued, running):
+        response = client.post(job["links"]["resume"])
+        assert (response.status_code, response.json()["state"]) == (200, "queued")
+        with sessions() as session:
+            assert jobs.get_job(session=session, job_id=job["id"]).sent_at is not None
+
+
+def test_what_is_being_cancelled_or_has_ended_is_not_paused(client: TestClient, sessions: Sessions) -> None:
+    running, ended = submit(client), submit(client)
+    claim(sessions, running["id"])
+    for job in (running, ended):
+        client.post(job["links"]["cancel"])
+        for link, status in (("pause", 409), ("resume", 200 if job is running else 409)):
+            response = client.post(job["links"][link])
+            assert response.status_code == status, response.text
+    assert client.post("/jobs/00000000-none/pause").status_code == 404
+
+
+def test_retrying(client: TestClient, sessions: Sessions) -> None:
+    job = submit(client)
+    assert client.post(job["links"]["retry"]).status_code == 409
+    finish(sessions, claim(sessions, job["id"]), FAILURE)
+    again = client.post(job["links"]["retry"]).json()
+    assert (again["state"], again["error"], again["finished_at"]) == ("queued", None, None)
+
+
+def test_a_clone_is_the_same_spec_with_some_fields_replaced_and_checked(client: TestClient, sessions: Sessions) -> None:
+    job = submit(client, labels={"a": "1"})
+    response = client.post(job["links"]["clone"], json={"name": "copy", "training": {"epochs": 3}, "labels": {"b": "2"}})
+    assert response.status_code == 201
+    clone = response.json()
+    assert response.headers["location"] == clone["links"]["self"] != job["links"]["self"]
+    assert clone["labels"] == {"a": "1", "b": "2"}
+    assert clone["spec"] == {**job["spec"], "name": "copy", "labels": clone["labels"], "training": {**job["spec"]["training"], "epochs": 3}}
+    assert client.post(job["links"]["clone"]).json()["spec"] == job["spec"]
+    for overrides, field in (
+        ({"training": {"epochs": 0}}, "training.epochs"),
+        ({"training": {"epochz": 1}}, "training.epochz"),
+        ({"training": {"global_batch_size": 100}}, "training.global_batch_size"),
+        ({"recipe": "clip_rd"}, "recipe"),
+    ):
+        response = client.post(job["links"]["clone"], json=overrides)
+        assert response.status_code == 422, response.text
+        assert field in [one["field"] for one in response.json()["errors"]]
+
+
+def test_deleting(client: TestClient, sessions: Sessions) -> None:
+    job = submit(client)
+    assert client.delete(job["links"]["self"]).status_code == 409
+    client.post(job["links"]["cancel"])
+    assert client.delete(job["links"]["self"]).status_code == 204
+    assert client.get(job["links"]["self"]).status_code == 404
+    assert client.delete(job["links"]["self"]).status_code == 404
+
+
+def test_cancelling_by_label(client: TestClient, sessions: Sessions) -> None:
+    running, waiting, other = submit(client, labels={"s": "1"}), submit(client, labels={"s": "1", "t": "2"}), submit(client)
+    student = submit(client, labels={"s": "1"}, recipe="clip_kd", teacher={"job": running["id"]})
+    claim(sessions, running["id"])
+    response = client.post("/jobs/cancel", json={"labels": {"s": "1"}})
+    assert response.json() == {"cancelled": [student["id"], waiting["id"]], "requested": [running["id"]]}
+    assert client.get(other["links"]["self"]).json()["state"] == "queued"
+    assert client.get(student["links"]["self"]).json()["state"] == "cancelled"
+    assert client.post("/jobs/cancel", json={"labels": {}}).status_code == 422
+
+
+def test_an_idempotency_key_makes_one_job(client: TestClient, sessions: Sessions, tmp_path: Path) -> None:
+    headers = {"Idempotency-Key": "a-key"}
+    first = client.post("/jobs", json=spec_dict(), headers=headers)
+    (tmp_path / "pairs.tsv").unlink()  # a repeated submission is answered, not checked again
+    again = client.post("/jobs", json=dict(reversed(spec_dict().items())), headers=headers)
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json() == client.get(first.headers["location"]).json()
+    assert again.headers["location"] == first.headers["location"]
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    refused = client.post("/jobs", json=spec_dict(name="other"), headers=headers)
+    assert refused.status_code == 422
+    assert [one["field"] for one in refused.json()["errors"]] == ["Idempotency-Key"]
+    assert client.post("/jobs", json=spec_dict(), headers={"Idempotency-Key": "x" * 256}).status_code == 422
+    assert len(client.get("/jobs").json()["jobs"]) == 1
+
+
+def test_two_apis_at_once_make_one_job_of_one_key(database_url: str, settings: Settings, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    with ExitStack() as stack:
+        apps = [create_app(settings.model_copy(update={"database_url": database_url})) for _ in range(2)]
+        both = [stack.enter_context(TestClient(app)) for app in apps]
+        for client in both:  # the framework makes its routes ready at the first request, which two threads at once would warn about
+            assert client.get("/jobs").status_code == 200
+        for number in range(5):
+            gate = threading.Barrier(2)
+
+            def post(client: TestClient, key: str, gate: threading.Barrier) -> str:
+                gate.wait()
+                response = client.post("/jobs", json=spec_dict(), headers={"Idempotency-Key": key})
+                assert response.status_code == 201, response.text
+                return str(response.json()["id"])
+
+            with ThreadPoolExecutor(2) as pool:
+                answers = [pool.submit(post, client, f"key-{number}", gate) for client in both]
+                assert len({answer.result() for answer in answers}) == 1
+        assert len(both[0].get("/jobs").json()["jobs"]) == 5

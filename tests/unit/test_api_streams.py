@@ -1,0 +1,187 @@
+"""Events, metrics and logs over the API, as lists and as streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.settings import Settings
+from service.store import jobs, logs
+from service.store.session import make_engine, make_sessions, migrate
+from tests.store_helpers import FAILURE, Sessions, claim, create, evaluated, finish, measured
+
+STREAM = {"Accept": "text/event-stream"}
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"stream_poll_seconds": 0.05})
+
+
+@pytest.fixture
+def sessions(settings: Settings) -> Iterator[Sessions]:
+    migrate(settings.database_url)
+    engine = make_engine(settings.database_url)
+    yield make_sessions(engine)
+    engine.dispose()
+
+
+def lived(sessions: Sessions) -> str:
+    """A job that ran and failed."""
+    job_id = create(sessions).id
+    claimed = claim(sessions, job_id)
+    lease: dict[str, Any] = {"job_id": job_id, "lease_token": claimed.lease_token}
+    with sessions.begin() as session:
+        jobs.record_metrics(session=session, **lease, records=[measured(step, train_loss=1 / step, train_lr=0.1) for step in (1, 2, 3)])
+        jobs.record_evaluations(session=session, **lease, records=[evaluated(3)])
+        logs.append_log(session=session, **lease, text="first\nsecond\n")
+    finish(sessions, claimed, FAILURE)
+    return job_id
+
+
+def parse(lines: Iterator[str]) -> Iterator[tuple[str, str | None, Any]]:
+    """Event, id and data of each event of a stream."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        if not line and "data" in fields:
+            yield fields["event"], fields.get("id"), json.loads(fields["data"])
+            fields = {}
+        elif line and not line.startswith(":"):
+            name, _, value = line.partition(": ")
+            fields[name] = value
+
+
+def streamed(client: TestClient, path: str, last_event_id: str | None = None, **query: Any) -> list[tuple[str, str | None, Any]]:
+    headers = STREAM if last_event_id is None else {**STREAM, "Last-Event-ID": last_event_id}
+    response = client.get(path, params=query, headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return list(parse(iter(response.text.splitlines())))
+
+
+def test_events_as_a_list_and_as_a_stream(client: TestClient, sessions: Sessions) -> None:
+    job_id = lived(sessions)
+    path = f"/jobs/{job_id}/events"
+    listed = client.get(path).json()["events"]
+    assert [one["kind"] for one in listed] == ["created", "queued", "claimed", "evaluated", "failed"]
+    assert [one["kind"] for one in client.get(path, params={"after": listed[1]["id"], "limit": 1}).json()["events"]] == ["claimed"]
+    events = streamed(client, path)
+    assert events == [*((one["kind"], str(one["id"]), one) for one in listed), ("end", events[-1][1], {"state": "failed"})]
+    assert [event for event, _, _ in streamed(client, path, last_event_id=str(listed[2]["id"]))] == ["evaluated", "failed", "end"]
+    assert client.get(path, headers={**STREAM, "Last-Event-ID": str(listed[-1]["id"])}).status_code == 204
+    assert client.get(path, headers={**STREAM, "Last-Event-ID": "x"}).status_code == 422
+    for headers in ({}, STREAM):
+        assert client.get("/jobs/00000000-none/events", headers=headers).status_code == 404
+
+
+def test_metrics_as_a_stream(client: TestClient, sessions: Sessions) -> None:
+    path = f"/jobs/{lived(sessions)}/metrics/stream"
+    events = streamed(client, path, names="train/loss")
+    assert [(event, data) for event, _, data in events[:-1]] == [
+        ("metrics", {"step": step, "values": {"train/loss": 1 / step}}) for step in (1, 2, 3)
+    ]
+    assert next(event_id for _, event_id, _ in streamed(client, path, last_event_id="2")) == "3"
+    assert [data["step"] for _, _, data in streamed(client, path, since_step=2)[:-1]] == [2, 3]
+    assert client.get(path, headers={"Last-Event-ID": "3"}).status_code == 204
+
+
+def test_logs_as_text_and_as_a_stream(client: TestClient, sessions: Sessions) -> None:
+    path = f"/jobs/{lived(sessions)}/log"
+    response = client.get(path)
+    assert (response.text, response.headers["content-type"]) == ("first\nsecond\n", "text/plain; charset=utf-8")
+    assert client.get(path, params={"tail": 1}).text == "second\n"
+    assert [data for _, _, data in streamed(client, path)] == [{"text": "first\nsecond\n"}, {"state": "failed"}]
+    assert streamed(client, path, tail=1)[0] == ("log", "13", {"text": "second\n"})
+    assert client.get("/jobs/00000000-none/log").status_code == 404
+    assert client.get(path, params={"tail": 0}).status_code == 422
+
+
+def test_a_stream_of_a_job_that_is_deleted_meanwhile_ends(client: TestClient, sessions: Sessions) -> None:
+    job_id = create(sessions).id
+    with sessions.begin() as session:
+        jobs.request_pause(session=session, job_id=job_id)
+
+    def cancel_and_delete() -> None:
+        time.sleep(0.3)
+        with sessions.begin() as session:
+            jobs.request_cancel(session=session, job_id=job_id)
+            jobs.delete_job(session=session, job_id=job_id)
+
+    thread = threading.Thread(target=cancel_and_delete)
+    thread.start()
+    assert [event for event, _, _ in streamed(client, f"/jobs/{job_id}/events")] == ["created", "queued", "paused"]
+    thread.join()
+
+
+@pytest.fixture
+def api(settings: Settings, sessions: Sessions) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The API as a process of its own that keeps one stream open at most, with a heartbeat each second."""
+    values = {"max_streams": 1, "stream_heartbeat_seconds": 1, "port": 0, "shutdown_seconds": 20}
+    known = settings.model_copy(update=values).model_dump(mode="json")
+    environment = {f"CLIPRD_{name.upper()}": str(value) for name, value in known.items()}
+    command = [sys.executable, "-m", "service"]
+    with subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if b"http://127.0.0.1:" in line:
+                yield line.decode().split("running on ")[1].split(" ")[0], process
+                break
+        process.kill()
+
+
+def test_news_arrive_while_they_happen_and_a_shutdown_ends_the_stream(api: tuple[str, subprocess.Popen[bytes]], sessions: Sessions) -> None:
+    url, process = api
+    job_id = create(sessions).id
+    with (
+        httpx.Client(base_url=url, timeout=10, trust_env=False) as client,
+        client.stream("GET", f"/jobs/{job_id}/events", headers=STREAM) as stream,
+    ):
+        lines = stream.iter_lines()
+        events = parse(lines)
+        assert [next(events)[0] for _ in range(2)] == ["created", "queued"]
+        refused = client.get(f"/jobs/{job_id}/log", headers=STREAM)
+        assert (refused.status_code, refused.json()["type"]) == (503, "urn:cliprd:problem:too-many-streams")
+        assert client.get(f"/jobs/{job_id}/log").status_code == 200
+        claim(sessions, job_id)
+        assert next(events)[0] == "claimed"
+        assert next(lines).startswith(": ping"), "a heartbeat"
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert list(events) == []
+        assert process.wait(15) in (0, -signal.SIGTERM)
+        assert time.monotonic() - started < 10, "it did not wait for the stream's client"
+
+
+def test_a_stream_that_is_left_makes_room(api: tuple[str, subprocess.Popen[bytes]], sessions: Sessions) -> None:
+    url, _ = api
+    path = f"/jobs/{create(sessions).id}/events"
+    with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
+        for _ in range(3):
+            deadline = time.monotonic() + 10
+            while True:
+                with client.stream("GET", path, headers=STREAM) as stream:
+                    if stream.status_code == 200:
+                        assert next(parse(stream.iter_lines()))[0] == "created"
+                        break
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+def test_the_reference_describes_the_streams(settings: Settings) -> None:
+    paths = create_app(settings).openapi()["paths"]
+    for path in ("/jobs/{job_id}/events", "/jobs/{job_id}/log", "/jobs/{job_id}/metrics/stream"):
+        responses = paths[path]["get"]["responses"]
+        assert "text/event-stream" in responses["200"]["content"]
+        assert {"204", "404", "503"} <= set(responses)
