@@ -20,7 +20,7 @@ from service.store.metrics import record_evaluations, record_metrics
 from service.store.models import ArtifactKind
 from tests.store_helpers import claim, create, evaluated, finish, measured, write_table
 
-EXAMPLES_PER_OPERATION = 12
+EXAMPLES_PER_OPERATION = 10
 schemathesis.checks.load_all_checks()
 WANTED = [
     not_a_server_error,
