@@ -102,7 +102,7 @@ def test_migrating_an_older_database_makes_its_rollups(sessions: Sessions, claim
         for table in ("metric_rollups", "api_keys"):
             connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("ALTER TABLE jobs DROP COLUMN num_lost"))
-        connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
     migrate(database_url)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT * FROM metric_rollups ORDER BY name, width, bucket")).all() == written
