@@ -18,9 +18,9 @@ from service.settings import Settings
 from service.store import artifacts
 from service.store.metrics import record_evaluations, record_metrics
 from service.store.models import ArtifactKind
-from tests.store_helpers import claim, create, evaluated, measured, write_table
+from tests.store_helpers import claim, create, evaluated, finish, measured, write_table
 
-EXAMPLES_PER_OPERATION = 20
+EXAMPLES_PER_OPERATION = 10
 schemathesis.checks.load_all_checks()
 WANTED = [
     not_a_server_error,
@@ -31,7 +31,7 @@ schema = schemathesis.openapi.from_dict(create_app(Settings()).openapi())
 
 @dataclass(frozen=True)
 class Running:
-    """A server with a running job, an artifact of it, and what a spec may name."""
+    """A server with a job that has succeeded, an artifact of it, and what a spec may name."""
 
     url: str
     ids: dict[str, str]
@@ -66,6 +66,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         record_evaluations(**held, records=[evaluated(10)])
         blob = services.blobs.put_file(folder / "weights")
         artifact = artifacts.register_artifact(**held, kind=ArtifactKind.MODEL, group="export", name="weights", blob=blob)
+    finish(services.sessions, claimed)  # so that streams end
     yield Running(f"http://127.0.0.1:{port}", {"job_id": claimed.job.id, "artifact_id": artifact.id})
     uvicorn_server.should_exit = True
     thread.join()
@@ -80,7 +81,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     suppress_health_check=list(HealthCheck),
 )
 def test_the_api_does_what_it_documents(server: Running, case: schemathesis.Case) -> None:
-    for name, real in server.ids.items():
+    for name, real in server.ids.items() if case.method != "DELETE" else ():
         given = str(case.path_parameters.get(name, ""))
         if name in case.path_parameters and len(given) % 2 == 0:  # the others stay as they were made up
             case.path_parameters[name] = real
