@@ -151,7 +151,7 @@ class DataSpec(SpecModel):
     )
     crop_scale: tuple[Fraction, Fraction] = Field(default=(0.9, 1.0), description="RandomResizedCrop's area range, fractions of the image.")
     teacher_views: StrictInt = Field(
-        default=4,
+        default=2,
         ge=0,
         le=10_000,
         description="Different crops of each image, which epochs take in turn: the teacher sees each once, and its features are kept"
