@@ -58,7 +58,7 @@ def open_teacher_stores(
 def _open(root: Path, key: StoreKey, spec: JobSpec, teacher: LoadedModel) -> FeatureStore:
     data = ", ".join(_name(source) for source in spec.data.train)
     try:
-        return open_store(root, key, teacher=teacher.name or "a model without a name", data=data)
+        return open_store(root, key, teacher=teacher.name or f"weights {key.teacher_sha256[:12]}", data=data)
     except (OSError, StoreInUseError) as error:
         logger.warning("the teacher's features are not kept, so it runs in every step: its store in %s cannot be used: %s", root, error)
         return _NoStore(key.width)
