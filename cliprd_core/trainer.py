@@ -2,7 +2,7 @@
 
 What is built before the first step is in `run_setup.py`. Every rank runs this code; rank 0 alone writes. A run may end at any moment, by
 SIGTERM (it saves and can be resumed) or by SIGKILL (it resumes from its newest checkpoint); on the CPU the resumed run's weights equal
-those of one never interrupted, bit for bit.
+those of one never interrupted, bit for bit (with as many threads).
 """
 
 from __future__ import annotations

@@ -53,9 +53,15 @@ def make_inputs(folder: Path) -> Inputs:
 
 
 def run_here(run: Path, spec: JobSpec) -> int:
+    """In this process, with one thread as `start` has: sums are of other bits with other numbers of threads."""
     run.mkdir(exist_ok=True)
     (run / SPEC_FILE).write_text(spec.model_dump_json())
-    return train.main([str(run / SPEC_FILE)])
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train.main([str(run / SPEC_FILE)])
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1) -> subprocess.Popen[bytes]:
