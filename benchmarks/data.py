@@ -154,7 +154,7 @@ def ours(num_data_workers: int, folder: Path, seconds: float) -> Speed:
         }
     )
     student = ModelInput(PREPROCESS, open_clip.get_tokenizer("ViT-B-32"), 77)
-    loader = build_train_loader(spec, open_sources(spec.data.train, folder / "cache"), student=student, teacher=None)
+    loader = build_train_loader(spec, open_sources(spec.data.train, folder / "cache"), student=student)
 
     def endless() -> Iterator[Any]:
         for epoch in range(10**6):
