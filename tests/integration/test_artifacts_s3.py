@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from fastapi.testclient import TestClient
-from moto.server import ThreadedMotoServer
 
 from service.app import create_app
 from service.settings import Settings
@@ -23,27 +21,11 @@ from tests.store_helpers import claim, create, local_client
 CONTENT = bytes(range(256)) * 50_000  # 12.8 MB: uploaded in parts
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def s3(s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of an empty bucket; the store finds the server as any AWS tool does."""
     monkeypatch.setattr(s3_blobs, "NUM_TRIES", 1)
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client = s3_client
     client.create_bucket(Bucket="models")
     yield client
     for one in client.list_objects_v2(Bucket="models").get("Contents", []):

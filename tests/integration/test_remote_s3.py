@@ -1,12 +1,9 @@
 """Shards in S3, against moto's server: ranges, globs, credentials, changes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from cliprd_core.data import remote
 from cliprd_core.data.errors import InvalidDataError
@@ -17,27 +14,11 @@ from tests.data_files import pair_members, write_tar
 BUCKET = "pairs"
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def s3(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def s3(s3_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of a bucket with `train/0.tar` to `2.tar`, three pairs each. The library finds it as any AWS tool does."""
     monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.0,))
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client = s3_client
     client.create_bucket(Bucket=BUCKET)
     for number in range(3):
         put(client, tmp_path, f"train/{number}.tar", range(number * 3, number * 3 + 3))
