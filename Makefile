@@ -25,7 +25,7 @@ up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000
 	$(BIN)/cliprd up
 
 test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 check: $(INSTALLED)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

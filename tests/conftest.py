@@ -5,6 +5,13 @@ The servers start once per test session, when a test first asks for them, and en
 
 from __future__ import annotations
 
+import os
+
+# Before torch loads, here and in the processes that tests start: with other numbers of threads sums are of other bits, models as small
+# as the tests' gain nothing from threads, and two test processes with a thread per core each would wait for each other all the time.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a rich console keeps for good the width that it finds when it is made
+
 import shutil
 import socket
 import subprocess

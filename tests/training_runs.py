@@ -53,15 +53,10 @@ def make_inputs(folder: Path) -> Inputs:
 
 
 def run_here(run: Path, spec: JobSpec) -> int:
-    """In this process, with one thread as `start` has: sums are of other bits with other numbers of threads."""
+    """In this process, whose number of threads is that of `start`'s."""
     run.mkdir(exist_ok=True)
     (run / SPEC_FILE).write_text(spec.model_dump_json())
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return train.main([str(run / SPEC_FILE)])
-    finally:
-        torch.set_num_threads(num_threads)
+    return train.main([str(run / SPEC_FILE)])
 
 
 def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1) -> subprocess.Popen[bytes]:
@@ -73,7 +68,7 @@ def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1)
     with (run / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [*launcher, "-m", "cliprd_core.train", str(run / SPEC_FILE)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CLIPRD_ATTEMPT": str(attempt)},
+            env={**os.environ, "CLIPRD_ATTEMPT": str(attempt)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -53,7 +53,7 @@ def test_cancelling_a_running_job_leaves_no_process(service: Service) -> None:
 
 
 def test_a_paused_job_frees_its_worker_and_the_same_run_goes_on(service: Service) -> None:
-    job_id = service.submit(epochs=30)
+    job_id = service.submit(epochs=100)
     service.wait_for_checkpoint(job_id)
     service.client.pause(job_id)
     service.wait_for(job_id, JobState.PAUSED)
@@ -62,9 +62,9 @@ def test_a_paused_job_frees_its_worker_and_the_same_run_goes_on(service: Service
     service.wait_for(other_id, JobState.SUCCEEDED)
     service.client.resume(job_id)
     job = service.wait_for(job_id, JobState.SUCCEEDED)
-    assert (job.attempt, job.result.step if job.result else None) == (2, 120)
+    assert (job.attempt, job.result.step if job.result else None) == (2, 400)
     first, second = (service.steps_of_attempt(service.run_dir(job_id), attempt) for attempt in (1, 2))
-    assert first + second == list(range(1, 121)), "it stopped right after saving and went on from there"
+    assert first + second == list(range(1, 401)), "it stopped right after saving and went on from there"
     kinds = [event.kind.value for event in service.client.events(job_id) if event.kind.value not in ("checkpoint", "evaluated")]
     assert kinds == ["created", "queued", "claimed", "started", "pausing", "paused", "resumed", "queued", "claimed", "started", "succeeded"]
     assert "step" in service.client.log(job_id)

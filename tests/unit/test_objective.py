@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,6 @@ TERMS = ("task", "fd", "icl", "hrd", "vrd", "xrd", "soft", "gd", "afd")
 STUDENT_FEATURES = ("student_image", "student_text", "student_masked_image")
 VERTICAL = ("vrd_kl", "vrd_ce_image", "vrd_ce_text")
 ONE_BLOCK, MANY_BLOCKS = 2**21, 50
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, which on a busy machine wait for each other at every operation."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def make_features(num_pairs: int, student_width: int, teacher_width: int, seed: int = 0) -> dict[str, Tensor]:

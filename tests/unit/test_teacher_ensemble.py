@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,14 +16,6 @@ NUM_PAIRS, STUDENT_WIDTH = 9, 6
 TEACHERS = [TeacherShape(6, 30.0), TeacherShape(10, 55.0), TeacherShape(4, 12.0)]
 NONE = {"task": 0.0, "fd": 0.0, "icl": 0.0, "hrd": 0.0, "vrd": 0.0, "xrd": 0.0}
 EVERYTHING = {"fd": 7.0, "vrd_kl": 0.5, "mfd": 3.0, "soft": 0.4, "gd": 0.01, "afd": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def weights(combination: TeacherCombination | str, **values: float) -> ObjectiveSpec:
