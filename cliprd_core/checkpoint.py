@@ -119,6 +119,12 @@ def latest_valid(run: Path) -> Path | None:
     return None
 
 
+def marker_digest(folder: Path) -> str | None:
+    """SHA-256 of a checkpoint's marker, which holds the hashes of all its files; None where there is no such checkpoint."""
+    marker = folder / CHECKPOINT_MARKER
+    return file_sha256(marker) if marker.is_file() else None
+
+
 def read_state(folder: Path) -> TrainingState:
     """The counters of a checkpoint."""
     return TrainingState.model_validate_json((folder / STATE_FILE).read_bytes())

@@ -19,6 +19,8 @@ _VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 def init(device: torch.device) -> None:
     """Join the process group that the launcher describes in the environment, as torchrun does; alone, do nothing.
 
+    `cliprd_core.launcher` has put SLURM's variables there under these names.
+
     Reads WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT. The backend is NCCL on CUDA and Gloo elsewhere.
 
     Args:
@@ -31,7 +33,7 @@ def init(device: torch.device) -> None:
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set; start with torchrun")
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set; start with torchrun or srun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import traceback
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _smaller_micro_batch(spec: JobSpec) -> int | None:
 def write_failure(run: Path, record: ErrorRecord) -> None:
     """Write error.json unless there is one: when one rank fails, the others fail of its absence, and the first to fail knows why."""
     path = run / ERROR_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # process ids repeat over machines
     temporary.write_text(record.model_dump_json(indent=1), encoding="utf-8")
     try:
         os.link(temporary, path)  # unlike a rename, fails where the file exists

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
-from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, latest_valid, load_checkpoint, read_state, spec_as_json
+from cliprd_core.agreement import agreed_checkpoint, check_agreement, check_run_dir_is_shared
+from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, load_checkpoint, read_state, spec_as_json
 from cliprd_core.control import ControlGroup
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
@@ -22,6 +24,7 @@ from cliprd_core.data.transforms import Normalise
 from cliprd_core.evaluation.run import check_evaluation_sets
 from cliprd_core.failures import InvalidSpecError
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
+from cliprd_core.launcher import is_first_of_machine
 from cliprd_core.metrics_log import MetricsLog, Stopwatch
 from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
 from cliprd_core.objective import Objective
@@ -130,6 +133,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     device = choose_device(spec)
     distributed.init(device)
     control = ControlGroup()
+    check_run_dir_is_shared(run_dir, control)
     student = load_student(spec.student, seed=spec.training.seed)
     teachers = [load_teacher(teacher, field) for field, teacher in spec.teacher_fields.items()]
     computed_in = autocast_type(spec.training.precision, device)
@@ -156,6 +160,8 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     optimizer = build_optimizer(module, spec.training)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.training.precision is Precision.FP16)
     current = training_state(spec, loader, scaler, teachers, step=0, attempt=attempt)
+    if distributed.world_size() > 1:
+        check_agreement(control, _identity(current, source))
     start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler), control)
     metrics = MetricsLog(
         run_dir,
@@ -197,16 +203,28 @@ def _open_pairs(spec: JobSpec, run_dir: Path, control: ControlGroup) -> tuple[Pa
     if batch_size % world_size:
         raise ValueError(f"`training.global_batch_size` ({batch_size}) must be a multiple of the {world_size} training processes")
     cache = cache_dir(run_dir)
-    if not distributed.is_main():
-        control.wait()  # rank 0 indexes the shards, the others read its index
+    # Rank 0 indexes the shards, then each machine's first process reads that index, or makes its own where caches aren't shared.
+    own_turn = 0 if distributed.is_main() else 1 if is_first_of_machine() else 2
+    for _ in range(own_turn):
+        control.wait()
     source = open_sources(spec.data.train, cache)
     validation = open_sources(spec.data.validation, cache) if spec.data.validation else None
     if distributed.is_main():
         check_evaluation_sets(spec.evaluation, cache)
+    for _ in range(own_turn, 2):
         control.wait()
     if len(source) < batch_size:
         raise ValueError(f"`training.global_batch_size` is {batch_size} but `data.train` holds {len(source)} pairs; lower it or add data")
     return source, validation
+
+
+def _identity(state: TrainingState, source: PairSource) -> dict[str, str | None]:
+    """What every process of a run must have in common."""
+    return {
+        "the spec": json.dumps(state.spec, sort_keys=True),
+        "the training pairs": source.fingerprint,
+        "the teachers' weights": ", ".join(str(sha256) for sha256 in state.teacher_sha256),
+    }
 
 
 def _mask_patch_size(student: LoadedModel) -> int:
@@ -230,7 +248,7 @@ def _build_objective(spec: JobSpec, student: LoadedModel, teachers: Sequence[Loa
 
 def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control: ControlGroup) -> int:
     """Load the newest valid checkpoint, as found by rank 0; returns the step to go on from, 0 without one."""
-    folder = control.broadcast(latest_valid(run_dir) if distributed.is_main() else None)
+    folder = agreed_checkpoint(run_dir, control)
     if folder is None:
         return 0
     saved = read_state(folder)

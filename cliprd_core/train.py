@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from cliprd_core.failures import describe_failure, write_failure
+from cliprd_core.launcher import adopt_launcher_environment
 from cliprd_core.run_dir import ERROR_FILE, EXIT_CODE_STOPPED, RESULT_FILE
 from cliprd_core.spec import JobSpec
 from cliprd_core.stopping import StopRequest, die_with_parent_if_asked
@@ -27,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no file {given.spec}")
     die_with_parent_if_asked()
     stop = StopRequest().listen()
+    try:
+        adopt_launcher_environment()
+    except ValueError as error:
+        parser.error(str(error))
     run_dir: Path = (given.run_dir or given.spec.parent).resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
     is_main = os.environ.get("RANK", "0") == "0"

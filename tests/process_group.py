@@ -27,7 +27,8 @@ def join_group(rank: int, num_processes: int, port: int) -> None:
     distributed.init(torch.device("cpu"))
 
 
-def run_processes(check: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_processes(check: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    """`check(rank, num_processes, port, *arguments)` in each process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(["torch", "cliprd_core.objective"])  # imports take longer than the checks
-    mp.start_processes(check, args=(num_processes, free_port()), nprocs=num_processes, start_method="forkserver")
+    mp.start_processes(check, args=(num_processes, free_port(), *arguments), nprocs=num_processes, start_method="forkserver")
