@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cliprd_core import losses
 from cliprd_core.objective import INITIAL_SCALE, ObjectiveOutput
-from cliprd_core.spec import ObjectiveSpec
+from cliprd_core.objective_spec import ObjectiveSpec
 
 
 class DenseObjective(nn.Module):

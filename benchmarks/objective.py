@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cliprd_core import losses
 from cliprd_core.objective import INITIAL_SCALE, MAX_BLOCK_ELEMENTS, Objective
-from cliprd_core.spec import ObjectiveSpec
+from cliprd_core.objective_spec import ObjectiveSpec
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 NUM_DENSE_MATRICES = 28  # roughly, at the dense peak: 26 similarity-sized float32 tensors alive, 32 by resident memory at B = 4,096

@@ -28,9 +28,10 @@ from cliprd_core.data.transforms import Normalise
 from cliprd_core.losses import unit_rows
 from cliprd_core.models import LoadedModel, load_student
 from cliprd_core.objective import Objective
+from cliprd_core.objective_spec import ObjectiveSpec
 from cliprd_core.optim import build_optimizer
 from cliprd_core.precision import autocast_type
-from cliprd_core.spec import ObjectiveSpec, Precision, StudentSpec, TrainingSpec
+from cliprd_core.spec import Precision, StudentSpec, TrainingSpec
 from cliprd_core.step_module import StudentWithObjective, WholeBatch
 from cliprd_core.teacher_features import TeacherFeatures
 

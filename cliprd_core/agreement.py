@@ -35,8 +35,7 @@ def check_agreement(control: ControlGroup, seen: Mapping[str, str | None]) -> No
                     f" {main_host}; give every machine the same spec, data and models, and one run directory that all of them share"
                 )
                 break
-    if (told := control.broadcast(complaint)) is not None:
-        raise ValueError(told)
+    _raise_everywhere(complaint, control)
 
 
 def check_run_dir_is_shared(run_dir: Path, control: ControlGroup) -> None:
@@ -62,8 +61,7 @@ def check_run_dir_is_shared(run_dir: Path, control: ControlGroup) -> None:
                 f"the run directory {run_dir} of rank 0 on {socket.gethostname()} is not the one that {', '.join(missing)} sees;"
                 " all machines of a run need one shared folder for it (NFS, Lustre, a ReadWriteMany volume), or a restart could not resume"
             )
-    if (told := control.broadcast(complaint)) is not None:
-        raise ValueError(told)
+    _raise_everywhere(complaint, control)
 
 
 def agreed_checkpoint(run_dir: Path, control: ControlGroup) -> Path | None:
@@ -79,3 +77,9 @@ def agreed_checkpoint(run_dir: Path, control: ControlGroup) -> Path | None:
     folder = checkpoint_dir(run_dir, int(name.removeprefix("step-")))
     check_agreement(control, {f"the checkpoint {name}": marker_digest(folder)})
     return folder
+
+
+def _raise_everywhere(complaint: str | None, control: ControlGroup) -> None:
+    """What rank 0 found wrong, as a ValueError on every rank; None: nothing."""
+    if (told := control.broadcast(complaint)) is not None:
+        raise ValueError(told)

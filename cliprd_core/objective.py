@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from cliprd_core.distributed import all_reduce_sum, gather_row_counts, gather_with_grad, rank, world_size
 from cliprd_core.losses import compute_dtype, unit_rows
 from cliprd_core.objective_blocks import blocked_objective
+from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode
 from cliprd_core.objective_terms import PARTS, Inputs, Settings
-from cliprd_core.spec import ObjectiveSpec, ScaleMode
 
 INITIAL_SCALE = math.log(1 / 0.07)
 """Start of the parameters of the cross, image and text scales. By default they are used as they are: the published numbers were

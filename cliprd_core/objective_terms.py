@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cliprd_core.spec import ObjectiveSpec
+from cliprd_core.objective_spec import ObjectiveSpec
 
 PARTS = tuple(ObjectiveSpec().part_weights)
 """The terms, with vrd's three apart, in the order of :func:`blocked_objective`'s values."""

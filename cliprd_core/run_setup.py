@@ -152,11 +152,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     check_schedule(spec.training, num_steps)
 
     objective = _build_objective(spec, student, teachers)
-    module = StudentWithObjective(
-        student.model, objective, computed_in, _mask_patch_size(student), prepare=Normalise(student.preprocess)
-    ).to(device)
-    if distributed.world_size() > 1:
-        _freeze_unused(student, device)
+    module = _build_module(student, objective, computed_in, device)
     optimizer = build_optimizer(module, spec.training)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.training.precision is Precision.FP16)
     current = training_state(spec, loader, scaler, teachers, step=0, attempt=attempt)
@@ -244,6 +240,17 @@ def _build_objective(spec: JobSpec, student: LoadedModel, teachers: Sequence[Loa
             student_width=student.embed_dim,
             teachers=[TeacherShape(one.embed_dim, float(one.model.logit_scale.detach().exp())) for one in teachers],
         )
+
+
+def _build_module(
+    student: LoadedModel, objective: Objective | TeacherEnsemble, computed_in: torch.dtype | None, device: torch.device
+) -> StudentWithObjective:
+    """Student and objective on `device`, with nothing left to train that the features don't depend on."""
+    prepare = Normalise(student.preprocess)
+    module = StudentWithObjective(student.model, objective, computed_in, _mask_patch_size(student), prepare=prepare).to(device)
+    if distributed.world_size() > 1:
+        _freeze_unused(student, device)
+    return module
 
 
 def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control: ControlGroup) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cliprd_core.losses import compute_dtype, unit_rows
 from cliprd_core.objective import Objective, ObjectiveOutput
-from cliprd_core.spec import ObjectiveSpec, TeacherCombination
+from cliprd_core.objective_spec import ObjectiveSpec, TeacherCombination
 
 _WEIGHTS_OF_TEACHERS = ("fd", "icl", "hrd", "vrd", "xrd", "mfd", "soft", "gd", "afd", "vrd_kl", "vrd_ce_image", "vrd_ce_text")
 

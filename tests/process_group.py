@@ -7,7 +7,6 @@ import os
 import socket
 from typing import Any
 
-import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -22,13 +21,11 @@ def free_port() -> int:
 
 
 def join_group(rank: int, num_processes: int, port: int) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init(torch.device("cpu"))
 
 
-def run_processes(check: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+def run_processes(check: Any, num_processes: int, *arguments: Any) -> None:
     """`check(rank, num_processes, port, *arguments)` in each process."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(["torch", "cliprd_core.objective"])  # imports take longer than the checks
     mp.start_processes(check, args=(num_processes, free_port(), *arguments), nprocs=num_processes, start_method="forkserver")

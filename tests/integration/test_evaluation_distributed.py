@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,9 +44,9 @@ def check_shared_evaluation(rank: int, num_processes: int, port: int, folder: st
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_processes_share_an_evaluation(num_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_an_evaluation(num_processes: int, tmp_path: Path) -> None:
     write_classification(tmp_path / "many", [number * 7 % 6 for number in range(23)])
     write_classification(tmp_path / "few", [1, 4])
     names = ("red", "green", "blue", "grey", "cyan", "pink")
     write_retrieval(tmp_path / "captions", [(number % len(COLOURS), names[number % 6]) for number in range(11)])
-    run_processes(partial(check_shared_evaluation, folder=str(tmp_path)), num_processes, monkeypatch)
+    run_processes(check_shared_evaluation, num_processes, str(tmp_path))

@@ -16,9 +16,10 @@ from cliprd_core import distributed
 from cliprd_core import losses as losses_by_equation
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
 from cliprd_core.objective import Objective
+from cliprd_core.objective_spec import ObjectiveSpec
 from cliprd_core.run_dir import EXIT_CODE_STOPPED
 from cliprd_core.run_setup import prepare_run
-from cliprd_core.spec import JobSpec, ObjectiveSpec
+from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import WholeBatch
 from cliprd_core.trainer import train_step
 from tests.integration.test_training import TIMEOUT_SECONDS, assert_same_weights, losses, metrics, run_here, start, wait_for_step
@@ -174,5 +175,5 @@ def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_two_processes_exchange_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_processes(check_one_exchange, 2, monkeypatch)
+def test_two_processes_exchange_gradients_once() -> None:
+    run_processes(check_one_exchange, 2)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
 from cliprd_core.objective import Objective, ObjectiveOutput
-from cliprd_core.spec import ObjectiveSpec, ScaleMode
+from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode
 from tests.process_group import join_group, run_processes
 from tests.unit import numpy_objective as oracle
 from tests.unit.test_objective import STUDENT_FEATURES, Problem, problems, run_problem
@@ -187,24 +187,24 @@ def check_collectives(rank: int, num_processes: int, port: int) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
-def test_equals_one_process_on_the_whole_batch(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_processes(check_objective, num_processes, monkeypatch)
+def test_equals_one_process_on_the_whole_batch(num_processes: int) -> None:
+    run_processes(check_objective, num_processes)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_random_problems_equal_numpy_and_one_process(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_processes(check_properties, num_processes, monkeypatch)
+def test_random_problems_equal_numpy_and_one_process(num_processes: int) -> None:
+    run_processes(check_properties, num_processes)
 
 
 @pytest.mark.timeout(120)
-def test_feature_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_processes(check_feature_gradients, 3, monkeypatch)
+def test_feature_gradients() -> None:
+    run_processes(check_feature_gradients, 3)
 
 
 @pytest.mark.timeout(120)
-def test_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_processes(check_collectives, 3, monkeypatch)
+def test_collectives() -> None:
+    run_processes(check_collectives, 3)
 
 
 def test_alone_everything_works_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

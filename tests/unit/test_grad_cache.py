@@ -14,7 +14,8 @@ from cliprd_core import grad_cache
 from cliprd_core.grad_cache import FeatureEncoder, GradCache, encode_in_micro_batches, micro_batches
 from cliprd_core.models import load_student
 from cliprd_core.objective import Objective
-from cliprd_core.spec import ObjectiveSpec, StudentSpec, TrainingSpec
+from cliprd_core.objective_spec import ObjectiveSpec
+from cliprd_core.spec import StudentSpec, TrainingSpec
 from cliprd_core.step_module import Passes, StepLosses, StudentWithObjective, WholeBatch
 from tests.tiny import CONTEXT_LENGTH, MODEL_IMAGE_SIZE, tiny_config
 

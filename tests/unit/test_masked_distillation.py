@@ -9,8 +9,8 @@ from torch import nn
 
 from cliprd_core import losses
 from cliprd_core.objective import Objective
+from cliprd_core.objective_spec import ObjectiveSpec
 from cliprd_core.run_dir import METRICS_FILE, MetricsRecord, read_records
-from cliprd_core.spec import ObjectiveSpec
 from cliprd_core.step_module import WholeBatch, mask_patches
 from cliprd_core.stopping import StopRequest
 from cliprd_core.trainer import Outcome, train

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from cliprd_core import losses
 from cliprd_core import objective as objective_module
 from cliprd_core.objective import Objective, ObjectiveOutput
+from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode
 from cliprd_core.objective_terms import Similarity
-from cliprd_core.spec import ObjectiveSpec, ScaleMode
 from tests.unit import numpy_objective as oracle
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))

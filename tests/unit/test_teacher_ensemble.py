@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cliprd_core.losses import unit_rows
 from cliprd_core.objective import Objective, ObjectiveOutput
-from cliprd_core.spec import ObjectiveSpec, TeacherCombination
+from cliprd_core.objective_spec import ObjectiveSpec, TeacherCombination
 from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
 
 NUM_PAIRS, STUDENT_WIDTH = 9, 6
