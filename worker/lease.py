@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
+
+from worker.lease_guard import now
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +24,28 @@ class LeaseKeeper:
     Args:
         renew: Renews the lease in the store; False if it is not ours any more. Any exception means the store is out of reach.
         on_lost: Called once, from the watching thread, when the lease is lost.
+        on_renewed: Called after each renewal with the moment from which the lease counts again, as `lease_guard.now` says.
         lease_seconds: How long the lease lasts without renewal. It is taken to be fresh now.
         heartbeat_seconds: Pause between renewals.
     """
 
-    def __init__(self, renew: Callable[[], bool], on_lost: Callable[[], None], *, lease_seconds: float, heartbeat_seconds: float) -> None:
+    def __init__(
+        self,
+        renew: Callable[[], bool],
+        on_lost: Callable[[], None],
+        *,
+        lease_seconds: float,
+        heartbeat_seconds: float,
+        on_renewed: Callable[[float], None] = lambda _: None,
+    ) -> None:
         assert heartbeat_seconds < lease_seconds, "a lease must outlive the pause between its renewals"
         self._renew = renew
         self._on_lost = on_lost
+        self._on_renewed = on_renewed
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._is_taken = threading.Event()
-        self._renewed_at = time.monotonic()
+        self._renewed_at = now()
         self._done = threading.Event()
         self._threads = [threading.Thread(target=target, name="lease", daemon=True) for target in (self._keep, self._watch)]
 
@@ -51,12 +62,12 @@ class LeaseKeeper:
 
     @property
     def is_lost(self) -> bool:
-        return self._is_taken.is_set() or time.monotonic() - self._renewed_at > self._lease_seconds
+        return self._is_taken.is_set() or now() - self._renewed_at > self._lease_seconds
 
     def _keep(self) -> None:
         pause = self._heartbeat_seconds
         while not self._done.wait(pause) and not self.is_lost:
-            started = time.monotonic()  # the store counts from later, so this errs on the safe side
+            started = now()  # the store counts from later, so this errs on the safe side
             try:
                 is_ours = self._renew()
             except Exception as error:
@@ -68,9 +79,10 @@ class LeaseKeeper:
                 self._is_taken.set()
                 return
             self._renewed_at = started
+            self._on_renewed(started)
 
     def _watch(self) -> None:
         while not self.is_lost:
-            self._is_taken.wait(max(0.0, self._renewed_at + self._lease_seconds - time.monotonic()) + 0.001)
+            self._is_taken.wait(max(0.0, self._renewed_at + self._lease_seconds - now()) + 0.001)
         if not self._done.is_set():
             self._on_lost()

@@ -1,8 +1,4 @@
-"""One training run as operating-system processes: start torchrun, stop it politely, kill all of it, say how it ended.
-
-torchrun gives every training process a session of its own, and those start data loaders, so no process group holds the whole run.
-Each process of a run therefore carries a cookie in its environment, and `kill` goes by that (Linux: /proc/PID/environ).
-"""
+"""One training run as operating-system processes: start torchrun, stop it politely, kill all of it, say how it ended."""
 
 from __future__ import annotations
 
@@ -10,23 +6,20 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cliprd_core.run_dir import ATTEMPT_VARIABLE, EXIT_CODE_STOPPED, LOG_FILE, SPEC_FILE
 from service.die_with_parent import LAUNCHER, wrap
+from worker.run_cookie import COOKIE_VARIABLE, kill_processes, new_cookie
 
 logger = logging.getLogger(__name__)
 
-COOKIE_VARIABLE = "CLIPRD_RUN_COOKIE"
 DIE_WITH_PARENT_VARIABLE = "CLIPRD_DIE_WITH_PARENT"
-KILL_TIMEOUT_SECONDS = 10.0  # a killed process that is still there then hangs in the kernel
 MAX_TAIL_BYTES = 64 * 1024
 MAX_TAIL_LINES = 60
 
@@ -68,11 +61,18 @@ class ExitReport:
 
 
 class TrainingProcess:
-    """torchrun and everything below it. Create it in a thread that outlives it (see `die_with_parent`)."""
+    """torchrun and everything below it. Create it in a thread that outlives it (see `die_with_parent`).
 
-    def __init__(self, run: Path, command: list[str], environment: dict[str, str]) -> None:
+    Args:
+        run: The run directory.
+        command: What to start.
+        environment: All of its environment, but for the cookie.
+        cookie: Of this run alone (see `run_cookie`); a new one by default.
+    """
+
+    def __init__(self, run: Path, command: list[str], environment: dict[str, str], cookie: str | None = None) -> None:
         self._run = run
-        self._cookie = secrets.token_hex(16)
+        self._cookie = cookie or new_cookie()
         self._log_path = run / LOG_FILE
         with self._log_path.open("ab") as log:
             self._log_start = log.tell()
@@ -95,10 +95,11 @@ class TrainingProcess:
         grace_seconds: float,
         trainer: Sequence[str],
         environment: Mapping[str, str],
+        cookie: str | None = None,
     ) -> TrainingProcess:
         """Start `trainer` (`-m MODULE` or a script) on the spec in `run`, one process per device, with `environment` on top."""
         command = torchrun_command(num_processes, grace_seconds, [*trainer, str(run / SPEC_FILE)])
-        return cls(run, command, trainer_environment(attempt, num_processes) | dict(environment))
+        return cls(run, command, trainer_environment(attempt, num_processes) | dict(environment), cookie)
 
     @property
     def pid(self) -> int:
@@ -114,20 +115,11 @@ class TrainingProcess:
 
     def kill(self) -> None:
         """SIGKILL every process of the run, in whatever session, and wait until none is left."""
-        deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
-        while True:
-            if self.is_running():
-                self._popen.kill()
-            survivors = list(processes_with_cookie(self._cookie))
-            for pid in survivors:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if not survivors and not self.is_running():
-                return
-            if time.monotonic() > deadline:
-                logger.error("processes %s of the run in %s survive SIGKILL; they hang in the kernel", survivors, self._run)
-                return
-            time.sleep(0.02)
+        if self.is_running():
+            self._popen.kill()  # before it has its cookie, too
+        survivors = kill_processes(self._cookie, lambda: not self.is_running())
+        if survivors:
+            logger.error("processes %s of the run in %s survive SIGKILL; they hang in the kernel", survivors, self._run)
 
     def wait(self, timeout_seconds: float) -> bool:
         """Wait for torchrun; True if it ended in time."""
@@ -150,13 +142,3 @@ class TrainingProcess:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - MAX_TAIL_BYTES))
             return log.read().decode(errors="replace")
-
-
-def processes_with_cookie(cookie: str) -> Iterator[int]:
-    """Ids of live processes that carry the cookie in their environment."""
-    wanted = f"{COOKIE_VARIABLE}={cookie}".encode()
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-                if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    yield int(folder.name)

@@ -31,18 +31,20 @@ from service.store.jobs import LeaseLostError, Outcome, QueuedJob
 from worker.files import TEACHERS_DIR, TeacherGoneError, restore_checkpoint, with_fetched_teachers
 from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.lease import LeaseKeeper
+from worker.lease_guard import LeaseGuard
 from worker.mirror import CheckpointMirror
 from worker.outcome import StopCause, decide
 from worker.process import TrainingProcess
 from worker.pump import LogPump, RecordPump
+from worker.run_cookie import new_cookie
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 REQUEST_POLL_SECONDS = 1.0
 
-Launch = Callable[[Path, HeldJob], TrainingProcess]
-"""Starts the training processes of a prepared run directory."""
+Launch = Callable[[Path, HeldJob, str], TrainingProcess]
+"""Starts the training processes of a prepared run directory, with the given cookie."""
 
 
 class Supervisor:
@@ -61,6 +63,7 @@ class Supervisor:
         self._should_stop = should_stop
         self._launch = launch
         self._run = (settings.runs_root / job.id).resolve()
+        self._cookie = new_cookie()
         self._process: TrainingProcess | None = None
         self._mirror = CheckpointMirror(job, self._run, settings.mirrored_checkpoints)
         self._pumps: list[RecordPump[MetricsRecord] | RecordPump[EvaluationRecord]] = [
@@ -78,10 +81,11 @@ class Supervisor:
             Jobs that are to be sent to the broker now: those that waited for this one, or this one if it was given back.
         """
         times = {"lease_seconds": self._settings.lease_seconds, "heartbeat_seconds": self._settings.heartbeat_seconds}
-        keeper = LeaseKeeper(lambda: self._job.renew().held, self._kill, **times)
+        guard = LeaseGuard(self._cookie, self._settings.lease_seconds)
+        keeper = LeaseKeeper(lambda: self._job.renew().held, self._kill, **times, on_renewed=guard.renewed)
         self._job.is_lost = lambda: keeper.is_lost
         try:
-            with keeper:
+            with guard, keeper:
                 return self._attempt(keeper)
         except LeaseLostError:
             logger.warning("job %s: attempt %d lost its lease and is stopped", self._job.id, self._job.attempt)
@@ -114,7 +118,7 @@ class Supervisor:
         self._evict_teacher_stores()
         if keeper.is_lost:
             raise LeaseLostError(self._job.id)
-        self._process = self._launch(self._run, self._job)
+        self._process = self._launch(self._run, self._job, self._cookie)
         logger.info("job %s: attempt %d runs as process %d in %s", self._job.id, self._job.attempt, self._process.pid, self._run)
         self._job.mark_started()
         cause = self._supervise(keeper, self._process)

@@ -21,7 +21,7 @@ from service.store.session import make_engine, make_sessions
 from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.process import TrainingProcess
 from worker.settings import WorkerSettings
-from worker.supervisor import Supervisor
+from worker.supervisor import Launch, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ def refuse(sessions: sessionmaker[Session], claim: Claim, error: ValidationError
         return finish_job(session=session, job_id=claim.job.id, lease_token=claim.lease_token, outcome=record)
 
 
-def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProcess]:
+def launcher(settings: WorkerSettings) -> Launch:
     """Starts torchrun as the settings say."""
 
-    def launch(run: Path, job: HeldJob) -> TrainingProcess:
+    def launch(run: Path, job: HeldJob, cookie: str) -> TrainingProcess:
         return TrainingProcess.start(
             run,
             attempt=job.attempt,
@@ -78,6 +78,7 @@ def launcher(settings: WorkerSettings) -> Callable[[Path, HeldJob], TrainingProc
             grace_seconds=settings.grace_seconds,
             trainer=shlex.split(settings.trainer),
             environment={**settings.trainer_environment, **settings.locations_of(run).environment()},
+            cookie=cookie,
         )
 
     return launch

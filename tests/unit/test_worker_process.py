@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from service.die_with_parent import wrap
-from worker.process import COOKIE_VARIABLE, TrainingProcess, processes_with_cookie, torchrun_command, trainer_environment
+from worker.process import TrainingProcess, torchrun_command, trainer_environment
+from worker.run_cookie import COOKIE_VARIABLE, processes_with_cookie
 from worker.settings import WorkerSettings
 
 START_TREE = """

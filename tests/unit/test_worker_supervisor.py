@@ -91,9 +91,9 @@ class Bench:
         return HeldJob(claim, self.sessions, self.blobs, lease_seconds=lease_seconds)
 
     def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
-        def launch(run: Path, job: HeldJob) -> TrainingProcess:
+        def launch(run: Path, job: HeldJob, cookie: str) -> TrainingProcess:
             command = [sys.executable, str(FAKE_TRAINER), str(run / "spec.json")]
-            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1))
+            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1), cookie)
             return self.process
 
         return Supervisor(job, settings or self.settings, self.stop.is_set, launch)

@@ -1,0 +1,129 @@
+"""The guard of a lease: a run ends with its lease and with its worker, whatever state the worker is in."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from worker.lease import LeaseKeeper
+from worker.lease_guard import LeaseGuard, now
+from worker.run_cookie import COOKIE_VARIABLE, new_cookie, processes_with_cookie
+
+WORKER = """
+import os, subprocess, sys, time
+from worker.lease_guard import LeaseGuard
+from worker.run_cookie import COOKIE_VARIABLE
+with LeaseGuard(sys.argv[1], float(sys.argv[2])):
+    environment = {**os.environ, COOKIE_VARIABLE: sys.argv[1]}
+    print(subprocess.Popen(["sleep", "120"], env=environment, start_new_session=True).pid, flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def cookie() -> Iterator[str]:
+    made = new_cookie()
+    yield made
+    for pid in processes_with_cookie(made):
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def worker(cookie: str, lease_seconds: float) -> Iterator[tuple[psutil.Process, psutil.Process]]:
+    """A worker that never renews, and its training process."""
+    command = [sys.executable, "-c", WORKER, cookie, str(lease_seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        assert process.stdout is not None
+        try:
+            yield psutil.Process(process.pid), psutil.Process(int(process.stdout.readline()))
+        finally:
+            process.kill()
+
+
+def ends_within(process: psutil.Process, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@contextmanager
+def trainer(cookie: str) -> Iterator[psutil.Process]:
+    with subprocess.Popen(["sleep", "120"], env={**os.environ, COOKIE_VARIABLE: cookie}) as process:
+        try:
+            yield psutil.Process(process.pid)
+        finally:
+            process.kill()
+
+
+def guards() -> list[psutil.Process]:
+    """Those of this process that live."""
+    living = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "worker.lease_guard" in child.cmdline()]
+
+
+def test_a_stopped_workers_run_ends_with_its_lease(cookie: str) -> None:
+    with worker(cookie, 2.0) as (stopped, training):
+        stopped.suspend()
+        assert not ends_within(training, 0.5), "the lease still holds"
+        assert ends_within(training, 10)
+        assert stopped.status() == psutil.STATUS_STOPPED, "it had no part in this"
+
+
+def test_a_killed_workers_run_ends_at_once(cookie: str) -> None:
+    with worker(cookie, 3600.0) as (killed, training):
+        killed.kill()
+        assert ends_within(training, 10)
+
+
+def test_renewals_keep_the_run_past_the_lease_and_leaving_ends_it(cookie: str) -> None:
+    guard = LeaseGuard(cookie, 0.6)
+    renewals = []
+
+    def on_renewed(at: float) -> None:
+        renewals.append(at)
+        guard.renewed(at)
+
+    keeper = LeaseKeeper(lambda: True, lambda: None, lease_seconds=0.6, heartbeat_seconds=0.1, on_renewed=on_renewed)
+    with trainer(cookie) as training:
+        with guard, keeper:
+            assert not ends_within(training, 1.8)
+        assert len(renewals) > 3
+        assert ends_within(training, 5)
+
+
+def test_a_renewal_counts_from_its_own_moment_not_from_its_arrival(cookie: str) -> None:
+    with trainer(cookie) as training, LeaseGuard(cookie, 2.0) as guard:
+        started = now()
+        while not ends_within(training, 0.05):
+            guard.renewed(started - 1.0)
+            assert now() - started < 10
+
+
+def test_a_guard_ignores_polite_signals_and_is_replaced_when_killed(cookie: str) -> None:
+    with trainer(cookie) as training, LeaseGuard(cookie, 3.0) as guard:
+        (first,) = guards()
+        while not _ignores_sigterm(first.pid):
+            time.sleep(0.02)
+        first.terminate()
+        assert not ends_within(first, 0.3)
+        first.kill()
+        assert ends_within(first, 5)
+        while not guards():  # a write into a broken pipe may go through once
+            guard.renewed(now())
+            time.sleep(0.02)
+        assert ends_within(training, 10), "the second guard is in charge"
+
+
+def _ignores_sigterm(pid: int) -> bool:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:")]
+    return bool(int(line.split()[1], 16) & 1 << (signal.SIGTERM - 1))

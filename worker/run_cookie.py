@@ -1,0 +1,55 @@
+"""Finding and killing every process of a run, whatever its session or parent. Standard library only: the lease guard must start at once.
+
+torchrun gives every training process a session of its own, and those start data loaders, so no process group holds the whole run.
+Each process of a run therefore carries a cookie in its environment, and what kills a run goes by that (Linux: /proc/PID/environ).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+COOKIE_VARIABLE = "CLIPRD_RUN_COOKIE"
+KILL_TIMEOUT_SECONDS = 10.0  # a killed process that is still there then hangs in the kernel
+
+
+def new_cookie() -> str:
+    return secrets.token_hex(16)
+
+
+def processes_with_cookie(cookie: str) -> Iterator[int]:
+    """Ids of live processes that carry the cookie in their environment."""
+    wanted = f"{COOKIE_VARIABLE}={cookie}".encode()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    yield int(folder.name)
+
+
+def kill_processes(cookie: str, reap: Callable[[], bool] = lambda: True) -> list[int]:
+    """SIGKILL all processes with the cookie, and those they start meanwhile, until none is left.
+
+    Args:
+        cookie: The run's.
+        reap: Collects the caller's own child, if it has one among them; True once that has ended.
+
+    Returns:
+        Those that survive after KILL_TIMEOUT_SECONDS, since they hang in the kernel; mostly none.
+    """
+    deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
+    while True:
+        survivors = list(processes_with_cookie(cookie))
+        for pid in survivors:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if reap() and not survivors:
+            return []
+        if time.monotonic() > deadline:
+            return survivors
+        time.sleep(0.02)
