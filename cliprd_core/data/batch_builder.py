@@ -91,6 +91,13 @@ class BatchBuilder:
         self._student_tokens = TokenCache(student, len(source))
         self._teacher_tokens = [None if same_tokens(student, teacher) else TokenCache(teacher, len(source)) for teacher in teachers]
 
+    @property
+    def bytes_per_pair(self) -> int:
+        """What one pair takes in a batch at most, stored features aside."""
+        pixels = sum(3 * crop.size**2 for crop in self._crops)
+        tokens = sum(8 * model_input.context_length for model_input in (self._student, *self._teachers))
+        return pixels + tokens
+
     def build(self, request: BatchRequest) -> BuiltBatch:
         """Read and prepare the pairs of one process's share of a step.
 

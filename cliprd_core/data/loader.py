@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import warnings
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cliprd_core.data.batch import Batch, FeatureReader, ModelInput
 from cliprd_core.data.batch_builder import BatchBuilder, BuiltBatch
+from cliprd_core.data.batch_slots import BatchSlots, PackedBatch
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader_process import ChildInit, stop_signals_held
 from cliprd_core.data.plan import BatchRequest, Plan
@@ -21,6 +23,9 @@ from cliprd_core.data.sources import PairSource
 from cliprd_core.spec import Device, JobSpec
 
 log = logging.getLogger(__name__)
+
+PREFETCH_FACTOR = 2
+"""Batches that each loader process is ahead."""
 
 Position = tuple[int, int]
 """(epoch, step within it)"""
@@ -74,15 +79,18 @@ class TrainLoader:
 
     def __init__(self, builder: BatchBuilder, plan: Plan, *, num_data_workers: int, pin_memory: bool = False) -> None:
         self._plan = plan
-        self._requests = _Requests(plan)
+        # One batch more than are on their way: the next is asked for before the one that came is unpacked.
+        slots = BatchSlots(PREFETCH_FACTOR * num_data_workers + 1, plan.batch_size * builder.bytes_per_pair) if num_data_workers else None
+        self._requests = _Requests(plan, slots.num_slots if slots else 1)
         self._corrupt: set[int] = set()
         self._next: Position | None = None  # where the running stream stands
-        self._stream: Iterator[BuiltBatch | InvalidDataError] | None = None
+        self._stream: Iterator[PackedBatch | BuiltBatch | InvalidDataError] | None = None
         self._loader: DataLoader[Any] | None = DataLoader(
-            _Steps(builder),
+            _Steps(builder, slots),
             batch_size=None,  # a request is a batch already
             sampler=self._requests,
             num_workers=num_data_workers,
+            prefetch_factor=PREFETCH_FACTOR if num_data_workers else None,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
             worker_init_fn=ChildInit(os.getpid()),
@@ -143,6 +151,8 @@ class TrainLoader:
         built = next(self._stream)
         if isinstance(built, InvalidDataError):
             raise built
+        if isinstance(built, PackedBatch):  # not where torch's pinning thread has opened it
+            built = BatchSlots.unpack(built)
         self._next = self._requests.after(position)
         return built
 
@@ -157,17 +167,18 @@ class TrainLoader:
         atexit.register(self.close)
 
 
-class _Requests(Sampler[BatchRequest]):
-    """Every step from `start` on, epoch after epoch, without end."""
+class _Requests(Sampler[tuple[int, BatchRequest]]):
+    """Every step from `start` on, epoch after epoch, without end, and the slot for its batch: all in turn."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, num_slots: int) -> None:
         self._plan = plan
+        self._num_slots = num_slots
         self.start: Position = (0, 0)
 
-    def __iter__(self) -> Iterator[BatchRequest]:
+    def __iter__(self) -> Iterator[tuple[int, BatchRequest]]:
         position = self.start
-        while True:
-            yield self._plan.request(*position)
+        for number in itertools.count():
+            yield number % self._num_slots, self._plan.request(*position)
             position = self.after(position)
 
     def after(self, position: Position) -> Position:
@@ -175,17 +186,20 @@ class _Requests(Sampler[BatchRequest]):
         return (epoch, step + 1) if step + 1 < self._plan.num_steps_per_epoch else (epoch + 1, 0)
 
 
-class _Steps(Dataset[BuiltBatch | InvalidDataError]):
-    """What the loader processes hold."""
+class _Steps(Dataset[PackedBatch | BuiltBatch | InvalidDataError]):
+    """What the loader processes hold. Without slots it is the trainer's own process that builds."""
 
-    def __init__(self, builder: BatchBuilder) -> None:
+    def __init__(self, builder: BatchBuilder, slots: BatchSlots | None) -> None:
         self._builder = builder
+        self._slots = slots
 
-    def __getitem__(self, request: BatchRequest) -> BuiltBatch | InvalidDataError:
+    def __getitem__(self, request: tuple[int, BatchRequest]) -> PackedBatch | BuiltBatch | InvalidDataError:
+        slot, step = request
         try:
-            return self._builder.build(request)
+            built = self._builder.build(step)
         except InvalidDataError as error:
             return error  # raised by the trainer's side; DataLoader would wrap the message in a traceback
+        return built if self._slots is None else self._slots.pack(built, slot)
 
 
 def _unchanged(built: Any) -> Any:

@@ -26,7 +26,7 @@ from cliprd_core.data.sources import PairSource, open_sources
 from cliprd_core.data.tokens import same_tokens
 from cliprd_core.data.transforms import DRAWS_PER_CROP, decode_rgb, random_crop_box, resize_crop
 from cliprd_core.spec import JobSpec
-from tests.data_files import character_tokenizer, image_bytes, model_input, pair_members, reversing_tokenizer, write_tar
+from tests.data_files import CONTEXT_LENGTH, character_tokenizer, image_bytes, model_input, pair_members, reversing_tokenizer, write_tar
 from tests.feature_stores import MemoryStore
 
 NUM_PAIRS = 42
@@ -266,7 +266,7 @@ class TestContent:
 
     def test_captions_beyond_the_token_cache_are_tokenised_all_the_same(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = epochs(loader(folder), 2)
-        monkeypatch.setattr("cliprd_core.data.tokens.MAX_CACHED_CAPTIONS", 10)
+        monkeypatch.setattr("cliprd_core.data.tokens.MAX_CACHE_BYTES", 10 * 4 * (CONTEXT_LENGTH + 1))
         assert_same(epochs(loader(folder), 2), whole)
 
     def test_equal_tokenizers_are_recognised(self) -> None:
