@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 
 from service.auth import OPEN_PATHS, Authorization
-from service.errors import Problem, install_handlers, problem_responses
+from service.errors import install_handlers
 from service.logs import configure
 from service.middleware import BodyLimit, ProblemsOnly, SecurityHeaders
 from service.monitoring import JobCollector, RequestMonitor
+from service.openapi import DESCRIPTION, openapi_of
 from service.queue import JobQueue
 from service.routes import artifacts, control, docs, health, jobs, streams, teacher_stores
 from service.routes.dependencies import Services
@@ -25,16 +24,6 @@ from service.store.blobs import make_blobs
 from service.store.session import make_engine, make_sessions, migrate
 from service.streams import Streams
 from service.strict_query import refuse_other_parameters
-
-KEY_DESCRIPTION = (
-    "An API key, made by `cliprd keys create`. Reading needs scope `read`, submitting and cancelling `submit`, deleting `admin`; each"
-    " includes those before it. While no key was ever made, this machine's own requests pass without one, and no others do."
-)
-
-DESCRIPTION = (
-    "Every error is a problem (RFC 9457, `application/problem+json`) that names each field, what is wrong with it and what to do. Query"
-    " parameters that a route does not list, and repeated ones that are no lists, are refused (422), as unknown fields of a body are."
-)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -49,6 +38,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("cliprd"),
         summary="Distils a large CLIP into a small one.",
         description=DESCRIPTION,
+        generate_unique_id_function=lambda route: route.name,
         lifespan=_lifespan,
         openapi_url=None,  # routes/docs.py serves both
         docs_url=None,
@@ -63,7 +53,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     install_handlers(app)
     for part in (jobs, control, streams, artifacts, teacher_stores, health, docs):
         app.include_router(part.router, dependencies=[Depends(refuse_other_parameters)])
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 
 
@@ -98,25 +88,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         services.queue.close()
         services.engine.dispose()
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The routes' schema, with that of problems, which they refer to by name, in place of FastAPI's own error answers."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes)
-        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas = schema["components"]["schemas"]
-        schemas |= {**problem.pop("$defs"), "Problem": problem}
-        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}}
-        for path, operation in ((path, one) for path, methods in schema["paths"].items() for one in methods.values()):
-            refusals = problem_responses(422)
-            refusals[422]["description"] += ": fields to correct, or query parameters that are unknown here or given more than once"
-            if path not in OPEN_PATHS:
-                operation["security"] = [{"key": []}, {}]
-                refusals |= problem_responses(401, 403)
-            answers = operation["responses"] | {str(status): answer for status, answer in refusals.items()}
-            operation["responses"] = dict(sorted(answers.items()))
-        for unused in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(unused, None)
-        app.openapi_schema = schema
-    return app.openapi_schema
