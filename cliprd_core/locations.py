@@ -6,8 +6,9 @@ and a table's rows and a glob's matches are known only then. Links count as what
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ REMOTE_HOSTS_VARIABLE = "CLIPRD_REMOTE_HOSTS"
 """Environment variable: what jobs may read from elsewhere: `HOST`, `HOST:PORT` or `s3://BUCKET`, separated by commas; `*`: anything."""
 
 ANY_HOST = "*"
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class ForbiddenLocationError(ValueError):
@@ -73,14 +76,61 @@ class Locations:
             ForbiddenLocationError: its host or bucket is not allowed.
             ValueError: it is no URL.
         """
-        if self.hosts is None or ANY_HOST in self.hosts:
+        if self.hosts is None or ANY_HOST in self.hosts or self._lists(url):
             return
-        parts = urlsplit(url)
-        host = (parts.hostname or "").lower()
-        names = {f"s3://{parts.netloc.lower()}"} if parts.scheme == "s3" else {host, f"{host}:{parts.port}"}
-        if not names & set(self.hosts):
-            allowed = ", ".join(self.hosts) or "none"
-            raise ForbiddenLocationError(f"{sorted(names)[0]} is none of the remote hosts that jobs may read from: {allowed}")
+        allowed = ", ".join(self.hosts) or "none"
+        raise ForbiddenLocationError(f"{_names(url)[0]} is none of the remote hosts that jobs may read from: {allowed}")
+
+    def check_redirect(self, origin: str, target: str, addresses: Sequence[str] = ()) -> None:
+        """Whether a request for the allowed URL `origin` may go to `target`: always to the same host and port, and to what is listed; where
+        any host may be read from, to others at public addresses only. The server's word alone leads nobody into a private network.
+
+        Args:
+            addresses: what the target's name resolves to, once that is known.
+
+        Raises:
+            ForbiddenLocationError: it may not.
+        """
+        if _names(target) == _names(origin) or self._lists(target):
+            return
+        try:
+            self.check_url(target)
+        except ForbiddenLocationError as error:
+            raise ForbiddenLocationError(f"its server redirects to another one, and {error}") from None
+        name = _names(target)[0]
+        for address in filter(_is_address, [name, *addresses]):
+            if not _is_public(address):
+                what = name if address == name else f"{name} ({address})"
+                raise ForbiddenLocationError(
+                    f"its server redirects to {what}, which is no public address; list {name} in {REMOTE_HOSTS_VARIABLE} to allow it"
+                )
+
+    def _lists(self, url: str) -> bool:
+        return self.hosts is not None and not set(_names(url)).isdisjoint(self.hosts)
+
+
+def _names(url: str) -> tuple[str, ...]:
+    """What REMOTE_HOSTS_VARIABLE may call the server of a URL."""
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        return (f"s3://{parts.netloc.lower()}",)
+    host = (parts.hostname or "").lower()
+    return host, f"{host}:{parts.port or _DEFAULT_PORTS.get(parts.scheme)}"
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_public(address: str) -> bool:
+    found = ipaddress.ip_address(address)
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+        found = found.ipv4_mapped
+    return found.is_global and not found.is_multicast
 
 
 def split_roots(text: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from service.store.errors import (
     TeacherUnavailableError,
 )
 from service.streams import TooManyStreamsError
+from service.strict_query import QueryError
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,10 @@ class Problem(BaseModel):
     """An error (RFC 9457)."""
 
     type: str = Field(description="Kind of the problem, for programs.", examples=["urn:cliprd:problem:invalid-request"])
-    title: str = Field(description="The same for people; always the same for one type.")
-    status: int = Field(description="HTTP status.")
-    detail: str = Field(description="What is wrong this time.")
-    instance: str = Field(description="Path of the request.")
+    title: str = Field(description="The same for people; always the same for one type.", examples=["Invalid request"])
+    status: int = Field(description="HTTP status.", examples=[422])
+    detail: str = Field(description="What is wrong this time.", examples=["1 field(s) to correct: training.lr"])
+    instance: str = Field(description="Path of the request.", examples=["/jobs"])
     errors: list[FieldProblem] = Field(default=[], description="Every field to correct.")
 
 
@@ -91,6 +92,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(SpecError, _on_refused_field)
+    app.add_exception_handler(QueryError, _on_refused_field)
     app.add_exception_handler(TeacherUnavailableError, _on_refused_field)
     app.add_exception_handler(InvalidCursorError, _on_refused_field)
     app.add_exception_handler(NoSuchLabelError, _on_refused_field)
@@ -151,7 +153,7 @@ def _malformed_json(request: Request, document: str, position: int, message: str
 
 def _on_refused_field(request: Request, error: Exception) -> Response:
     match error:
-        case SpecError():
+        case SpecError() | QueryError():
             return _invalid(request, error.problems)
         case TeacherUnavailableError():
             remedy = "Give a job that is under way or succeeded, or a `model` artifact."

@@ -23,9 +23,9 @@ class FieldProblem(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    field: str = Field(description="Dotted path of the field, as `data.train.0.shards`.")
-    problem: str = Field(description="What is wrong with it.")
-    remedy: str = Field(description="What to do about it.")
+    field: str = Field(description="Dotted path of the field, as `data.train.0.shards`.", examples=["training.lr"])
+    problem: str = Field(description="What is wrong with it.", examples=["there is no such field"])
+    remedy: str = Field(description="What to do about it.", examples=["Did you mean `training.learning_rate`? Otherwise remove it."])
 
     @field_validator("*", mode="before")
     @classmethod

@@ -34,11 +34,10 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tupl
     earlier = None if key is None else _find(services, key, spec)
     if earlier is not None:
         return earlier, True
-    settings = services.settings
-    resolved = check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
+    resolved = _checked(services, spec)
     try:
         with services.sessions.begin() as session:
-            job = jobs.create_job(session=session, spec=resolved, max_attempts=settings.max_attempts)
+            job = jobs.create_job(session=session, spec=resolved, max_attempts=services.settings.max_attempts)
             if key is not None:
                 remember_key(session=session, key=key, spec=spec, job=job)
     except IntegrityError:  # someone was faster with the same key
@@ -58,12 +57,11 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         SpecError: the spec has faults.
         TeacherUnavailableError: a teacher can't be had.
     """
-    settings = services.settings
-    resolved = check_spec(spec, data_root=settings.data_root, check_files=settings.check_files)
+    resolved = _checked(services, spec)
     with reading(services.sessions) as session:
         teachers = lock_teachers(session, resolved)
     waits = not all(teacher.state.is_finished for teacher in teachers)
-    num_pairs = known_num_pairs(resolved) if settings.check_files else None
+    num_pairs = known_num_pairs(resolved) if services.settings.check_files else None
     return DryRunView(
         state=JobState.WAITING if waits else JobState.QUEUED,
         spec=resolved.model_dump(mode="json"),
@@ -71,6 +69,16 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         num_steps=None if num_pairs is None else num_steps_of(resolved, num_pairs),
         teacher_job_ids=[teacher.job for teacher in resolved.teacher_fields.values() if teacher.job is not None],
     )
+
+
+def _checked(services: Services, spec: JobSpec) -> JobSpec:
+    """The spec as it runs.
+
+    Raises:
+        SpecError: it has faults, or names what jobs may not read.
+    """
+    settings = services.settings
+    return check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
 
 
 def _find(services: Services, key: str, spec: JobSpec) -> Job | None:

@@ -23,6 +23,7 @@ class FileServer:
     failures_left: int = 0  # this many GETs answer 503
     cut_at: int | None = None  # bytes after which the connection breaks
     answers_get_after_seconds: float = 0.0
+    redirects: dict[str, str] = field(default_factory=dict)  # from paths to URLs
 
     def num_downloads(self, name: str) -> int:
         return self.num_asked["GET", f"/{name}"]
@@ -42,6 +43,12 @@ def serve(folder: Path) -> Iterator[FileServer]:
         def _answer(self, with_body: bool) -> None:
             server.num_asked[self.command, self.path] += 1
             file = server.folder / self.path.lstrip("/")
+            if self.path in server.redirects:
+                self.send_response(302)
+                self.send_header("Location", server.redirects[self.path])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if with_body:
                 time.sleep(server.answers_get_after_seconds)
             if with_body and server.failures_left > 0:

@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.shard_cache import ShardCache
 from cliprd_core.data.shard_files import RemoteShard, without_secrets
 from cliprd_core.data.shard_index import ShardIndex, load_index
+from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.spec import REMOTE_SCHEMES
 
 log = logging.getLogger(__name__)
@@ -124,7 +126,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
     if url.startswith("http"):
         import aiohttp
 
+        from cliprd_core.data.http_client import ClientFactory
+
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)}
+        origin = urlsplit(url)._replace(path="", query="", fragment="").geturl()
+        options["get_client"] = ClientFactory(without_secrets(origin), Locations.from_environment())
     filesystem, path = url_to_fs(url, **options)
     return filesystem, path
 
@@ -150,8 +156,10 @@ def _with_retries(url: str, action: Callable[[], Result]) -> Result:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether the server answered, and will answer so again: there is no such object, or it is not for us."""
+    """Whether the server answered, and will answer so again: there is no such object, it is not for us, or it is where we may not go."""
     cause = error.__cause__ or error
+    if isinstance(cause, ForbiddenLocationError):
+        return True
     status = getattr(cause, "status", None)  # aiohttp's; of HTTP
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
@@ -161,4 +169,4 @@ def _is_final(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """What is wrong, with what caused it: fsspec calls whatever happens on HTTP a missing file."""
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}" if not isinstance(cause, RemoteError) else str(cause)
+    return str(cause) if isinstance(cause, RemoteError | ForbiddenLocationError) else f"{type(cause).__name__}: {cause}"

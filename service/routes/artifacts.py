@@ -28,7 +28,7 @@ router = APIRouter(prefix="/artifacts", tags=["artifacts"])
 _BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 
-@router.get("", summary="List artifacts, newest first", responses=problem_responses(422, 500, 503))
+@router.get("", summary="List artifacts, newest first", responses=problem_responses(500, 503))
 def list_artifacts(
     *,
     services: ServicesOf,
@@ -72,7 +72,7 @@ def download_artifact(
     digest = b64encode(bytes.fromhex(artifact.sha256)).decode()
     headers = {
         **{"ETag": etag, "Repr-Digest": f"sha-256=:{digest}:"},
-        **{"Accept-Ranges": "bytes", "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"},
+        **{"Accept-Ranges": "bytes", "Cache-Control": "no-cache"},
     }
     if if_none_match is not None and _matches(etag, if_none_match):
         return Response(status_code=304, headers=headers)

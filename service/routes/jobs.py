@@ -31,7 +31,7 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
     response_model=JobView,
     responses={
         200: {"description": "Dry run: what the job would be", "model": DryRunView},
-        **problem_responses(400, 413, 422, 500, 503),
+        **problem_responses(400, 413, 500, 503),
     },
 )
 def submit_job(
@@ -61,7 +61,7 @@ def submit_job(
     return view
 
 
-@router.get("", summary="List jobs, newest first", responses=problem_responses(422, 500, 503))
+@router.get("", summary="List jobs, newest first", responses=problem_responses(500, 503))
 def list_jobs(
     *,
     services: ServicesOf,
@@ -95,7 +95,7 @@ def read_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -> 
         return JobView.of(jobs.get_job(session=session, job_id=job_id), root_path)
 
 
-@router.get("/{job_id}/metrics", summary="Metric series", responses=problem_responses(404, 422, 500, 503))
+@router.get("/{job_id}/metrics", summary="Metric series", responses=problem_responses(404, 500, 503))
 def read_metrics(
     services: ServicesOf,
     job_id: JobIdInPath,
@@ -122,7 +122,7 @@ def read_evaluations(services: ServicesOf, job_id: JobIdInPath) -> EvaluationLis
         return EvaluationList(evaluations=metrics.list_evaluations(session=session, job_id=job_id))
 
 
-@router.get("/{job_id}/artifacts", summary="A job's artifacts", responses=problem_responses(404, 422, 500, 503))
+@router.get("/{job_id}/artifacts", summary="A job's artifacts", responses=problem_responses(404, 500, 503))
 def list_job_artifacts(
     *,
     services: ServicesOf,

@@ -42,7 +42,7 @@ LastEventId = Annotated[int | None, Header(ge=0, lt=2**63, description="Of a str
     responses={
         200: {"content": _STREAM},
         204: {"description": "Stream: the job has ended, and nothing is new"},
-        **problem_responses(404, 422, 500, 503),
+        **problem_responses(404, 500, 503),
     },
 )
 async def read_events(
@@ -76,7 +76,7 @@ async def read_events(
     responses={
         200: {"description": "Server-sent events", "content": _STREAM},
         204: {"description": "The job has ended, and nothing is new"},
-        **problem_responses(404, 422, 500, 503),
+        **problem_responses(404, 500, 503),
     },
 )
 async def stream_metrics(
@@ -100,7 +100,7 @@ async def stream_metrics(
     responses={
         200: {"content": _STREAM},
         204: {"description": "Stream: the job has ended, and nothing is new"},
-        **problem_responses(404, 422, 500, 503),
+        **problem_responses(404, 500, 503),
     },
 )
 async def read_log(

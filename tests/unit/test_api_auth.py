@@ -77,11 +77,13 @@ def test_each_scope_allows_what_it_says_and_what_is_below(client: TestClient, se
     write_table(tmp_path)
     keys = {scope: bearer(make_key(settings, scope)) for scope in ("read", "submit", "admin")}
     assert "was revoked" in problem(client.get("/jobs", headers=bearer("cliprd_wrong")), 401)["detail"]
-    for path in ("/jobs", "/openapi.json", "/docs", "/nothing"):
+    for path in ("/openapi.json", "/docs", "/docs/start.js"):
+        assert client.get(path).status_code == 200
+    for path in ("/jobs", "/metrics", "/docs/nothing", "/nothing"):
         problem(client.get(path), 401)
         problem(client.get(path, headers={"Authorization": "Basic eDp5"}), 401)
         for headers in keys.values():
-            assert client.get(path, headers=headers).status_code == (404 if path == "/nothing" else 200)
+            assert client.get(path, headers=headers).status_code == (404 if "nothing" in path else 200)
     refused = client.post("/jobs", content=b"not looked at", headers=keys["read"])
     assert "`read key` has `read`" in problem(refused, 403)["detail"]
     assert 'scope="submit"' in refused.headers["www-authenticate"]

@@ -140,6 +140,21 @@ def test_openapi_documents_every_error_and_examples(client: TestClient) -> None:
     assert {"quick", "clip", "clip_kd", "clip_rd"} <= set(examples)
 
 
+def test_answers_are_linked_to_what_can_be_done_next(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    operations = {one["operationId"]: (path, one) for path, methods in schema["paths"].items() for one in methods.values()}
+    of_jobs = {name for name, (path, _) in operations.items() if path.startswith("/jobs/{job_id}")}
+    for name in ("submit_job", "read_job", "pause_job", "clone_job"):
+        answers = [one for status, one in operations[name][1]["responses"].items() if status < "300" and "links" in one]
+        assert answers
+        assert all(set(one["links"]) == of_jobs for one in answers)
+    for link in schema["components"]["links"].values():
+        path, operation = operations[link["operationId"]]
+        parameters = {one["name"] for one in operation["parameters"]}
+        assert set(link["parameters"]) <= parameters
+        assert all(name in link["parameters"] for name in parameters if f"{{{name}}}" in path)
+
+
 def test_the_quick_example_is_accepted_in_a_checkout(settings: Settings) -> None:
     checkout = settings.model_copy(update={"data_root": Path(__file__).parents[2]})
     with local_client(create_app(checkout)) as client:

@@ -80,6 +80,17 @@ def test_a_dry_run_answers_what_the_job_would_be_and_makes_none(client: TestClie
         problem(client.post("/jobs", params={"dry_run": True}, json=spec_dict(**refused)), 422)
 
 
+@pytest.mark.parametrize("query", [{}, {"dry_run": True}])
+def test_what_jobs_may_not_read_is_refused_whether_the_job_is_meant_or_not(
+    client: TestClient, tmp_path_factory: pytest.TempPathFactory, query: dict[str, Any]
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    write_table(outside)
+    for source in ({"type": "csv", "path": f"{outside}/pairs.tsv"}, {"type": "webdataset", "shards": "http://127.0.0.1/0.tar"}):
+        body = problem(client.post("/jobs", params=query, json=spec_dict(data={"train": [source]})), 422)
+        assert "jobs may read" in body["errors"][0]["problem"]
+
+
 def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessions) -> None:
     job = submit(client)
     claimed = claim(sessions, job["id"])

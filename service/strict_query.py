@@ -1,0 +1,57 @@
+"""Every query parameter is one that the route has, given once: a misspelt filter must not silently list everything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+
+from service.problems import FieldProblem, closest
+
+MAX_NAMED = 20
+"""As many faults are told; finding what was meant takes time for each."""
+
+
+class QueryError(ValueError):
+    """A query has parameters that its route does not take so. `problems` holds the first of them."""
+
+    def __init__(self, problems: list[FieldProblem]) -> None:
+        super().__init__(", ".join(one.field for one in problems))
+        self.problems = problems
+
+
+def refuse_other_parameters(request: Request) -> None:
+    """A dependency of every route: what the OpenAPI does not list for it is refused, and so are lists of what is single-valued.
+
+    Raises:
+        QueryError: there are such parameters.
+    """
+    given = Counter(name for name, _ in request.query_params.multi_items())
+    if not given:
+        return
+    path = request.scope["route"].path_format
+    operation = request.app.openapi()["paths"].get(path, {}).get("get" if request.method == "HEAD" else request.method.lower(), {})
+    parameters = {one["name"]: one["schema"] for one in operation.get("parameters", []) if one["in"] == "query"}
+    problems = [_unknown(name, list(parameters)) for name in [*given][:MAX_NAMED] if name not in parameters]
+    problems += [
+        FieldProblem(field=name, problem=f"is given {count} times", remedy="Give it once.")
+        for name, count in given.items()
+        if count > 1 and name in parameters and not _is_list(parameters[name])
+    ]
+    if problems:
+        raise QueryError(problems[:MAX_NAMED])
+
+
+def _unknown(name: str, known: list[str]) -> FieldProblem:
+    near = closest(name, known, count=1)
+    if near:
+        remedy = f"Did you mean `{near[0]}`? Otherwise remove it."
+    else:
+        remedy = f"Remove it. The parameters here are: {', '.join(known)}." if known else "Remove it; there are none here."
+    return FieldProblem(field=name[:80], problem="there is no such query parameter", remedy=remedy)
+
+
+def _is_list(schema: Mapping[str, Any]) -> bool:
+    return schema.get("type") == "array"
