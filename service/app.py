@@ -27,7 +27,8 @@ from service.streams import Streams
 
 KEY_DESCRIPTION = (
     "An API key, made by `cliprd keys create`. Reading needs scope `read`, submitting and cancelling `submit`, deleting `admin`; each"
-    " includes those before it. While no key was ever made, this machine's own requests pass without one, and no others do."
+    " includes those before it. While no key was ever made, this machine's own requests pass without one (unless the service was told to"
+    " need keys always), and no others do."
 )
 
 
@@ -42,7 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.services = services
     app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
     open_paths = OPEN_PATHS if services.settings.metrics_need_key else OPEN_PATHS | {"/metrics"}
-    app.add_middleware(Authorization, sessions=services.sessions, open_paths=open_paths)
+    app.add_middleware(Authorization, sessions=services.sessions, open_paths=open_paths, always=services.settings.always_need_key)
     app.add_middleware(ProblemsOnly)
     app.add_middleware(RequestMonitor, registry=services.registry)
     install_handlers(app)
