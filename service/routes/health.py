@@ -15,7 +15,7 @@ from service.errors import NotReadyError, problem_responses
 from service.problems import FieldProblem
 from service.routes.dependencies import Services, ServicesOf
 from service.schemas import Health
-from service.store.session import READ_ONLY, is_migrated, is_writable
+from service.store.session import check_database
 
 router = APIRouter(tags=["health"])
 
@@ -61,11 +61,7 @@ def prometheus_metrics(services: ServicesOf) -> Response:
 
 
 def _check_database(services: Services) -> None:
-    with services.engine.connect().execution_options(**{READ_ONLY: True}) as connection:
-        if not is_writable(connection):
-            raise OSError("the database can only be read; after a failover, CLIPRD_DATABASE_URL may name what is now a standby")
-        if not is_migrated(connection):
-            raise OSError("the database does not have this version's schema; start the service with CLIPRD_MIGRATE_ON_START=true")
+    check_database(services.engine)
 
 
 def _check_broker(services: Services) -> None:

@@ -101,6 +101,20 @@ def migrate(database_url: str, version: str = "head") -> None:
         engine.dispose()
 
 
+def check_database(engine: Engine) -> None:
+    """Can the service work with it?
+
+    Raises:
+        SQLAlchemyError: it does not answer.
+        OSError: it can't be written, or has another schema.
+    """
+    with engine.connect().execution_options(**{READ_ONLY: True}) as connection:
+        if not is_writable(connection):
+            raise OSError("the database can only be read; after a failover, CLIPRD_DATABASE_URL may name what is now a standby")
+        if not is_migrated(connection):
+            raise OSError("the database does not have this version's schema; start the service with CLIPRD_MIGRATE_ON_START=true")
+
+
 def is_migrated(connection: Connection) -> bool:
     """Whether the database has exactly this version's schema."""
     current = MigrationContext.configure(connection).get_current_heads()

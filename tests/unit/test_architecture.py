@@ -25,6 +25,7 @@ def modules_after(statement: str) -> set[str]:
         ("from service.app import create_app", (*HEAVY, "worker")),
         ("import service.cli, service.client, service.embedded", (*HEAVY, "worker")),
         ("import worker.celery_app, worker.tasks, worker.supervisor, worker.reaper", (*HEAVY, "fastapi")),
+        ("import worker.health", (*HEAVY, "pydantic", "celery", "sqlalchemy")),
         ("import cliprd_core.train, cliprd_core.trainer", ("service", "worker", "celery", "fastapi", "sqlalchemy")),
     ],
 )

@@ -1,0 +1,162 @@
+"""What real worker processes over a real Redis say about themselves, as a container's probe hears it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cliprd_core.spec import JobSpec
+from service.queue import JobQueue
+from service.store.control import request_cancel
+from service.store.session import make_engine, make_sessions, migrate
+from service.store.states import JobState
+from tests.redis_server import RedisServer
+from tests.store_helpers import Sessions, create, read, spec_dict
+from worker.health import HEALTH_FILE_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_SECONDS = 60.0
+HEALTH_SECONDS = 0.3
+SILENCE_SECONDS = 3.0  # of tests/watched_worker.py
+
+
+class Machine:
+    """One worker with its own database and broker."""
+
+    def __init__(self, folder: Path, redis: RedisServer) -> None:
+        self.redis = redis
+        database_url = f"sqlite:///{folder / 'cliprd.db'}"
+        migrate(database_url)
+        self.engine = make_engine(database_url)
+        self.sessions: Sessions = make_sessions(self.engine)
+        self.queue = JobQueue(redis.url, timeout_seconds=2)
+        self.environment = os.environ | {
+            HEALTH_FILE_VARIABLE: str(folder / "health.json"),
+            "CLIPRD_HEALTH_SECONDS": str(HEALTH_SECONDS),
+            "CLIPRD_DATABASE_URL": database_url,
+            "CLIPRD_BROKER_URL": redis.url,
+            "CLIPRD_QUEUES": "default,h100",
+            "CLIPRD_ARTIFACTS_ROOT": str(folder / "artifacts"),
+            "CLIPRD_RUNS_ROOT": str(folder / "runs"),
+            "CLIPRD_TRAINER": str(ROOT / "tests" / "fake_trainer.py"),
+            "PYTHONPATH": str(ROOT),
+        }
+        self.log = folder / "worker.log"
+        command = [sys.executable, "-m", "celery", "-A", "tests.watched_worker", "worker", "--without-gossip", "--without-mingle"]
+        with self.log.open("wb") as log:
+            self.worker = subprocess.Popen(command, env=self.environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+
+    def probe(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and line of a container's probe."""
+        command = [sys.executable, "-m", "worker.health", *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.stderr == ""
+        (line,) = done.stdout.splitlines()
+        return done.returncode, line
+
+    def wait_until(self, says: str) -> None:
+        """Wait until the probe's line has something that `says` matches: ready, or not ready because of it."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while True:
+            code, line = self.probe()
+            assert (code == 0) == (line == "ready")
+            if re.search(says, line):
+                return
+            assert time.monotonic() < deadline, (line, self.log.read_text())
+            time.sleep(0.1)
+
+    def submit(self, **labels: str) -> str:
+        job_id = create(self.sessions, JobSpec.model_validate(spec_dict(labels=labels))).id
+        assert self.queue.send(job_id, "default")
+        return job_id
+
+    def wait_for(self, job_id: str, state: JobState) -> None:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while read(self.sessions, job_id).state is not state:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        children = psutil.Process(self.worker.pid).children(recursive=True) if self.worker.poll() is None else []
+        self.worker.kill()
+        self.worker.wait()
+        for child in children:  # not the trainer, which dies with its parent
+            if child.is_running():
+                child.kill()
+        psutil.wait_procs(children, timeout=10)
+        self.queue.close()
+        self.engine.dispose()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    with RedisServer() as redis:
+        machine = Machine(tmp_path, redis)
+        try:
+            machine.wait_until("^ready$")
+            yield machine
+        finally:
+            machine.close()
+
+
+def test_it_is_ready_only_while_the_broker_is_there(machine: Machine) -> None:
+    machine.redis.stop()
+    machine.wait_until("not connected to the broker; broker: ")
+    assert machine.probe("--live") == (0, "live"), "a restart would not help"
+    machine.redis.start()
+    machine.wait_until("^ready$")
+    machine.wait_for(machine.submit(), JobState.SUCCEEDED)
+
+
+def test_a_busy_worker_is_ready_as_long_as_the_broker_is_there(machine: Machine) -> None:
+    job_id = machine.submit(steps="10000", step_seconds="0.05")
+    machine.wait_for(job_id, JobState.RUNNING)
+    until = time.monotonic() + 2 * SILENCE_SECONDS
+    while time.monotonic() < until:
+        assert machine.probe() == (0, "ready")
+    machine.redis.stop()
+    machine.wait_until("broker: ")
+    machine.redis.start()
+    machine.wait_until("^ready$")
+    with machine.sessions.begin() as session:
+        request_cancel(session=session, job_id=job_id)
+    machine.wait_for(job_id, JobState.CANCELLED)
+    machine.wait_for(machine.submit(), JobState.SUCCEEDED)
+    machine.wait_until("^ready$")
+
+
+def test_a_cancelled_consumer_is_not_ready(machine: Machine) -> None:
+    machine.worker.send_signal(signal.SIGUSR1)
+    machine.wait_until("it does not consume default, h100")
+
+
+def test_a_consumer_that_asks_for_nothing_is_not_ready(machine: Machine) -> None:
+    machine.worker.send_signal(signal.SIGUSR2)
+    machine.wait_until("it has had no answer from the broker for [0-9]+ s$")
+    assert "h100" not in machine.probe()[1], "all that Celery knows says that it consumes"
+
+
+def test_a_stopped_worker_is_not_ready_until_it_goes_on(machine: Machine) -> None:
+    machine.worker.send_signal(signal.SIGSTOP)
+    machine.wait_until("has not reported for [0-9]+ s")
+    machine.worker.send_signal(signal.SIGCONT)
+    machine.wait_until("^ready$")
+    machine.worker.terminate()
+    assert machine.worker.wait(timeout=30) == 0
+    code, line = machine.probe()
+    assert code == 1
+    assert "none runs here" in line
+
+
+def test_a_killed_worker_is_not_ready(machine: Machine) -> None:
+    machine.worker.kill()
+    machine.wait_until("has not reported for [0-9]+ s")

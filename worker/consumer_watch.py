@@ -1,0 +1,112 @@
+"""Does the Celery worker consume its queues? Seen from inside its event loop, since a worker can be alive, connected, and deaf.
+
+That happens: after a broker came back, workers of some versions have answered pings for days and taken no task. So what counts is that
+the broker answers the consumer's own requests for messages (Redis answers each BRPOP within a second, with a message or without).
+A worker that is busy asks for none, and counts as consuming as long as its event loop runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty
+from typing import Any
+
+from celery import bootsteps
+
+LOOK_SECONDS = 1.0
+SILENCE_SECONDS = 10.0
+"""An event loop that hasn't run for this long, or a broker that hasn't answered, counts as a fault. Both are heard every second."""
+
+
+class ConsumerWatch:
+    """What the event loop of the worker's parent process tells, for other threads to ask.
+
+    Args:
+        queues: Those that the worker should consume.
+    """
+
+    def __init__(self, queues: Sequence[str]) -> None:
+        self.is_shutting_down = False
+        """Set by whoever is told to stop."""
+        self._queues = tuple(queues)
+        self._missing: tuple[str, ...] = ()
+        self._looked_at: float | None = None
+        self._heard_at: float | None = None
+
+    def problem(self) -> str | None:
+        """Why the worker does not consume; None: it does."""
+        if self.is_shutting_down:
+            return "it is shutting down"
+        looked_at, missing = self._looked_at, self._missing
+        if looked_at is None:
+            return "it is not connected to the broker"
+        silence = time.monotonic() - looked_at
+        if silence > SILENCE_SECONDS:
+            return f"its event loop has not run for {silence:.0f} s"
+        return f"it does not consume {', '.join(missing)}" if missing else self._silence()
+
+    def _silence(self) -> str | None:
+        heard_at = self._heard_at
+        if heard_at is None:
+            return "the broker has not answered it yet"
+        silence = time.monotonic() - heard_at
+        return f"it has had no answer from the broker for {silence:.0f} s" if silence > SILENCE_SECONDS else None
+
+    def connected(self, channel: Any) -> None:
+        """Listen to a new connection's channel (kombu's for Redis): an answer without a message raises Empty."""
+        self._heard_at = None
+        handlers: dict[str, Callable[[], Any]] = channel.handlers
+        read = handlers["BRPOP"]
+
+        def noting() -> Any:
+            try:
+                answer = read()
+            except Empty:
+                self._heard_at = time.monotonic()
+                raise
+            self._heard_at = time.monotonic()
+            return answer
+
+        handlers["BRPOP"] = noting
+
+    def look(self, consumer: Any) -> None:
+        """To be called from the event loop every LOOK_SECONDS.
+
+        Args:
+            consumer: Celery's task consumer (a kombu.Consumer).
+        """
+        now = time.monotonic()
+        self._missing = tuple(queue for queue in self._queues if not consumer.consuming_from(queue))
+        if not consumer.channel.qos.can_consume():  # busy: it asks for nothing, so there is nothing to be heard
+            self._heard_at = now
+        self._looked_at = now
+
+    def disconnected(self) -> None:
+        self._looked_at = None
+
+
+def watching_step(watch: ConsumerWatch) -> type[bootsteps.StartStopStep]:
+    """A part of Celery's consumer that tells `watch`. It starts and stops with each connection to the broker."""
+
+    class WatchConsumer(bootsteps.StartStopStep):
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def __init__(self, parent: Any, **kwargs: Any) -> None:
+            super().__init__(parent, **kwargs)
+            self._timer: Any = None
+
+        def start(self, parent: Any) -> None:
+            watch.connected(parent.task_consumer.channel)
+
+        def register_with_event_loop(self, parent: Any, hub: Any) -> None:
+            """Celery calls this each time the event loop begins."""
+            self._timer = hub.call_repeatedly(LOOK_SECONDS, watch.look, parent.task_consumer)
+
+        def stop(self, parent: Any) -> None:  # noqa: ARG002
+            watch.disconnected()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return WatchConsumer
