@@ -16,7 +16,7 @@ from service.store.session import make_engine, make_sessions, migrate, reading
 def main() -> None:
     """Serve until interrupted."""
     settings = Settings()
-    if not is_loopback(settings.host):
+    if not is_loopback(settings.host) and not settings.always_need_key:  # which lets nobody in before there is a key
         _insist_on_a_key(settings)
     uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
 
@@ -34,7 +34,8 @@ def _insist_on_a_key(settings: Settings) -> None:
     if not has_keys:
         sys.exit(
             f"cliprd: CLIPRD_HOST={settings.host} can be reached from other machines, but no API key has been made yet."
-            " Make one with `cliprd keys create --scope admin --name NAME`, or leave CLIPRD_HOST at 127.0.0.1."
+            " Make one with `cliprd keys create --scope admin --name NAME`, leave CLIPRD_HOST at 127.0.0.1,"
+            " or set CLIPRD_ALWAYS_NEED_KEY=true to refuse every request until then."
         )
 
 

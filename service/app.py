@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.services = services
     app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
     open_paths = OPEN_PATHS | docs.DOCS_PATHS | (set() if services.settings.metrics_need_key else {"/metrics"})
-    app.add_middleware(Authorization, sessions=services.sessions, open_paths=open_paths)
+    app.add_middleware(Authorization, sessions=services.sessions, open_paths=open_paths, always=services.settings.always_need_key)
     app.add_middleware(ProblemsOnly)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestMonitor, registry=services.registry)

@@ -1,4 +1,4 @@
-"""Who may do what: API keys in `Authorization: Bearer`, and, before the first key is made, this machine's own requests alone.
+"""Who may do what: API keys in `Authorization: Bearer`, and, before the first key is made, this machine's own requests alone, or none.
 
 It stands before the routes, so that nobody's body is read, and nobody learns which jobs exist, before the key was looked at.
 """
@@ -27,7 +27,10 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Need no key: what asks whether the service lives has none, and learns nothing else."""
 
 _LEVELS = {scope: level for level, scope in enumerate(KeyScope)}
-_MAKE_ONE = "make one on the service's machine with `cliprd keys create`, and send it as `Authorization: Bearer KEY` (CLIPRD_API_KEY)"
+_MAKE_ONE = (
+    "make one where the service runs (on its machine, in its container) with `cliprd keys create --scope SCOPE --name NAME`,"
+    " and send it as `Authorization: Bearer KEY` (CLIPRD_API_KEY)"
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,16 @@ class Authorization:
         app: What stands behind it.
         sessions: The database of the keys.
         open_paths: Paths that need no key.
+        always: Also before there is any key: this machine's own requests are refused like all others.
     """
 
-    def __init__(self, app: ASGIApp, sessions: sessionmaker[Session], open_paths: frozenset[str] = OPEN_PATHS) -> None:
+    def __init__(
+        self, app: ASGIApp, sessions: sessionmaker[Session], *, open_paths: frozenset[str] = OPEN_PATHS, always: bool = False
+    ) -> None:
         self.app = app
         self._sessions = sessions
         self._open_paths = open_paths
+        self._always = always
         self._has_keys = False  # once there is a key, there always is
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +81,7 @@ class Authorization:
         with reading(self._sessions) as session:
             self._has_keys = self._has_keys or any_keys(session=session)
             if not self._has_keys:
-                return _refusal_without_keys(scope)
+                return Refusal(401, f"no API key has been made yet; {_MAKE_ONE}") if self._always else _refusal_without_keys(scope)
             kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not key.strip():
                 return Refusal(401, f"this needs an API key; {_MAKE_ONE}")

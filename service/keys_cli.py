@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.cli_common import fail
+from service.cli_database import Database, migrated
 from service.store.scopes import KeyScope
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 keys = typer.Typer(help="Make, list and revoke API keys, in the service's database (CLIPRD_DATABASE_URL).", no_args_is_help=True)
 out = Console(highlight=False)
-
-Database = Annotated[
-    str | None, typer.Option(envvar="CLIPRD_DATABASE_URL", help="The service's database.  [default: that of `cliprd up` in this folder]")
-]
 
 
 @keys.command()
@@ -37,7 +34,7 @@ def create(
     from service.store.keys import create_key
 
     if not 1 <= len(name) <= 128:
-        _fail("--name takes 1 to 128 characters")
+        fail("--name takes 1 to 128 characters")
     with _session(database) as session:
         stored, key = create_key(session=session, name=name, scope=scope)
     Console(stderr=True, highlight=False).print(
@@ -71,35 +68,23 @@ def revoke(
         with _session(database) as session:
             name = revoke_key(session=session, key_id=key_id).name
     except KeyNotFoundError as error:
-        _fail(str(error))
+        fail(str(error))
     out.print(f"revoked: {name}", markup=False)
 
 
 @contextmanager
 def _session(database: str | None) -> Iterator[Session]:
     """A transaction in the service's database, which is brought to the newest schema first."""
-    from sqlalchemy.exc import SQLAlchemyError
+    from service.store.session import make_engine, make_sessions
 
-    from service.settings import Settings
-    from service.store.session import make_engine, make_sessions, migrate
-
-    url = database or Settings().database_url
-    try:
-        migrate(url)
+    with migrated(database) as url:
         engine = make_engine(url)
         try:
             with make_sessions(engine).begin() as session:
                 yield session
         finally:
             engine.dispose()
-    except (SQLAlchemyError, ValueError) as error:
-        _fail(f"the database can't be used: {next(iter(str(error).splitlines()), error)}; look at CLIPRD_DATABASE_URL")
 
 
 def _shown(time: datetime) -> str:
     return f"{time:%Y-%m-%d %H:%M} UTC"
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"cliprd: {message}", file=sys.stderr)
-    raise typer.Exit(1)

@@ -1,7 +1,7 @@
 """Settings of the API, read from environment variables that begin with `CLIPRD_`.
 
-`CLIPRD_DATABASE_URL=postgresql://cliprd@db/cliprd` sets `database_url`, and so on. A worker has settings of its own
-(`worker/settings.py`); what both need has the same name there.
+`CLIPRD_DATABASE_URL=postgresql://cliprd@db/cliprd` sets `database_url`, and so on; `CLIPRD_DATABASE_URL_FILE=/run/secrets/url` names a file
+to read it from (`service/environment.py`). A worker has settings of its own (`worker/settings.py`); what both need has the same name there.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode
 
 from cliprd_core.locations import Locations, split_hosts, split_roots
+from service.environment import EnvironmentSettings
 from service.logs import LogFormat
 
 Roots = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(lambda value: split_roots(value) if isinstance(value, str) else value)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(lambda value: split_hosts(value) if isinstance(value, str) else value)]
 
 
-class Settings(BaseSettings):
+class Settings(EnvironmentSettings):
     """What the API needs to know of its surroundings. The defaults keep everything under `.cliprd` of the current directory."""
-
-    model_config = SettingsConfigDict(env_prefix="CLIPRD_", frozen=True, extra="ignore")
 
     database_url: str = Field(
         default="sqlite:///.cliprd/cliprd.db",
@@ -53,6 +52,11 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the API listens on; 0: any free one.")
 
+    always_need_key: bool = Field(
+        default=False,
+        description="Before the first API key is made, refuse this machine's own requests, too. For containers, whose requests may come"
+        " from anyone, and look local or like a gateway's.",
+    )
     check_files: bool = Field(
         default=True,
         description="Look at the files a spec names when it is submitted. Turn off where the API doesn't see the workers' files.",

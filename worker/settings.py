@@ -1,4 +1,4 @@
-"""A worker's settings: environment variables `CLIPRD_…`, with their defaults here and nowhere else."""
+"""A worker's settings: environment variables `CLIPRD_…` (or files that `CLIPRD_…_FILE` name), with their defaults here and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode
 
 from cliprd_core.locations import Locations
 from cliprd_core.run_dir import CACHE_DIR_VARIABLE, DEFAULT_SHARD_CACHE_BYTES, SHARD_CACHE_BYTES_VARIABLE, TEACHER_STORE_VARIABLE
+from service.environment import EnvironmentSettings
 from service.logs import LogFormat
 from service.settings import Hosts, Roots
 
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(EnvironmentSettings):
     """Shared with the API: database, broker and artifact store. The rest is the worker's own."""
-
-    model_config = SettingsConfigDict(env_prefix="CLIPRD_", frozen=True, extra="ignore")
 
     database_url: str = Field(default="sqlite:///.cliprd/cliprd.db", description="`sqlite:///FILE` or `postgresql://…`, as the API's.")
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis, as the API's.")

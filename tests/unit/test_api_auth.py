@@ -67,6 +67,19 @@ def test_without_keys_other_machines_and_other_sites_pages_are_refused(
         assert client.get("/readyz", headers=headers).status_code == 200
 
 
+def test_where_keys_are_always_needed_this_machine_is_refused_too_and_told_how_to_make_one(settings: Settings) -> None:
+    strict = settings.model_copy(update={"always_need_key": True})
+    with TestClient(create_app(strict), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
+        for headers in ({}, bearer("cliprd_made_up")):
+            detail = problem(client.get("/jobs", headers=headers), 401)["detail"]
+            assert "no API key has been made yet" in detail
+            assert "in its container" in detail
+        assert client.get("/readyz").status_code == 200
+        key = make_key(settings, "read")
+        assert client.get("/jobs", headers=bearer(key)).status_code == 200
+        problem(client.get("/jobs"), 401)
+
+
 @pytest.mark.parametrize(("client_host", "host"), [("127.0.0.1", "localhost:8000"), ("::1", "[::1]:8000"), ("127.3.4.5", "LOCALHOST")])
 def test_without_keys_this_machine_is_let_in(settings: Settings, client_host: str, host: str) -> None:
     with TestClient(create_app(settings), client=(client_host, 5)) as client:
@@ -161,6 +174,16 @@ def test_an_address_for_other_machines_needs_a_key_first(settings: Settings, mon
     assert started == [{"host": "0.0.0.0", "port": 8000, "timeout_graceful_shutdown": 5}]
 
 
+def test_an_address_for_other_machines_is_fine_where_keys_are_always_needed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr("uvicorn.run", lambda _app, **options: started.append(options["host"]))
+    monkeypatch.setenv("CLIPRD_DATABASE_URL", settings.database_url)
+    monkeypatch.setenv("CLIPRD_HOST", "0.0.0.0")
+    monkeypatch.setenv("CLIPRD_ALWAYS_NEED_KEY", "true")
+    main()
+    assert started == ["0.0.0.0"]
+
+
 def test_this_machine_needs_no_key(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
     monkeypatch.setattr("uvicorn.run", lambda _app, **options: started.append(options))
@@ -179,3 +202,21 @@ def test_loopback(host: str, expected: bool) -> None:
 def test_options_without_a_name_are_refused(settings: Settings) -> None:
     assert run(settings, "create", "--scope", "read", "--name", "")[0] == 1
     assert run(settings, "create", "--scope", "root", "--name", "x")[0] == 2
+
+
+def test_migrate_makes_a_database_ready(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "url").write_text(f"{settings.database_url}\n")
+    monkeypatch.setenv("CLIPRD_DATABASE_URL_FILE", str(tmp_path / "url"))
+    result = CliRunner().invoke(cli, ["migrate"])
+    assert (result.exit_code, result.stdout) == (0, "The database has the newest schema.\n")
+    without_migrating = settings.model_copy(update={"migrate_on_start": False})
+    with TestClient(create_app(without_migrating), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/jobs").status_code == 200
+
+
+def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    result = CliRunner(env={"CLIPRD_DATABASE_URL_FILE": str(tmp_path / "missing"), "COLUMNS": "200"}).invoke(cli, ["migrate"])
+    assert result.exit_code == 1
+    assert "CLIPRD_DATABASE_URL_FILE" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

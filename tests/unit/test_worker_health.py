@@ -1,0 +1,151 @@
+"""The health file and its reader, and the checks that need no broker."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from queue import Empty
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from service.store.session import migrate
+from worker import consumer_watch, health
+from worker import heartbeat as heartbeat_module
+from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
+from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health
+from worker.heartbeat import Heartbeat
+from worker.settings import WorkerSettings
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "health.json"
+    monkeypatch.setenv(HEALTH_FILE_VARIABLE, str(path))
+    return path
+
+
+def probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["health", *arguments])
+    code = health.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    return code, line
+
+
+def test_the_reader_says_what_is_wrong(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = probe(monkeypatch, capsys)
+    assert code == 1
+    assert "no worker has written" in line
+    now = time.time()
+    Health(now, now + 60, (), is_stuck=False).write(file)
+    assert probe(monkeypatch, capsys) == (0, "ready")
+    Health(now, now + 60, ("broker: away", "database: away"), is_stuck=False).write(file)
+    assert probe(monkeypatch, capsys) == (1, "broker: away; database: away")
+    assert probe(monkeypatch, capsys, "--live") == (0, "live")
+    Health(now, now + 60, ("deaf",), is_stuck=True).write(file)
+    assert probe(monkeypatch, capsys, "--live") == (1, "deaf")
+    file.write_text(json.dumps({"problems": []}))
+    assert "not what a worker of this version writes" in probe(monkeypatch, capsys)[1]
+    monkeypatch.delenv(HEALTH_FILE_VARIABLE)
+    assert "is not set" in probe(monkeypatch, capsys)[1]
+
+
+def test_what_a_worker_said_expires_and_a_restart_is_due_some_time_after(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = time.time()
+    Health(now - 20, now - 1, (), is_stuck=False).write(file)
+    assert probe(monkeypatch, capsys) == (1, "the worker has not reported for 20 s: it hangs, was stopped, or is gone")
+    assert probe(monkeypatch, capsys, "--live") == (0, "live")
+    Health(now - 90, now - RESTART_SECONDS - 1, (), is_stuck=False).write(file)
+    assert probe(monkeypatch, capsys, "--live")[0] == 1
+
+
+class Channel:
+    """What the watch needs of kombu's channel; `answers` are what reading finds."""
+
+    def __init__(self) -> None:
+        self.is_free = True
+        self.qos = SimpleNamespace(can_consume=lambda: self.is_free)
+        self.handlers: dict[str, Any] = {"BRPOP": self._read}
+        self.answers: list[Any] = []
+
+    def _read(self) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Clock:
+    """What a module takes for the time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now))
+
+
+def test_the_watch_tells_a_deaf_consumer_from_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, channel, watch = Clock(monkeypatch, consumer_watch), Channel(), ConsumerWatch(["default"])
+    consumer = SimpleNamespace(channel=channel, consuming_from=lambda _: True)
+    assert watch.problem() == "it is not connected to the broker"
+    watch.connected(channel)
+    watch.look(consumer)
+    assert watch.problem() == "the broker has not answered it yet"
+    channel.answers = [Empty(), ConnectionError(), True]
+    with pytest.raises(Empty):
+        channel.handlers["BRPOP"]()
+    assert watch.problem() is None
+    clock.now += SILENCE_SECONDS + 1
+    watch.look(consumer)
+    with pytest.raises(ConnectionError):
+        channel.handlers["BRPOP"]()
+    assert watch.problem() == f"it has had no answer from the broker for {SILENCE_SECONDS + 1:.0f} s"
+    assert channel.handlers["BRPOP"]()
+    assert watch.problem() is None
+    channel.is_free = False
+    clock.now += 100 * SILENCE_SECONDS
+    assert watch.problem() == f"its event loop has not run for {100 * SILENCE_SECONDS:.0f} s"
+    watch.look(consumer)
+    assert watch.problem() is None, "busy"
+    watch.disconnected()
+    assert watch.problem() == "it is not connected to the broker"
+    watch.is_shutting_down = True
+    assert watch.problem() == "it is shutting down"
+
+
+@pytest.fixture
+def heartbeat(tmp_path: Path) -> Heartbeat:
+    url = f"sqlite:///{tmp_path / 'cliprd.db'}"
+    settings = WorkerSettings(database_url=url, broker_url="memory://", health_file=tmp_path / "health.json")
+    return Heartbeat(settings, ConsumerWatch(["default"]))
+
+
+def test_the_database_must_have_this_versions_schema(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    heartbeat.beat()
+    assert [problem for problem in Health.read(tmp_path / "health.json").problems if "schema" in problem]
+    migrate(f"sqlite:///{tmp_path / 'cliprd.db'}")
+    heartbeat.beat()
+    (problem,) = Health.read(tmp_path / "health.json").problems
+    assert problem == "the worker does not take jobs: it is not connected to the broker"
+
+
+def test_only_a_worker_that_does_not_consume_for_long_for_no_reason_outside_it_is_stuck(
+    heartbeat: Heartbeat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, heartbeat_module)
+
+    def is_stuck() -> bool:
+        heartbeat.beat()
+        return Health.read(tmp_path / "health.json").is_stuck
+
+    assert not is_stuck()
+    clock.now += RESTART_SECONDS + 1
+    assert not is_stuck(), "the database has no tables, which keeps the worker from working"
+    migrate(f"sqlite:///{tmp_path / 'cliprd.db'}")
+    assert not is_stuck(), "only just"
+    clock.now += RESTART_SECONDS + 1
+    assert is_stuck()
