@@ -18,7 +18,8 @@ DESCRIPTION = (
 
 KEY_DESCRIPTION = (
     "An API key, made by `cliprd keys create`. Reading needs scope `read`, submitting and cancelling `submit`, deleting `admin`; each"
-    " includes those before it. While no key was ever made, this machine's own requests pass without one, and no others do."
+    " includes those before it. While no key was ever made, this machine's own requests pass without one (unless the service was told to"
+    " need keys always), and no others do."
 )
 
 LINKS: dict[str, dict[str, dict[str, str]]] = {
