@@ -6,7 +6,7 @@ the student trained with no teacher at all, which is the bound. Images and capti
 captions (log-normal, `--mean-tokens` on average with both end tokens). Loading data is not part of it: see benchmarks/data.py.
 
 All ways take the same batches in the same process, in turn, round by round; a way's time is its median over the rounds, after a first one
-that is not counted. `--compile` adds `torch.compile` of the student.
+that is not counted. `--compile` adds `torch.compile` of the student, `--channels-last` its images and weights in that layout.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class Way:
     blocked_loss: bool = False
     fused_optimizer: bool = False
     compiled: bool = False
+    channels_last: bool = False
 
 
-def ways(with_compile: bool) -> list[Way]:
+def ways(*, with_compile: bool, with_channels_last: bool) -> list[Way]:
     reference = Way("reference way")
     everything = Way("all together, store filled", stored=True, trims_text=True, blocked_loss=True, fused_optimizer=True)
     bound = replace(everything, name="no teacher (the bound)", has_teacher=False, stored=False)
@@ -71,7 +72,16 @@ def ways(with_compile: bool) -> list[Way]:
     if with_compile:
         listed.insert(5, replace(reference, name="compiled student", compiled=True))
         listed += [replace(one, name=f"{one.name}, compiled", compiled=True) for one in (everything, bound)]
+    if with_channels_last:
+        listed.append(replace(everything, name="all together, channels-last", channels_last=True))
     return listed
+
+
+class ChannelsLast(nn.Module):
+    """(B, 3, H, W) images in the order in which their pixels came."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 class WholeContext(nn.Module):
@@ -161,7 +171,10 @@ def make_step(way: Way, teacher: LoadedModel, args: argparse.Namespace) -> Calla
     shape = {"student_width": model.embed_dim, "teacher_width": teacher.embed_dim, "teacher_logit_scale": 100.0}
     objective = (Objective if way.blocked_loss else DenseObjective)(weights, **shape)
     trained = model.model if way.trims_text else WholeContext(model.model)
-    module = StudentWithObjective(trained, objective, dtype, prepare=Normalise(model.preprocess)).to(device).train()
+    prepare = nn.Sequential(Normalise(model.preprocess), ChannelsLast() if way.channels_last else nn.Identity())
+    module = StudentWithObjective(trained, objective, dtype, prepare=prepare).to(device).train()
+    if way.channels_last:
+        module = module.to(memory_format=torch.channels_last)
     if way.compiled:
         model.model.visual.compile()
         model.model.transformer.compile(dynamic=True)
@@ -196,7 +209,7 @@ def measure(args: argparse.Namespace) -> dict[Way, float]:
     teacher.model.requires_grad_(False).eval()
     student = load_student(StudentSpec(model=args.student), seed=0)
     batches = make_batches(args, student, teacher)
-    steps = {way: make_step(way, teacher, args) for way in ways(args.compile)}
+    steps = {way: make_step(way, teacher, args) for way in ways(with_compile=args.compile, with_channels_last=args.channels_last)}
     times: dict[Way, list[float]] = {way: [] for way in steps}
     for round_number in range(args.rounds + 1):
         for way, step in steps.items():
@@ -217,6 +230,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=[one.value for one in Precision if one is not Precision.FP16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes to warm up")
+    parser.add_argument("--channels-last", action="store_true", help="also with the student in channels-last layout")
     args = parser.parse_args()
     seconds = measure(args)
     by_name = {way.name: value for way, value in seconds.items()}
