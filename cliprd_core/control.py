@@ -17,7 +17,8 @@ from cliprd_core import distributed
 T = TypeVar("T")
 
 LONGEST_ABSENCE = timedelta(days=1)
-"""How long the other processes wait for the main one. One that died is noticed at once, by its closed connection."""
+"""How long the other processes wait for the main one. One that died is noticed at once, by its closed connection, and a machine that
+vanished by its silence (`connections.py`)."""
 
 
 class ControlGroup:

@@ -40,6 +40,11 @@ def describe_failure(error: BaseException, spec: JobSpec | None = None) -> Error
     elif isinstance(error, ValidationError):
         faults = [f"`{'.'.join(str(part) for part in fault['loc']) or 'spec'}`: {fault['msg']}" for fault in error.errors()]
         message = f"The job spec is not valid: {'; '.join(faults[:5])}"
+    elif reason is ErrorReason.WORKER_LOST:
+        message = (
+            "Another training process of this run is gone, or its machine can no longer be reached; its own log may say why. Started again,"
+            f" on all machines, the run resumes from its newest checkpoint. ({_first_line(error)})"
+        )
     elif reason is ErrorReason.INTERNAL:
         message = f"{type(error).__name__}: {_first_line(error)}"
     else:
@@ -86,7 +91,9 @@ def _reason(error: BaseException) -> ErrorReason:
         return ErrorReason.INVALID_SPEC
     if isinstance(error, DivergedError):
         return ErrorReason.DIVERGED
-    return ErrorReason.OUT_OF_MEMORY if _is_out_of_memory(error) else ErrorReason.INTERNAL
+    if _is_out_of_memory(error):
+        return ErrorReason.OUT_OF_MEMORY
+    return ErrorReason.WORKER_LOST if _is_lost_contact(error) else ErrorReason.INTERNAL
 
 
 def _is_disk_full(error: BaseException) -> bool:
@@ -108,6 +115,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         phrase in str(error) for phrase in ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
     )
+
+
+def _is_lost_contact(error: BaseException) -> bool:
+    """Whether another process of the group could not be reached. Gloo raises a bare RuntimeError that names its own source file."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistNetworkError):  # the store through which processes meet
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in ("gloo/transport/", "ncclRemoteError"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -31,7 +31,11 @@ def is_first_of_machine() -> bool:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """SLURM_STEP_ID is what srun sets and a bare batch script lacks: there the tasks counted in SLURM_NTASKS have not been started."""
+    """SLURM_STEP_ID is what srun's tasks have and a bare batch script lacks: there the tasks counted in SLURM_NTASKS were not started.
+
+    (slurmstepd sets SLURM_PROCID for both, but SLURM_STEP_ID only to a step's number of zero or more, and a batch script's, like that of an
+    interactive allocation, is one of the reserved ones, which are negative: Slurm's src/common/env.c and slurm/slurm.h.)
+    """
     if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
         return {}
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")

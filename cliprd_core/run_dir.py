@@ -72,7 +72,7 @@ class ErrorReason(StrEnum):
     DIVERGED = "diverged"
     """The loss or the gradient became NaN or infinite."""
     WORKER_LOST = "worker_lost"
-    """The worker vanished, or its training process was killed, too often."""
+    """The worker, one of its training processes, or a machine of the run was killed or vanished, too often."""
     TEACHER_UNAVAILABLE = "teacher_unavailable"
     """The job or artifact that should be the teacher failed, was cancelled or is gone."""
     DISK_FULL = "disk_full"

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cliprd_core import distributed
 from cliprd_core.agreement import agreed_checkpoint, check_agreement, check_run_dir_is_shared
 from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, load_checkpoint, read_state, spec_as_json
+from cliprd_core.connections import bound_silence
 from cliprd_core.control import ControlGroup
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
@@ -133,6 +134,8 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     device = choose_device(spec)
     distributed.init(device)
     control = ControlGroup()
+    if distributed.world_size() > 1:
+        bound_silence()
     check_run_dir_is_shared(run_dir, control)
     student = load_student(spec.student, seed=spec.training.seed)
     teachers = [load_teacher(teacher, field) for field, teacher in spec.teacher_fields.items()]

@@ -20,8 +20,12 @@ def free_port() -> int:
         return port
 
 
-def join_group(rank: int, num_processes: int, port: int) -> None:
+def set_group_environment(rank: int, num_processes: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def join_group(rank: int, num_processes: int, port: int) -> None:
+    set_group_environment(rank, num_processes, port)
     distributed.init(torch.device("cpu"))
 
 

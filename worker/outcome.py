@@ -51,11 +51,16 @@ def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | 
     if cause is not None:
         return OUTCOMES[cause]
     error = read_record(run / ERROR_FILE, ErrorRecord)
-    if error is not None:
+    if error is not None and not _is_of_a_killed_neighbour(error, report):
         return error
     if report.was_stopped:
         return None
     return explain(report)
+
+
+def _is_of_a_killed_neighbour(error: ErrorRecord, report: ExitReport) -> bool:
+    """Whether the error only says that another process is gone, and a signal ended that one. (torchrun sends SIGTERM to the rest.)"""
+    return error.reason is ErrorReason.WORKER_LOST and report.signal_number not in (None, signal.SIGTERM)
 
 
 def explain(report: ExitReport) -> ErrorRecord:

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 import pytest
+from torch.distributed import DistBackendError, DistNetworkError
 
 from cliprd_core.failures import describe_failure
 from cliprd_core.run_dir import ErrorReason
@@ -52,3 +53,24 @@ def test_a_full_disk_is_known_also_when_a_library_wraps_it(error: Exception) -> 
 
 def test_other_system_errors_are_internal() -> None:
     assert describe_failure(OSError(errno.EACCES, "Permission denied")).reason is ErrorReason.INTERNAL
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]:4000. Check the logs"),
+        DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed possibly"),
+        DistNetworkError("Connection reset by peer"),
+    ],
+)
+def test_lost_contact_with_another_process_says_how_to_go_on(error: Exception) -> None:
+    record = describe_failure(error)
+    assert record.reason is ErrorReason.WORKER_LOST
+    assert "its machine can no longer be reached" in record.message
+    assert "resumes from its newest checkpoint" in record.message
+    assert str(error).splitlines()[0] in record.message
+
+
+def test_other_errors_of_the_process_group_are_internal() -> None:
+    assert describe_failure(DistBackendError("NCCL error: invalid usage")).reason is ErrorReason.INTERNAL
+    assert describe_failure(RuntimeError("shapes do not match")).reason is ErrorReason.INTERNAL
