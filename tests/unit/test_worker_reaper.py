@@ -35,7 +35,7 @@ class Bench:
         self.settings = WorkerSettings(
             database_url=url, broker_url="memory://", queues=(self.queue,), reaper_seconds=0.02, artifacts_root=folder / "artifacts"
         )
-        self.app: Celery = create_app(self.settings, flag)
+        self.app: Celery = create_app(self.settings, flag, "worker-1")
         self.reaper = Reaper(self.app, self.settings)
 
     def submit(self, *, age_seconds: float) -> str:

@@ -479,7 +479,7 @@ def test_a_stored_spec_that_this_version_refuses_fails_the_job(bench: Bench) -> 
     with bench.sessions.begin() as session:
         session.get_one(Job, job_id).spec = {"name": "from another version", "unheard_of": 1}
     app = Celery(broker=bench.settings.broker_url, set_as_current=False)
-    run_job(app, bench.settings, bench.stop.is_set, job_id)
+    run_job(app, bench.settings, bench.stop.is_set, "worker-1", job_id)
     error = bench.error(job_id)
     assert error.reason is ErrorReason.INVALID_SPEC
     assert "unheard_of" in error.detail
