@@ -39,6 +39,14 @@ def local_client(app: FastAPI, **options: Any) -> TestClient:
     return TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50_000), **options)
 
 
+def submit(client: TestClient, **changes: Any) -> dict[str, Any]:
+    """A job that was submitted as `spec_dict`, as the API answers it."""
+    response = client.post("/jobs", json=spec_dict(**changes))
+    assert response.status_code == 201, response.text
+    job: dict[str, Any] = response.json()
+    return job
+
+
 def spec_dict(**changes: Any) -> dict[str, Any]:
     """A spec whose data is the table `pairs.tsv`; `changes` replace whole fields."""
     return {

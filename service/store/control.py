@@ -156,8 +156,9 @@ def delete_job(*, session: Session, job_id: str) -> list[str]:
 
 
 def deleted_among(*, session: Session, job_ids: Sequence[str]) -> set[str]:
-    """Those of the ids that were jobs' and whose jobs were deleted."""
-    return set(session.scalars(select(DeletedJob.id).where(DeletedJob.id.in_(job_ids))))
+    """Those of the ids that were jobs' and whose jobs were deleted. A job that is there after all, as in a restored table, was not."""
+    is_there = select(Job.id).where(Job.id == DeletedJob.id).exists()
+    return set(session.scalars(select(DeletedJob.id).where(DeletedJob.id.in_(job_ids), ~is_there)))
 
 
 def unfinished_jobs(*, session: Session, labels: Mapping[str, str]) -> list[str]:

@@ -115,7 +115,8 @@ def list_workers(*, session: Session) -> list[WorkerStatus]:
 
 def complaint_about_queue(*, session: Session, queue: str) -> str | None:
     """Why no worker takes the jobs of a queue now; None: one does, or will when it is free."""
-    states = {worker.state for worker in list_workers(session=session) if queue in worker.queues}
+    now = database_now(session)
+    states = {_state(worker, now) for worker in session.scalars(select(Worker)) if queue in worker.queues}
     if WorkerState.CONSUMING in states:
         return None
     if WorkerState.NOT_CONSUMING in states:
@@ -123,12 +124,17 @@ def complaint_about_queue(*, session: Session, queue: str) -> str | None:
     return f"no worker takes queue '{queue}'"
 
 
+def _state(worker: Worker, now: datetime) -> WorkerState:
+    if worker.expires_at < now:
+        return WorkerState.LOST
+    return WorkerState.NOT_CONSUMING if worker.problems else WorkerState.CONSUMING
+
+
 def _status(worker: Worker, job_id: str | None, now: datetime) -> WorkerStatus:
-    reported = WorkerState.NOT_CONSUMING if worker.problems else WorkerState.CONSUMING
     return WorkerStatus(
         id=worker.id,
         host=worker.host,
-        state=WorkerState.LOST if worker.expires_at < now else reported,
+        state=_state(worker, now),
         queues=worker.queues,
         problems=worker.problems,
         job_id=job_id,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,21 +16,15 @@ from service.store.session import database_now
 from tests.store_helpers import Sessions, claim, create, gpu, report, spec_dict
 
 
-@pytest.fixture
-def sessions(client: TestClient) -> Sessions:
-    sessions: Sessions = client.app.state.services.sessions  # type: ignore[attr-defined]
-    return sessions
-
-
 def lose(sessions: Sessions, worker_id: str) -> None:
     with sessions.begin() as session:
         session.get_one(Worker, worker_id).expires_at = database_now(session) - timedelta(seconds=1)
 
 
-def test_workers_are_listed_with_what_they_do(client: TestClient, sessions: Sessions) -> None:
+def test_workers_are_listed_with_what_they_do(client: TestClient, api_sessions: Sessions) -> None:
     assert client.get("/workers").json() == {"workers": []}
-    report(sessions, "worker-1", gpus=(gpu(),))
-    held = claim(sessions, create(sessions).id, worker="worker-1")
+    report(api_sessions, "worker-1", gpus=(gpu(),))
+    held = claim(api_sessions, create(api_sessions).id, worker="worker-1")
     (worker,) = client.get("/workers").json()["workers"]
     assert worker["started_at"] == worker["heartbeat_at"]
     del worker["started_at"], worker["heartbeat_at"]
@@ -56,16 +49,16 @@ def test_workers_are_listed_with_what_they_do(client: TestClient, sessions: Sess
     }
 
 
-def test_a_queued_job_says_that_no_worker_takes_its_queue(client: TestClient, sessions: Sessions) -> None:
-    job_id = create(sessions, JobSpec.model_validate(spec_dict(resources={"queue": "h100"}))).id
-    report(sessions, "worker-1")
+def test_a_queued_job_says_that_no_worker_takes_its_queue(client: TestClient, api_sessions: Sessions) -> None:
+    job_id = create(api_sessions, JobSpec.model_validate(spec_dict(resources={"queue": "h100"}))).id
+    report(api_sessions, "worker-1")
     job = client.get(f"/jobs/{job_id}").json()
     assert job["waiting_for"] == "no worker takes queue 'h100'"
     assert status_of(JobView.model_validate(job)) == "queued: no worker takes queue 'h100'"
-    report(sessions, "worker-2", queues=("h100",))
+    report(api_sessions, "worker-2", queues=("h100",))
     assert client.get(f"/jobs/{job_id}").json()["waiting_for"] is None
-    claim(sessions, job_id, worker="worker-2")
-    lose(sessions, "worker-2")
+    claim(api_sessions, job_id, worker="worker-2")
+    lose(api_sessions, "worker-2")
     assert client.get(f"/jobs/{job_id}").json()["waiting_for"] is None, "it does not wait for a worker"
 
 
@@ -76,13 +69,13 @@ def samples(client: TestClient, prefix: str) -> dict[tuple[str, ...], float]:
     return {(one.name.removeprefix(prefix), *(value for _, value in sorted(one.labels.items()))): one.value for one in found}
 
 
-def test_prometheus_reads_workers_by_state_and_queue(client: TestClient, sessions: Sessions) -> None:
+def test_prometheus_reads_workers_by_state_and_queue(client: TestClient, api_sessions: Sessions) -> None:
     assert samples(client, "cliprd_workers") == {}
-    create(sessions, JobSpec.model_validate(spec_dict(resources={"queue": "a100"})))
-    report(sessions, "worker-1", queues=("default", "h100"))
-    report(sessions, "worker-2", queues=("h100",), problems=("broker: away",))
-    report(sessions, "worker-3", queues=("h100",))
-    lose(sessions, "worker-3")
+    create(api_sessions, JobSpec.model_validate(spec_dict(resources={"queue": "a100"})))
+    report(api_sessions, "worker-1", queues=("default", "h100"))
+    report(api_sessions, "worker-2", queues=("h100",), problems=("broker: away",))
+    report(api_sessions, "worker-3", queues=("h100",))
+    lose(api_sessions, "worker-3")
     found = samples(client, "cliprd_workers")
     assert {key for key, value in found.items() if value == 1} == {
         ("", "default", "consuming"),
@@ -99,12 +92,12 @@ def test_prometheus_reads_workers_by_state_and_queue(client: TestClient, session
     }
 
 
-def test_prometheus_reads_each_gpu_once(client: TestClient, sessions: Sessions) -> None:
+def test_prometheus_reads_each_gpu_once(client: TestClient, api_sessions: Sessions) -> None:
     silent = replace(gpu(), uuid="GPU-1", utilization=None, temperature_celsius=None)
-    report(sessions, "worker-1", gpus=(gpu(), silent))
-    report(sessions, "worker-2", gpus=(replace(gpu(), utilization=0.75),))
-    report(sessions, "worker-3", host="another machine", gpus=(replace(gpu(), uuid="GPU-2"),))
-    lose(sessions, "worker-3")
+    report(api_sessions, "worker-1", gpus=(gpu(), silent))
+    report(api_sessions, "worker-2", gpus=(replace(gpu(), utilization=0.75),))
+    report(api_sessions, "worker-3", host="another machine", gpus=(replace(gpu(), uuid="GPU-2"),))
+    lose(api_sessions, "worker-3")
     labels = ("machine", "NVIDIA H100")
     assert samples(client, "cliprd_gpu_") == {
         ("utilization_ratio", "GPU-0", *labels): 0.75,
