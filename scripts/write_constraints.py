@@ -7,7 +7,7 @@ import re
 from importlib.metadata import distributions
 from pathlib import Path
 
-BY_RANGE = re.compile(r"^(torch|torchvision|triton|cuda-.*|nvidia-.*|cliprd|pip|setuptools|wheel)$")
+BY_RANGE = re.compile(r"^(torch|torchvision|triton|cuda-.*|nvidia-(?!ml-py$).*|cliprd|pip|setuptools|wheel)$")
 
 versions = {re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower(): one.version for one in distributions()}
 lines = [f"{name}=={version}" for name, version in sorted(versions.items()) if not BY_RANGE.match(name)]

@@ -14,10 +14,10 @@ from service.auth import OPEN_PATHS, Authorization
 from service.errors import install_handlers
 from service.logs import configure
 from service.middleware import BodyLimit, ProblemsOnly, SecurityHeaders
-from service.monitoring import JobCollector, RequestMonitor
+from service.monitoring import JobCollector, RequestMonitor, WorkerCollector
 from service.openapi import DESCRIPTION, openapi_of
 from service.queue import JobQueue
-from service.routes import artifacts, control, docs, health, jobs, streams, teacher_stores
+from service.routes import artifacts, control, docs, health, jobs, streams, teacher_stores, workers
 from service.routes.dependencies import Services
 from service.settings import Settings
 from service.store.blobs import make_blobs
@@ -51,7 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestMonitor, registry=services.registry)
     install_handlers(app)
-    for part in (jobs, control, streams, artifacts, teacher_stores, health, docs):
+    for part in (jobs, control, streams, artifacts, teacher_stores, workers, health, docs):
         app.include_router(part.router, dependencies=[Depends(refuse_other_parameters)])
     app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
@@ -62,6 +62,7 @@ def _make_services(settings: Settings) -> Services:
     sessions = make_sessions(engine)
     registry = CollectorRegistry()
     registry.register(JobCollector(sessions))
+    registry.register(WorkerCollector(sessions))
     return Services(
         registry=registry,
         settings=settings,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from service import cli_control, cli_database, cli_stores
+from service import cli_control, cli_database, cli_stores, cli_workers
 from service.cli_common import DEFAULT_URL, JobId, Url, connected, fail, json_object, key_and_value, out
 from service.keys_cli import keys
 from service.store.states import JobState
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_control.app)
 app.add_typer(cli_database.app)
+app.add_typer(cli_workers.app)
 app.add_typer(cli_stores.app, name="stores")
 app.add_typer(keys, name="keys")
 WATCH_SECONDS = 1.0

@@ -38,6 +38,8 @@ from service.schemas import (
     SeriesView,
     TeacherStoreList,
     TeacherStoreView,
+    WorkerList,
+    WorkerView,
 )
 from service.store.models import ArtifactKind
 from service.store.states import JobState
@@ -200,6 +202,10 @@ class Client:
             if page.next_cursor is None:
                 return found
             params["cursor"] = page.next_cursor
+
+    def workers(self) -> list[WorkerView]:
+        """All workers that report to the service, by machine."""
+        return self._call("GET", "/workers", WorkerList).workers
 
     def teacher_stores(self) -> list[TeacherStoreView]:
         """All teacher stores that the service sees, most recently used first."""

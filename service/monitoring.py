@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -14,9 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.logs import set_request
 from service.store.session import reading
-from service.store.statistics import job_statistics
+from service.store.statistics import job_statistics, queues_in_use
+from service.store.workers import GpuReading, WorkerState, list_workers
 
 BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+GPU_METRICS: dict[str, tuple[str, Callable[[GpuReading], float | None]]] = {
+    "cliprd_gpu_utilization_ratio": ("Fraction of the last moments in which the GPU computed.", lambda gpu: gpu.utilization),
+    "cliprd_gpu_memory_used_bytes": ("Memory that is used, by the driver too.", lambda gpu: gpu.memory_used_bytes),
+    "cliprd_gpu_memory_total_bytes": ("Memory there is.", lambda gpu: gpu.memory_total_bytes),
+    "cliprd_gpu_temperature_celsius": ("Temperature of the GPU.", lambda gpu: gpu.temperature_celsius),
+}
 _JOB_PATH = re.compile(r"/jobs/([0-9a-z-]{8,64})(?:/|$)")
 
 
@@ -48,6 +56,36 @@ class JobCollector(Collector):
         for running in found.running:
             speed.add_metric([running.job_id, running.queue], running.samples_per_second)
         yield from (jobs, attempts, lost, oldest, expired, speed)
+
+
+class WorkerCollector(Collector):
+    """Workers and their GPUs as the database has them. Of several workers that see one GPU, the latest report counts."""
+
+    def __init__(self, sessions: sessionmaker[Session]) -> None:
+        self._sessions = sessions
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Nothing: else registering would ask the database."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        with reading(self._sessions) as session:
+            workers = list_workers(session=session)
+            queues = queues_in_use(session=session)
+        family = GaugeMetricFamily("cliprd_workers", "Workers there are; one of several queues counts in each.", labels=["state", "queue"])
+        states = Counter((worker.state, queue) for worker in workers for queue in worker.queues)
+        for queue in sorted(queues.union(*(worker.queues for worker in workers))):
+            for state in WorkerState:
+                family.add_metric([state, queue], states[state, queue])  # zero, too: an alert needs a series to look at
+        yield family
+        present = sorted((worker for worker in workers if worker.state is not WorkerState.LOST), key=lambda worker: worker.heartbeat_at)
+        gpus = {(worker.host, gpu.uuid): gpu for worker in present for gpu in worker.gpus}
+        for name, (help_text, read) in GPU_METRICS.items():
+            family = GaugeMetricFamily(name, help_text, labels=["host", "gpu", "name"])
+            for (host, uuid), gpu in gpus.items():
+                if (value := read(gpu)) is not None:
+                    family.add_metric([host, uuid, gpu.name], value)
+            yield family
 
 
 class RequestMonitor:

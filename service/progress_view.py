@@ -68,6 +68,8 @@ class ProgressView:
 def status_of(job: JobView) -> str:
     """One line: what the job does, and how it fares."""
     if job.state is not JobState.RUNNING:
+        if job.waiting_for is not None:
+            return f"{job.state}: {job.waiting_for}"
         return "waits for its teacher" if job.state is JobState.WAITING else str(job.state)
     if job.cancel_requested_at is not None:
         return "stopping"

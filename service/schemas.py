@@ -16,6 +16,7 @@ from cliprd_core.store_dir import StoreKey, StoreRecord
 from service.store.metrics import Series
 from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
 from service.store.states import JobState
+from service.store.workers import WorkerState, WorkerStatus
 
 
 class _DescribedAsJobSpec:
@@ -71,6 +72,9 @@ class JobView(View):
     attempt: int = Field(description="Which attempt runs or ran; 0 before the first.")
     max_attempts: int = Field(description="Attempts that may be lost with their worker before the job fails.")
     worker: str | None = Field(description="Worker of the latest attempt.")
+    waiting_for: str | None = Field(
+        default=None, description="Why a queued job can't start: no worker takes its queue. Null: one does. Only told when reading one job."
+    )
     teacher_job_ids: list[str] = Field(description="The jobs whose results are teachers; it waits until they have succeeded.")
     created_at: datetime
     queued_at: datetime | None
@@ -86,7 +90,7 @@ class JobView(View):
     links: JobLinks
 
     @classmethod
-    def of(cls, job: Job, root_path: str = "") -> Self:
+    def of(cls, job: Job, root_path: str = "", *, waiting_for: str | None = None) -> Self:
         """A row as the API shows it; `root_path` is where a proxy has mounted the API."""
         here = f"{root_path}/jobs/{job.id}"
         return cls(
@@ -98,6 +102,7 @@ class JobView(View):
             attempt=job.attempt,
             max_attempts=job.max_attempts,
             worker=job.worker,
+            waiting_for=waiting_for,
             teacher_job_ids=job.teacher_job_ids,
             created_at=job.created_at,
             queued_at=job.queued_at,
@@ -282,6 +287,44 @@ class TeacherStoreList(View):
     """All teacher stores, most recently used first."""
 
     teacher_stores: list[TeacherStoreView]
+
+
+class GpuView(View):
+    """One GPU. Null: it does not tell."""
+
+    index: int = Field(description="Among those that the worker sees.")
+    uuid: str
+    name: str
+    utilization: float | None = Field(description="Fraction 0-1 of the last moments in which it computed anything.")
+    memory_used_bytes: int | None = Field(description="By all processes, and by the driver itself.")
+    memory_total_bytes: int | None
+    temperature_celsius: float | None
+
+
+class WorkerView(View):
+    """A worker as it reported last."""
+
+    id: str = Field(description="Machine, process, and something random; also the `worker` of its jobs.")
+    host: str = Field(description="Its machine.")
+    state: WorkerState = Field(
+        description="`consuming`: it takes jobs of its queues; `not_consuming`: something keeps it from that; `lost`: it stopped reporting."
+    )
+    queues: list[str]
+    problems: list[str] = Field(description="What keeps it from taking jobs.")
+    job_id: str | None = Field(description="The job it works on.")
+    gpus: list[GpuView]
+    started_at: datetime
+    heartbeat_at: datetime = Field(description="When it last reported.")
+
+    @classmethod
+    def of(cls, worker: WorkerStatus) -> Self:
+        return cls.model_validate(worker, from_attributes=True)
+
+
+class WorkerList(View):
+    """All workers, by machine; one that vanished is listed for another hour."""
+
+    workers: list[WorkerView]
 
 
 class Health(View):

@@ -114,3 +114,10 @@ def client(settings: Settings) -> Iterator[TestClient]:
 
     with local_client(create_app(settings), raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def api_sessions(client: TestClient) -> sessionmaker[Session]:
+    """The database of the running `client`."""
+    sessions: sessionmaker[Session] = client.app.state.services.sessions  # type: ignore[attr-defined]
+    return sessions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cliprd_core.spec import JobSpec
 from service.store import jobs
 from service.store.models import Job
 from service.store.session import reading
+from service.store.workers import GpuReading, report_worker
 
 Sessions = sessionmaker[Session]
 
@@ -35,6 +37,14 @@ FAILURE = ErrorRecord(reason=ErrorReason.DIVERGED, message="The loss became NaN 
 def local_client(app: FastAPI, **options: Any) -> TestClient:
     """A client on this machine, which is let in without an API key."""
     return TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50_000), **options)
+
+
+def submit(client: TestClient, **changes: Any) -> dict[str, Any]:
+    """A job that was submitted as `spec_dict`, as the API answers it."""
+    response = client.post("/jobs", json=spec_dict(**changes))
+    assert response.status_code == 201, response.text
+    job: dict[str, Any] = response.json()
+    return job
 
 
 def spec_dict(**changes: Any) -> dict[str, Any]:
@@ -82,6 +92,25 @@ def claim(sessions: Sessions, job_id: str, worker: str = "worker-1", lease_secon
         claimed = jobs.claim_job(session=session, job_id=job_id, worker=worker, lease_seconds=lease_seconds)
     assert claimed is not None
     return claimed
+
+
+def gpu() -> GpuReading:
+    """A GPU that is half busy."""
+    return GpuReading(0, "GPU-0", "NVIDIA H100", 0.5, 10_000_000_000, 80_000_000_000, 50.0)
+
+
+def report(
+    sessions: Sessions,
+    worker_id: str,
+    *,
+    host: str = "machine",
+    queues: Sequence[str] = ("default",),
+    problems: Sequence[str] = (),
+    gpus: Sequence[GpuReading] = (),
+) -> None:
+    """A worker's heartbeat."""
+    with sessions.begin() as session:
+        report_worker(session=session, worker_id=worker_id, host=host, queues=queues, problems=problems, gpus=gpus, valid_seconds=60)
 
 
 def finish(sessions: Sessions, claimed: jobs.Claim, outcome: jobs.Outcome = SUCCESS) -> list[jobs.QueuedJob]:

@@ -14,14 +14,14 @@ from worker.heartbeat import Heartbeat
 from worker.reaper import Reaper
 from worker.settings import WorkerSettings
 from worker.shutdown import ShutdownFlag
-from worker.tasks import RUN_JOB, run_job
+from worker.tasks import RUN_JOB, run_job, worker_name
 
 _connected: list[Any] = []
 """Celery keeps weak references to signal receivers only."""
 
 
-def create_app(settings: WorkerSettings, flag: ShutdownFlag) -> Celery:
-    """An app with the task `cliprd.run_job` that runs one job at a time.
+def create_app(settings: WorkerSettings, flag: ShutdownFlag, name: str) -> Celery:
+    """An app with the task `cliprd.run_job` that runs one job at a time, as the worker of this name.
 
     A message is acknowledged on receipt, since Redis would deliver it again after an hour and training takes days; what makes a
     job survive its worker is the lease in the store. A busy worker leaves further messages in the queue, for others.
@@ -47,16 +47,16 @@ def create_app(settings: WorkerSettings, flag: ShutdownFlag) -> Celery:
 
     @app.task(name=RUN_JOB, shared=False)  # else every later app of the process would get this one
     def _run_job(job_id: str) -> None:
-        run_job(app, settings, flag.is_raised, job_id)
+        run_job(app, settings, flag.is_raised, name, job_id)
 
     return app
 
 
-def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag) -> None:
+def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag, name: str) -> None:
     """In the worker's parent process: run a heartbeat and a reaper, and pass the order to shut down on to the running job."""
     watch = ConsumerWatch(settings.queues)
     app.steps["consumer"].add(watching_step(watch))
-    heartbeat = Heartbeat(settings, watch)
+    heartbeat = Heartbeat(settings, watch, name)
     reaper: list[Reaper] = []
 
     def on_setup_logging(**_: Any) -> None:
@@ -89,9 +89,9 @@ def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag) -
 
 @cache
 def _worker_app() -> Celery:
-    settings, flag = WorkerSettings(), ShutdownFlag()
-    app = create_app(settings, flag)
-    connect_signals(app, settings, flag)
+    settings, flag, name = WorkerSettings(), ShutdownFlag(), worker_name()
+    app = create_app(settings, flag, name)
+    connect_signals(app, settings, flag, name)
     return app
 
 

@@ -1,18 +1,23 @@
-"""Every few seconds the worker looks whether it can work, and tells what it finds."""
+"""Every few seconds the worker looks whether it can work, and tells probes and the database what it finds."""
 
 from __future__ import annotations
 
 import logging
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.queue import JobQueue
-from service.store.session import check_database, make_engine
+from service.store.session import check_database, make_engine, make_sessions
+from service.store.workers import forget_workers, remove_worker, report_worker
 from worker.consumer_watch import ConsumerWatch
+from worker.gpus import GpuReader
 from worker.health import RESTART_SECONDS, Health
 from worker.rounds import Rounds
 from worker.settings import WorkerSettings
@@ -21,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT_SECONDS = 2.0
 MISSED_CHECKS = 3
-"""So many may be overdue, and take CHECKS_SECONDS in all, before a health file expires."""
+"""So many may be overdue, and take CHECKS_SECONDS in all, before the last one says nothing any more."""
 CHECKS_SECONDS = 10.0
 
 
@@ -31,11 +36,14 @@ class Heartbeat:
     Args:
         settings: The worker's.
         watch: Told by Celery's consumer.
+        name: The worker's, in the store.
     """
 
-    def __init__(self, settings: WorkerSettings, watch: ConsumerWatch) -> None:
+    def __init__(self, settings: WorkerSettings, watch: ConsumerWatch, name: str) -> None:
         self._settings = settings
         self._watch = watch
+        self._name = name
+        self._gpus = GpuReader()
         self._rounds = Rounds("heartbeat", self.beat, pause_seconds=settings.health_seconds)
         self._last: tuple[str, ...] | None = None
         self._stuck_since: float | None = None
@@ -44,27 +52,41 @@ class Heartbeat:
         self._rounds.start()
 
     def stop(self) -> None:
-        """From now on there is no worker here."""
+        """From now on there is no such worker."""
         self._rounds.stop()
         if self._settings.health_file is not None:
             self._settings.health_file.unlink(missing_ok=True)
+        with suppress(SQLAlchemyError):  # then its row expires
+            self._with_database(self._take_leave)
+        self._gpus.close()
 
     def beat(self) -> None:
         """One look at everything that the worker needs."""
-        consumer = self._watch.problem()
-        outside = [found for check in (self._check_broker, self._check_database) if (found := check()) is not None]
-        problems = (*([] if consumer is None else [f"the worker does not take jobs: {consumer}"]), *outside)
-        if problems != self._last:
-            if problems:
-                logger.warning("not ready: %s", "; ".join(problems))
-            elif self._last is not None:
-                logger.info("ready again")
-        self._last = problems
-        is_stuck = self._is_stuck(consumer is not None and not outside and not self._watch.is_shutting_down)
+        consumer, broker = self._watch.problem(), self._check_broker()
+        found = [None if consumer is None else f"the worker does not take jobs: {consumer}", broker]
+        reported = [problem for problem in found if problem is not None]
+        database = _complaint("database", lambda: self._with_database(lambda engine: self._report(engine, reported)))
+        problems = tuple(problem for problem in (*found, database) if problem is not None)
+        self._log(problems)
+        is_stuck = self._is_stuck(consumer is not None and broker is None and database is None and not self._watch.is_shutting_down)
         if self._settings.health_file is not None:
             now = time.time()
-            valid_until = now + MISSED_CHECKS * self._settings.health_seconds + CHECKS_SECONDS
-            Health(checked_at=now, valid_until=valid_until, problems=problems, is_stuck=is_stuck).write(self._settings.health_file)
+            health = Health(checked_at=now, valid_until=now + self._valid_seconds, problems=problems, is_stuck=is_stuck)
+            health.write(self._settings.health_file)
+
+    @property
+    def _valid_seconds(self) -> float:
+        """For which a heartbeat stands."""
+        return MISSED_CHECKS * self._settings.health_seconds + CHECKS_SECONDS
+
+    def _log(self, problems: tuple[str, ...]) -> None:
+        if problems == self._last:
+            return
+        if problems:
+            logger.warning("not ready: %s", "; ".join(problems))
+        elif self._last is not None:
+            logger.info("ready again")
+        self._last = problems
 
     def _is_stuck(self, does_not_consume: bool) -> bool:
         """Whether it has not consumed for so long, with nothing outside it to prevent that; a consumer needs some time to reconnect."""
@@ -83,12 +105,32 @@ class Heartbeat:
         finally:
             queue.close()
 
-    def _check_database(self) -> str | None:
+    def _with_database(self, act: Callable[[Engine], None]) -> None:
+        """With connections that don't outlive the round."""
         engine = make_engine(self._settings.database_url)
         try:
-            return _complaint("database", lambda: check_database(engine))
+            act(engine)
         finally:
             engine.dispose()
+
+    def _report(self, engine: Engine, problems: Sequence[str]) -> None:
+        check_database(engine)
+        gpus = self._gpus.read()
+        with make_sessions(engine).begin() as session:
+            forget_workers(session=session)
+            report_worker(
+                session=session,
+                worker_id=self._name,
+                host=socket.gethostname(),
+                queues=self._settings.queues,
+                problems=problems,
+                gpus=gpus,
+                valid_seconds=self._valid_seconds,
+            )
+
+    def _take_leave(self, engine: Engine) -> None:
+        with make_sessions(engine).begin() as session:
+            remove_worker(session=session, worker_id=self._name)
 
 
 def _complaint(part: str, check: Callable[[], None]) -> str | None:

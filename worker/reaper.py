@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,20 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.store.artifacts import remove_finished_checkpoints
 from service.store.blobs import make_blobs
 from service.store.idempotency import forget_keys
-from service.store.jobs import QueuedJob, jobs_to_send, requeue_expired
+from service.store.jobs import QueuedJob, deleted_among, jobs_to_send, requeue_expired
 from service.store.session import make_engine, make_sessions, reading
 from worker.rounds import Rounds
+from worker.run_dirs import remove_deleted
 from worker.settings import WorkerSettings
 from worker.tasks import send
 from worker.webhooks import deliver_webhooks
 
 logger = logging.getLogger(__name__)
+
+RUN_DIRS_SECONDS = 60.0
+"""Pause between looks at the run directories."""
+MAX_REMOVAL_SECONDS = 5.0
+"""A round begins to remove no further one after this time, as leases that run out must not wait for it."""
 
 
 class Reaper:
@@ -29,6 +36,8 @@ class Reaper:
     def __init__(self, app: Celery, settings: WorkerSettings) -> None:
         self._app = app
         self._settings = settings
+        self._run_dirs_at = 0.0
+        """When to look at the run directories next (monotonic seconds)."""
         self._rounds = Rounds("reaper", self.reap, pause_seconds=settings.reaper_seconds)
 
     def start(self) -> None:
@@ -55,6 +64,7 @@ class Reaper:
                 waiting = jobs_to_send(session=session, older_than_seconds=self._settings.resend_seconds)
             send(self._app, sessions, self._without_message(waiting))
             self._drop_finished_checkpoints(sessions)
+            self._remove_run_dirs(sessions)
             secret = self._settings.webhook_secret
             deliver_webhooks(sessions, self._settings.webhook_urls, None if secret is None else secret.get_secret_value())
         finally:
@@ -69,6 +79,18 @@ class Reaper:
             for key in keys:
                 blobs.delete(key)
             logger.info("dropped %d files of finished jobs' checkpoints", len(keys))
+
+    def _remove_run_dirs(self, sessions: sessionmaker[Session]) -> None:
+        """Those of jobs that were deleted, on this machine's disk."""
+        if time.monotonic() < self._run_dirs_at:
+            return
+
+        def deleted(names: Sequence[str]) -> set[str]:
+            with reading(sessions) as session:
+                return deleted_among(session=session, job_ids=names)
+
+        if remove_deleted(self._settings.runs_root, deleted, max_seconds=MAX_REMOVAL_SECONDS):
+            self._run_dirs_at = time.monotonic() + RUN_DIRS_SECONDS
 
     def _without_message(self, waiting: Sequence[QueuedJob]) -> list[QueuedJob]:
         """Those of queues that hold fewer messages than jobs wait. In the others each job may just wait its turn: sending them again

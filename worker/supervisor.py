@@ -37,6 +37,7 @@ from worker.outcome import StopCause, decide
 from worker.process import TrainingProcess
 from worker.pump import LogPump, RecordPump
 from worker.run_cookie import new_cookie
+from worker.run_dirs import in_use
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ class Supervisor:
 
     def _attempt(self, keeper: LeaseKeeper) -> list[QueuedJob]:
         try:
-            return self._train(keeper)
+            with in_use(self._run):
+                return self._train(keeper)
         except LeaseLostError:
             raise
         except TeacherGoneError as error:
@@ -129,7 +131,6 @@ class Supervisor:
 
     def _prepare(self) -> None:
         """Make the run directory ready; what an earlier attempt left in it stays, but for its verdict."""
-        self._run.mkdir(parents=True, exist_ok=True)
         for name in (RESULT_FILE, ERROR_FILE):
             (self._run / name).unlink(missing_ok=True)
         spec = with_fetched_teachers(self._job, self._run)

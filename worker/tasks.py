@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shlex
 import socket
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 RUN_JOB = "cliprd.run_job"
 
 
-def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], job_id: str) -> None:
-    """Claim the best job of the named one's queue and see it through. Where none is queued (any more), this does nothing."""
+def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], worker: str, job_id: str) -> None:
+    """Claim the best job of the named one's queue as `worker`, and see it through. Where none is queued any more, this does nothing."""
     if should_stop():
         return  # taken while shutting down: the job stays queued, and the reaper sends it again
     engine = make_engine(settings.database_url)  # made here, in the pool's child: connections don't survive a fork
@@ -37,7 +38,7 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
         sessions = make_sessions(engine)
         try:
             with sessions.begin() as session:
-                claim = claim_next(session=session, job_id=job_id, worker=worker_name(), lease_seconds=settings.lease_seconds)
+                claim = claim_next(session=session, job_id=job_id, worker=worker, lease_seconds=settings.lease_seconds)
         except OUT_OF_REACH as error:
             logger.warning("job %s: not claimed, as the store is out of reach (%s); the reaper sends it again", job_id, error)
             return
@@ -100,5 +101,5 @@ def send(app: Celery, sessions: sessionmaker[Session], queued: Sequence[QueuedJo
 
 
 def worker_name() -> str:
-    """Names the worker in the store, for people: which process on which machine."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """A name for this worker in the store: which process on which machine, and something random, since containers share both."""
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"

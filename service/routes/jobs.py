@@ -17,6 +17,7 @@ from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
+from service.store.workers import complaint_about_queue
 from service.submission import dry_run, submit
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -90,9 +91,11 @@ def _labels(given: list[str]) -> dict[str, str]:
 
 @router.get("/{job_id}", summary="Read a job", responses=problem_responses(404, 500, 503))
 def read_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -> JobView:
-    """State, progress, latest metrics, and error or result."""
+    """State, progress, latest metrics, and error or result; of a queued job also whether any worker takes its queue."""
     with reading(services.sessions) as session:
-        return JobView.of(jobs.get_job(session=session, job_id=job_id), root_path)
+        job = jobs.get_job(session=session, job_id=job_id)
+        waiting_for = complaint_about_queue(session=session, queue=job.queue) if job.state is JobState.QUEUED else None
+        return JobView.of(job, root_path, waiting_for=waiting_for)
 
 
 @router.get("/{job_id}/metrics", summary="Metric series", responses=problem_responses(404, 500, 503))

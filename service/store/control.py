@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from cliprd_core.spec import JobSpec
 from service.store.errors import JobConflictError, JobFinishedError, JobNotFoundError
 from service.store.events import EventKind, record_event
-from service.store.models import Artifact, Job, JobLabel, JobTeacher
+from service.store.models import Artifact, DeletedJob, Job, JobLabel, JobTeacher
 from service.store.session import database_now
 from service.store.states import JobState
 from service.store.teachers import lock_teachers
@@ -150,8 +150,15 @@ def delete_job(*, session: Session, job_id: str) -> list[str]:
     keys = list(session.scalars(select(Artifact.storage_key).where(Artifact.job_id == job_id)))
     session.execute(delete(JobTeacher).where(JobTeacher.teacher_job_id == job_id))
     session.delete(job)
+    session.add(DeletedJob(id=job_id, deleted_at=database_now(session)))
     session.flush()
     return keys
+
+
+def deleted_among(*, session: Session, job_ids: Sequence[str]) -> set[str]:
+    """Those of the ids that were jobs' and whose jobs were deleted. A job that is there after all, as in a restored table, was not."""
+    is_there = select(Job.id).where(Job.id == DeletedJob.id).exists()
+    return set(session.scalars(select(DeletedJob.id).where(DeletedJob.id.in_(job_ids), ~is_there)))
 
 
 def unfinished_jobs(*, session: Session, labels: Mapping[str, str]) -> list[str]:

@@ -15,6 +15,7 @@ from cliprd_core.spec import JobSpec
 from service.store.control import (
     Changed,
     delete_job,
+    deleted_among,
     labelled,
     request_cancel,
     request_pause,
@@ -80,6 +81,7 @@ __all__ = [
     "claim_next",
     "create_job",
     "delete_job",
+    "deleted_among",
     "finish_job",
     "get_job",
     "jobs_to_send",

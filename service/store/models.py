@@ -79,6 +79,8 @@ class Base(DeclarativeBase):
     type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's own protocol)
         datetime: UtcDateTime(),
         dict[str, Any]: JSON(none_as_null=True),
+        list[str]: JSON(),
+        list[dict[str, Any]]: JSON(),
         JobState: _enum_column(JobState),
         ArtifactKind: _enum_column(ArtifactKind),
         EventKind: _enum_column(EventKind),
@@ -297,6 +299,35 @@ class Artifact(Base):
     media_type: Mapped[str] = mapped_column(Text)
     storage_key: Mapped[str] = mapped_column(String(255))
     created_at: Mapped[datetime]
+
+
+class Worker(Base):
+    """One worker process as it last reported; see `service.store.workers`."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(255), primary_key=True)
+    """As in `jobs.worker`: machine, process, and something random, since containers have the same process ids again and again."""
+    host: Mapped[str] = mapped_column(String(255))
+    queues: Mapped[list[str]]
+    problems: Mapped[list[str]]
+    """What keeps it from taking jobs. None: it takes them."""
+    gpus: Mapped[list[dict[str, Any]]]
+    """GpuReading of each GPU that it sees."""
+    started_at: Mapped[datetime]
+    heartbeat_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    """From then on it counts as lost, unless it reports again."""
+
+
+class DeletedJob(Base):
+    """A job that was deleted, so that its run directory can go: an unknown id alone could also be one that this database lost."""
+
+    __tablename__ = "deleted_jobs"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """The job's."""
+    deleted_at: Mapped[datetime]
 
 
 class ApiKey(Base):

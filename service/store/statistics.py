@@ -64,3 +64,9 @@ def job_statistics(*, session: Session) -> JobStatistics:
         if progress is not None:
             found.running.append(RunningJob(job_id, queue, progress["samples_per_second"]))
     return found
+
+
+def queues_in_use(*, session: Session) -> set[str]:
+    """The queues of jobs that have not finished."""
+    unfinished = [state for state in JobState if not state.is_finished]
+    return set(session.scalars(select(Job.queue).where(Job.state.in_(unfinished)).distinct()))

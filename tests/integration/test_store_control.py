@@ -230,6 +230,8 @@ def test_a_finished_job_is_deleted_with_all_its_rows(sessions: Sessions) -> None
             delete(sessions, refused)
     assert delete(sessions, job.id) == [f"ab/{job.id.replace('-', '')}"]
     with reading(sessions) as session:
+        assert jobs.deleted_among(session=session, job_ids=[job.id, other.id, "unheard-of"]) == {job.id}
+    with reading(sessions) as session:
         assert [one.id for one in session.query(Job)] == [other.id]
         for table in reversed(Job.metadata.sorted_tables):
             if "job_id" in table.columns:

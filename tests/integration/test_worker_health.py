@@ -17,8 +17,9 @@ import pytest
 from cliprd_core.spec import JobSpec
 from service.queue import JobQueue
 from service.store.control import request_cancel
-from service.store.session import make_engine, make_sessions, migrate
+from service.store.session import make_engine, make_sessions, migrate, reading
 from service.store.states import JobState
+from service.store.workers import WorkerState, WorkerStatus, list_workers
 from tests.redis_server import RedisServer
 from tests.store_helpers import Sessions, create, read, spec_dict
 from worker.health import HEALTH_FILE_VARIABLE
@@ -74,6 +75,10 @@ class Machine:
             assert time.monotonic() < deadline, (line, self.log.read_text())
             time.sleep(0.1)
 
+    def workers(self) -> list[WorkerStatus]:
+        with reading(self.sessions) as session:
+            return list_workers(session=session)
+
     def submit(self, **labels: str) -> str:
         job_id = create(self.sessions, JobSpec.model_validate(spec_dict(labels=labels))).id
         assert self.queue.send(job_id, "default")
@@ -120,6 +125,8 @@ def test_it_is_ready_only_while_the_broker_is_there(machine: Machine) -> None:
 def test_a_busy_worker_is_ready_as_long_as_the_broker_is_there(machine: Machine) -> None:
     job_id = machine.submit(steps="10000", step_seconds="0.05")
     machine.wait_for(job_id, JobState.RUNNING)
+    (worker,) = machine.workers()
+    assert (worker.job_id, worker.state, worker.queues) == (job_id, WorkerState.CONSUMING, ["default", "h100"])
     until = time.monotonic() + 2 * SILENCE_SECONDS
     while time.monotonic() < until:
         assert machine.probe() == (0, "ready")
@@ -148,13 +155,16 @@ def test_a_consumer_that_asks_for_nothing_is_not_ready(machine: Machine) -> None
 def test_a_stopped_worker_is_not_ready_until_it_goes_on(machine: Machine) -> None:
     machine.worker.send_signal(signal.SIGSTOP)
     machine.wait_until("has not reported for [0-9]+ s")
+    assert [worker.state for worker in machine.workers()] == [WorkerState.LOST]
     machine.worker.send_signal(signal.SIGCONT)
     machine.wait_until("^ready$")
+    assert [worker.state for worker in machine.workers()] == [WorkerState.CONSUMING]
     machine.worker.terminate()
     assert machine.worker.wait(timeout=30) == 0
     code, line = machine.probe()
     assert code == 1
     assert "none runs here" in line
+    assert machine.workers() == []
 
 
 def test_a_killed_worker_is_not_ready(machine: Machine) -> None:

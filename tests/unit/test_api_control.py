@@ -6,7 +6,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -14,24 +13,13 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs
-from service.store.session import make_engine, make_sessions
-from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, spec_dict, write_table
+from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, report, spec_dict, submit, write_table
 
 
 @pytest.fixture
-def sessions(client: TestClient, settings: Settings, tmp_path: Path) -> Any:
-    """The database of the running `client`, beside the data that `spec_dict` names."""
+def sessions(api_sessions: Sessions, tmp_path: Path) -> Sessions:
     write_table(tmp_path)
-    engine = make_engine(settings.database_url)
-    yield make_sessions(engine)
-    engine.dispose()
-
-
-def submit(client: TestClient, **changes: Any) -> dict[str, Any]:
-    response = client.post("/jobs", json=spec_dict(**changes))
-    assert response.status_code == 201, response.text
-    job: dict[str, Any] = response.json()
-    return job
+    return api_sessions
 
 
 def test_pausing_and_resuming(client: TestClient, sessions: Sessions) -> None:
@@ -113,6 +101,7 @@ def test_cancelling_by_label(client: TestClient, sessions: Sessions) -> None:
 
 
 def test_an_idempotency_key_makes_one_job(client: TestClient, sessions: Sessions, tmp_path: Path) -> None:
+    report(sessions, "worker-1")
     headers = {"Idempotency-Key": "a-key"}
     first = client.post("/jobs", json=spec_dict(), headers=headers)
     (tmp_path / "pairs.tsv").unlink()  # a repeated submission is answered, not checked again

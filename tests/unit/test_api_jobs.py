@@ -11,24 +11,27 @@ from fastapi.testclient import TestClient
 
 from service.settings import Settings
 from service.store import jobs
-from service.store.session import make_engine, make_sessions, reading
-from tests.store_helpers import FAILURE, SUCCESS, Sessions, claim, evaluated, finish, local_client, measured, spec_dict, write_table
+from service.store.session import reading
+from tests.store_helpers import (
+    FAILURE,
+    SUCCESS,
+    Sessions,
+    claim,
+    evaluated,
+    finish,
+    local_client,
+    measured,
+    report,
+    spec_dict,
+    submit,
+    write_table,
+)
 
 
 @pytest.fixture
-def sessions(client: TestClient, settings: Settings, tmp_path: Path) -> Any:
-    """The database of the running `client`, beside the data that `spec_dict` names."""
+def sessions(api_sessions: Sessions, tmp_path: Path) -> Sessions:
     write_table(tmp_path)
-    engine = make_engine(settings.database_url)
-    yield make_sessions(engine)
-    engine.dispose()
-
-
-def submit(client: TestClient, **changes: Any) -> dict[str, Any]:
-    response = client.post("/jobs", json=spec_dict(**changes))
-    assert response.status_code == 201, response.text
-    job: dict[str, Any] = response.json()
-    return job
+    return api_sessions
 
 
 def problem(response: httpx2.Response, status: int) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def problem(response: httpx2.Response, status: int) -> dict[str, Any]:
 
 
 def test_a_submitted_job_is_answered_whole_and_can_be_read(client: TestClient, sessions: Sessions, tmp_path: Path) -> None:
+    report(sessions, "worker-1")
     response = client.post("/jobs", json=spec_dict(labels={"team": "a"}))
     assert response.status_code == 201
     job = response.json()

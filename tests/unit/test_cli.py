@@ -32,6 +32,8 @@ from service.store.jobs import Cancelled, claim_job, finish_job, record_metrics,
 from service.store.logs import append_log
 from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions
+from service.store.workers import report_worker
+from tests.store_helpers import gpu
 from tests.teacher_store_helpers import make_store
 from tests.tiny import tiny_spec, write_shards
 
@@ -310,6 +312,18 @@ def test_all_pages_of_jobs_are_fetched(bench: Bench, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("seconds", "shown"), [(8.4, "8 s"), (59.6, "1:00"), (185, "3:05"), (7385, "2:03:05")])
 def test_durations_read_well(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_workers_are_listed(bench: Bench) -> None:
+    with bench.session() as session:
+        common = {"host": "machine", "gpus": [gpu()], "valid_seconds": 60}
+        report_worker(session=session, worker_id="worker-1", queues=["default", "h100"], problems=[], **common)
+        report_worker(session=session, worker_id="worker-2", queues=["a100"], problems=["broker: away"], **common)
+    code, listed, _ = bench.run("workers")
+    assert code == 0
+    _, first, second = (" ".join(line.split()) for line in listed.splitlines())
+    assert "worker-1 consuming default, h100 NVIDIA H100 50% 10 of 80 GB" in first
+    assert "worker-2 not_consuming: broker: away a100" in second
 
 
 def test_teacher_stores_are_listed_and_deleted(bench: Bench) -> None:

@@ -121,7 +121,7 @@ def test_the_watch_tells_a_deaf_consumer_from_a_busy_one(monkeypatch: pytest.Mon
 def heartbeat(tmp_path: Path) -> Heartbeat:
     url = f"sqlite:///{tmp_path / 'cliprd.db'}"
     settings = WorkerSettings(database_url=url, broker_url="memory://", health_file=tmp_path / "health.json")
-    return Heartbeat(settings, ConsumerWatch(["default"]))
+    return Heartbeat(settings, ConsumerWatch(["default"]), "worker-1")
 
 
 def test_the_database_must_have_this_versions_schema(heartbeat: Heartbeat, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.store.artifacts import list_artifacts, register_artifact
 from service.store.blobs import BlobStore
-from service.store.jobs import Cancelled, JobState, claim_job, create_job, finish_job, get_job, release_job, request_cancel
+from service.store.jobs import Cancelled, JobState, claim_job, create_job, delete_job, finish_job, get_job, release_job, request_cancel
 from service.store.models import ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
 from worker.celery_app import create_app
@@ -33,9 +33,14 @@ class Bench:
         self.engine = make_engine(url)
         self.sessions: sessionmaker[Session] = make_sessions(self.engine)
         self.settings = WorkerSettings(
-            database_url=url, broker_url="memory://", queues=(self.queue,), reaper_seconds=0.02, artifacts_root=folder / "artifacts"
+            database_url=url,
+            broker_url="memory://",
+            queues=(self.queue,),
+            reaper_seconds=0.02,
+            artifacts_root=folder / "artifacts",
+            runs_root=folder / "runs",
         )
-        self.app: Celery = create_app(self.settings, flag)
+        self.app: Celery = create_app(self.settings, flag, "worker-1")
         self.reaper = Reaper(self.app, self.settings)
 
     def submit(self, *, age_seconds: float) -> str:
@@ -167,3 +172,21 @@ def test_checkpoints_of_jobs_that_can_not_go_on_are_dropped(bench: Bench, tmp_pa
     assert [end for end, path in kept.items() if path.exists()] == ["queued", "running"]
     with reading(bench.sessions) as session:
         assert len(list_artifacts(session=session).rows) == 2
+
+
+def test_run_directories_go_with_deleted_jobs_only(bench: Bench) -> None:
+    deleted, restored, kept = (bench.submit(age_seconds=0) for _ in range(3))
+    root = bench.settings.runs_root
+    for name in (deleted, restored, kept, "of-another-database"):
+        (root / name).mkdir(parents=True)
+    with bench.sessions.begin() as session:
+        for job_id in (deleted, restored, kept):
+            request_cancel(session=session, job_id=job_id)
+        job = get_job(session=session, job_id=restored)
+        columns = {column.name: getattr(job, column.key) for column in Job.__table__.columns}
+        for job_id in (deleted, restored):
+            delete_job(session=session, job_id=job_id)
+    with bench.sessions.begin() as session:
+        session.add(Job(**columns))
+    bench.reaper.reap()
+    assert {entry.name for entry in root.iterdir()} == {restored, kept, "of-another-database"}

@@ -18,7 +18,7 @@ from celery import Celery
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints
+from cliprd_core.run_dir import METRICS_FILE, ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.blobs import BlobStore
@@ -43,6 +43,7 @@ from service.store.session import make_engine, make_sessions, migrate, reading
 from tests.teacher_store_helpers import make_store
 from worker.held_job import HeldJob
 from worker.process import TrainingProcess, trainer_environment
+from worker.run_dirs import remove_deleted
 from worker.settings import WorkerSettings
 from worker.supervisor import Supervisor
 from worker.tasks import run_job
@@ -164,6 +165,24 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
     assert kinds[:4] == ["created", "queued", "claimed", "started"]
     assert kinds[-1] == "succeeded"
     assert {"evaluated"} <= set(kinds[4:-1]) <= {"checkpoint", "evaluated"}  # how many checkpoints are mirrored is a matter of time
+
+
+def test_a_run_directory_is_kept_while_its_run_goes_on_and_not_after(bench: Bench) -> None:
+    job_id = bench.submit(SLOW)
+
+    def remove_all() -> None:
+        remove_deleted(bench.settings.runs_root, set, max_seconds=60)
+
+    def try_and_stop() -> None:
+        remove_all()
+        bench.stop.set()
+
+    thread = soon((bench.run_dir(job_id) / METRICS_FILE).exists, try_and_stop)
+    bench.run(job_id)
+    thread.join()
+    assert (bench.run_dir(job_id) / METRICS_FILE).exists()
+    remove_all()
+    assert not bench.run_dir(job_id).exists()
 
 
 def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
@@ -479,7 +498,7 @@ def test_a_stored_spec_that_this_version_refuses_fails_the_job(bench: Bench) -> 
     with bench.sessions.begin() as session:
         session.get_one(Job, job_id).spec = {"name": "from another version", "unheard_of": 1}
     app = Celery(broker=bench.settings.broker_url, set_as_current=False)
-    run_job(app, bench.settings, bench.stop.is_set, job_id)
+    run_job(app, bench.settings, bench.stop.is_set, "worker-1", job_id)
     error = bench.error(job_id)
     assert error.reason is ErrorReason.INVALID_SPEC
     assert "unheard_of" in error.detail
