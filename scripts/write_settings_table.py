@@ -28,8 +28,7 @@ def table() -> str:
     rows = ["| variable | read by | default | what it does |", "|---|---|---|---|"]
     for name, reader in sorted(readers.items(), key=lambda item: order.index(item[1])):
         field = api.get(name) or worker[name]
-        assert field.description, f"{name} has no description"
-        description = field.description.replace("|", r"\|")
+        description = (field.description or "").replace("|", r"\|")
         rows.append(f"| `CLIPRD_{name.upper()}` | {reader} | {default_of(field)} | {description} |")
     return "\n".join(rows) + "\n"
 
@@ -37,7 +36,7 @@ def table() -> str:
 def default_of(field: FieldInfo) -> str:
     """The default as one would write it into the environment."""
     value = field.default.value if isinstance(field.default, Enum) else field.default
-    if value is None or value == "" or value == ():
+    if value is None or value in ("", ()):
         return "none"
     if isinstance(value, tuple):
         return f"`{','.join(map(str, value))}`"
