@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check up setup clean constraints settings
+.PHONY: demo test compose-test check up setup clean constraints settings
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,9 @@ up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000
 
 test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+
+compose-test: $(INSTALLED)  ## the compose stack on a real Docker engine; skipped where there is none
+	$(BIN)/python -m tests.compose.run
 
 check: $(INSTALLED)  ## ruff, mypy, the import contracts, images and compose files, the table of settings
 	$(BIN)/ruff check .
