@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test fuzz check up setup clean constraints
+=======
+.PHONY: demo test compose-test check up setup clean constraints settings
+>>>>>>> compose
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,14 +30,25 @@ up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000
 test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
+<<<<<<< HEAD
 fuzz: $(INSTALLED)  ## 10,000 requests along the API's links, with a real Redis and a real PostgreSQL; CLIPRD_FUZZ_CASES sets the number
 	$(BIN)/python -m pytest -s tests/fuzz/api_stateful.py
 
-check: $(INSTALLED)  ## ruff, mypy and the import contracts
+compose-test: $(INSTALLED)  ## the compose stack on a real Docker engine; skipped where there is none
+	$(BIN)/python -m tests.compose.run
+
+check: $(INSTALLED)  ## ruff, mypy, the import contracts, images and compose files, the table of settings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint service/Dockerfile worker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	sed 's/ !reset / /' docker-compose.cpu.yml | $(BIN)/check-jsonschema --builtin-schema vendor.compose-spec --default-filetype yaml -
+	$(BIN)/python scripts/write_settings_table.py --check
+
+settings: $(INSTALLED)  ## write the table of settings in docs/deploy.md
+	$(BIN)/python scripts/write_settings_table.py
 
 constraints: $(INSTALLED)  ## write constraints.txt from what is installed
 	$(BIN)/python scripts/write_constraints.py
