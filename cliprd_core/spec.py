@@ -28,7 +28,12 @@ NAMED_ELSEWHERE = (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_nam
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,128}$")]
+
 MAX_LIST_LENGTH = 256
+MAX_COUNT = 10**12
+"""Of pairs and steps: more than anyone has, and exact in any program that reads the spec."""
 MAX_TEACHERS = 8
 
 
@@ -114,7 +119,7 @@ class WebDatasetSource(SpecModel):
         description="Shards: a path, `s3://…`, `http://…` or `https://…`, with brace ranges (`{00000..00007}.tar`); globs, not on HTTP.",
         examples=["examples/emoji/train/{00000..00007}.tar"],
     )
-    num_samples: StrictInt | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+    num_samples: StrictInt | None = Field(default=None, ge=1, le=MAX_COUNT, description="Use only the first this many pairs. Null: all.")
 
     @property
     def is_remote(self) -> bool:
@@ -132,7 +137,7 @@ class CsvSource(SpecModel):
     image_root: str | None = Field(
         default=None, max_length=4096, description="Folder that relative image paths start from. Null: the table's own folder."
     )
-    num_samples: StrictInt | None = Field(default=None, ge=1, description="Use only the first this many pairs. Null: all.")
+    num_samples: StrictInt | None = Field(default=None, ge=1, le=MAX_COUNT, description="Use only the first this many pairs. Null: all.")
 
 
 DataSource = Annotated[WebDatasetSource | CsvSource, Field(discriminator="type")]
@@ -191,6 +196,7 @@ class TrainingSpec(SpecModel):
     micro_batch_size: StrictInt | None = Field(
         default=None,
         ge=1,
+        le=1_048_576,
         description="At most so many pairs per process in one forward and backward pass: less memory and more time, with all negatives of"
         " `global_batch_size`. Need not divide it. Null: the whole batch at once.",
     )
@@ -198,7 +204,7 @@ class TrainingSpec(SpecModel):
     weight_decay: StrictFloat = Field(default=0.1, ge=0, le=10, description="Decoupled; none on gains, biases, 1-d parameters and scales.")
     betas: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], Annotated[StrictFloat, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.98))
     eps: StrictFloat = Field(default=1e-6, gt=0, le=1)
-    warmup_steps: StrictInt = Field(default=10_000, ge=0, description="Steps of linear warm-up from 0 to `learning_rate`.")
+    warmup_steps: StrictInt = Field(default=10_000, ge=0, le=MAX_COUNT, description="Steps of linear warm-up from 0 to `learning_rate`.")
     schedule: Schedule = Schedule.COSINE
     grad_clip_norm: StrictFloat | None = Field(
         default=None, gt=0, description="Clip the gradient's global L2 norm to this. Null: no clipping."
@@ -206,9 +212,9 @@ class TrainingSpec(SpecModel):
     precision: Precision = Precision.BF16
     seed: StrictInt = Field(default=0, ge=0, le=2**31 - 1, description="Determines initial weights, order and crops.")
     checkpoint_every_steps: StrictInt = Field(
-        default=1000, ge=1, description="Steps between checkpoints; one more is saved when the run stops."
+        default=1000, ge=1, le=MAX_COUNT, description="Steps between checkpoints; one more is saved when the run stops."
     )
-    log_every_steps: StrictInt = Field(default=10, ge=1, description="Steps between metric records.")
+    log_every_steps: StrictInt = Field(default=10, ge=1, le=MAX_COUNT, description="Steps between metric records.")
     num_data_workers: StrictInt = Field(
         default=2, ge=0, le=256, description="Data-loading processes per training process; 0 loads in the training process."
     )
@@ -239,7 +245,7 @@ EvaluationSetOrPath = Annotated[EvaluationSet, BeforeValidator(_path_only, json_
 class EvaluationSpec(SpecModel):
     """What is measured, and when. The last epoch is always evaluated."""
 
-    every_epochs: StrictInt = Field(default=1, ge=1, description="Epochs between evaluations.")
+    every_epochs: StrictInt = Field(default=1, ge=1, le=10_000, description="Epochs between evaluations.")
     zero_shot: list[EvaluationSetOrPath] = Field(
         default=[], max_length=MAX_LIST_LENGTH, description="Classification sets; a bare path will do."
     )
@@ -278,6 +284,7 @@ class ResourcesSpec(SpecModel):
     max_hours: StrictFloat | None = Field(
         default=None,
         gt=0,
+        le=1_000_000,
         description="Hours it may run, over all attempts since it was submitted or last retried; then it saves a checkpoint and fails"
         " (`timeout`). Null: no limit.",
     )
@@ -287,9 +294,7 @@ class JobSpec(SpecModel):
     """One distillation job."""
 
     name: str = Field(min_length=1, max_length=128, description="For people; need not be unique.")
-    labels: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,128}$")]] = (
-        Field(default={}, max_length=64, description="For filtering lists of jobs.")
-    )
+    labels: dict[LabelName, LabelValue] = Field(default={}, max_length=64, description="For filtering lists of jobs.")
     recipe: Recipe = Field(default=Recipe.CLIP_RD, description="Gives defaults that any field overrides.")
     teacher: TeacherSpec | None = Field(default=None, description="The one teacher. Null for recipe `clip` and beside `teachers`.")
     teachers: list[TeacherSpec] = Field(

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from service.auth import OPEN_PATHS, Authorization
 from service.errors import install_handlers
 from service.logs import configure
-from service.middleware import BodyLimit, ProblemsOnly, SecurityHeaders
+from service.middleware import ProblemsOnly, RequestLimits, SecurityHeaders
 from service.monitoring import JobCollector, RequestMonitor, WorkerCollector
 from service.openapi import DESCRIPTION, openapi_of
 from service.queue import JobQueue
@@ -44,7 +44,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
     )
     app.state.services = services
-    app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)
+    limits = services.settings
+    app.add_middleware(RequestLimits, max_body_bytes=limits.max_body_bytes, max_header_bytes=limits.max_header_bytes)
     open_paths = OPEN_PATHS | docs.DOCS_PATHS | (set() if services.settings.metrics_need_key else {"/metrics"})
     app.add_middleware(Authorization, sessions=services.sessions, open_paths=open_paths, always=services.settings.always_need_key)
     app.add_middleware(ProblemsOnly)

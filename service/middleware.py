@@ -1,4 +1,4 @@
-"""What stands between the server and the routes: a limit on bodies, one shape for errors that no handler sees, headers for browsers."""
+"""What stands between the server and the routes: limits on requests, one shape for errors that no handler sees, headers for browsers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,34 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import problem_response
 
 
-class BodyLimit:
-    """Refuses (413) a request body of more than `max_bytes`, whether its length is announced or not."""
+class RequestLimits:
+    """Refuses a request of a long URL or long header fields (431), and one of a long body (413), whether its length is announced or not.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        app: What stands behind it.
+        max_body_bytes: Of the body.
+        max_header_bytes: Of the URL's path and query and all header fields together.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_header_bytes: int) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self._max_body_bytes = max_body_bytes
+        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        detail = f"the request body is longer than {self.max_bytes} bytes"
-        announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced) > self.max_bytes:
-            response = problem_response(scope["path"], 413, detail, headers={"Connection": "close"})
-            await response(scope, receive, send)
+        headers = Headers(scope=scope)
+        num_header_bytes = sum(len(name) + len(value) for name, value in headers.raw)
+        if len(scope["raw_path"]) + len(scope["query_string"]) + num_header_bytes > self._max_header_bytes:
+            detail = f"the URL and the header fields are longer than {self._max_header_bytes} bytes together"
+            await problem_response(scope["path"][:80], 431, detail, headers={"Connection": "close"})(scope, receive, send)
+            return
+        detail = f"the request body is longer than {self._max_body_bytes} bytes"
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._max_body_bytes:
+            await problem_response(scope["path"], 413, detail, headers={"Connection": "close"})(scope, receive, send)
             return
         num_received = 0
 
@@ -32,7 +44,7 @@ class BodyLimit:
             nonlocal num_received
             message = await receive()
             num_received += len(message.get("body", b""))
-            if num_received > self.max_bytes:
+            if num_received > self._max_body_bytes:
                 raise HTTPException(413, detail, headers={"Connection": "close"})
             return message
 

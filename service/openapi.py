@@ -58,6 +58,8 @@ def _complete(operation: dict[str, Any], links: Mapping[str, Iterable[str]], *, 
     """Add the refusals that any operation may answer with, in place of FastAPI's own, and the links of its answers."""
     refusals = problem_responses(422)
     refusals[422]["description"] += ": fields to correct, or query parameters that are unknown here or given more than once"
+    if "requestBody" in operation:
+        refusals |= problem_responses(400, 413)
     if not is_open:
         operation["security"] = [{"key": []}, {}]
         refusals |= problem_responses(401, 403)

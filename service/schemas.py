@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from cliprd_core.run_dir import ErrorReason, EvaluationRecord, Progress, ResultRecord
-from cliprd_core.spec import JobSpec
+from cliprd_core.spec import JobSpec, LabelName, LabelValue
 from cliprd_core.store_dir import StoreKey, StoreRecord
 from service.store.metrics import Series
 from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
@@ -178,7 +178,7 @@ class LabelSelector(View):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    labels: dict[str, str] = Field(min_length=1, max_length=16, examples=[{"team": "vision"}])
+    labels: dict[LabelName, LabelValue] = Field(min_length=1, max_length=16, examples=[{"team": "vision"}])
 
 
 class CancelledJobs(View):

@@ -30,7 +30,7 @@ Overrides = Annotated[
 ]
 
 
-@router.post("/cancel", summary="Cancel all jobs with some labels", responses=problem_responses(400, 500, 503))
+@router.post("/cancel", summary="Cancel all jobs with some labels", responses=problem_responses(500, 503))
 def cancel_jobs(services: ServicesOf, selector: LabelSelector) -> CancelledJobs:
     """Cancels every job that carries all of these labels and hasn't finished, each as if it was cancelled by itself."""
     with reading(services.sessions) as session:
@@ -94,7 +94,7 @@ def retry_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) ->
     return JobView.of(job, root_path)
 
 
-@router.post("/{job_id}/clone", status_code=201, summary="Submit a job like this one", responses=problem_responses(400, 404, 500, 503))
+@router.post("/{job_id}/clone", status_code=201, summary="Submit a job like this one", responses=problem_responses(404, 500, 503))
 def clone_job(
     services: ServicesOf,
     root_path: RootPath,

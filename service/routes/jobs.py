@@ -32,7 +32,7 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
     response_model=JobView,
     responses={
         200: {"description": "Dry run: what the job would be", "model": DryRunView},
-        **problem_responses(400, 413, 500, 503),
+        **problem_responses(500, 503),
     },
 )
 def submit_job(

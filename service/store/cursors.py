@@ -7,7 +7,7 @@ import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
 from sqlalchemy import Select, tuple_
@@ -42,24 +42,27 @@ def newest_page(
         InvalidCursorError: the cursor was not made here.
     """
     if cursor is not None:
-        query = query.where(tuple_(created_at, row_id) < _decode(cursor))
+        query = query.where(tuple_(created_at, row_id) < _decode(cursor, created_at.class_.__name__))
     rows = session.scalars(query.order_by(created_at.desc(), row_id.desc()).limit(limit + 1)).all()
     if len(rows) <= limit:
         return Page(rows, None)
     last = rows[limit - 1]
-    return Page(rows[:limit], _encode(getattr(last, created_at.key), getattr(last, row_id.key)))
+    return Page(rows[:limit], _encode(created_at.class_.__name__, getattr(last, created_at.key), getattr(last, row_id.key)))
 
 
-def _encode(created_at: datetime, row_id: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([created_at.isoformat(), row_id]).encode()).decode().rstrip("=")
+def _encode(kind: str, created_at: datetime, row_id: str) -> str:
+    return base64.urlsafe_b64encode(json.dumps([kind, created_at.isoformat(), row_id]).encode()).decode().rstrip("=")
 
 
-def _decode(cursor: str) -> tuple[datetime, str]:
+def _decode(cursor: str, kind: str) -> tuple[datetime, str]:
     try:
-        created_at, row_id = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
+        of_kind, created_at, row_id = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
         time = datetime.fromisoformat(created_at)
-    except (ValueError, TypeError, binascii.Error, RecursionError) as error:
+        if time.tzinfo is None:
+            raise InvalidCursorError
+        time = time.astimezone(UTC)
+    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError) as error:
         raise InvalidCursorError from error
-    if time.tzinfo is None or not isinstance(row_id, str) or "\0" in row_id or not row_id.isascii():
+    if of_kind != kind or not isinstance(row_id, str) or "\0" in row_id or not row_id.isascii():
         raise InvalidCursorError
     return time, row_id
