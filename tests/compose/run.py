@@ -111,6 +111,8 @@ def check_hardened(stack: Stack, service: str) -> None:
     check(host["RestartPolicy"]["Name"] == "unless-stopped", f"{service} is not restarted")
     check(host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "5"}, f"the logs of {service} are not rotated")
     check(host["Memory"] > 0 and host["PidsLimit"] > 0, f"{service} has no limits")
+    grace = dict(one.split("=", 1) for one in found["Config"]["Env"]).get("CLIPRD_GRACE_SECONDS", "0")
+    check(found["Config"]["StopTimeout"] > float(grace), f"{service} is killed before its grace period ends")
     addresses = {one["HostIp"] for ports in found["NetworkSettings"]["Ports"].values() for one in ports or ()}
     check(addresses == ({"127.0.0.1"} if service == "api" else set()), f"{service} is published on {addresses}")
     check(
@@ -203,7 +205,7 @@ def down_and_up(stack: Stack, job_id: str) -> None:
             lambda now: now["state"] == "running" and (now["progress"] or {}).get("step", 0) > job["progress"]["step"],
         )
         log = stack.curl(f"/jobs/{running}/log")
-        check("resum" in log, f"it must resume from a checkpoint:\n{log}")
+        check("resuming at step" in log, f"it must resume from a checkpoint:\n{log}")
         stack.succeeded(running)
 
 
