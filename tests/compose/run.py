@@ -25,8 +25,8 @@ CLIPRD_MAX_ATTEMPTS=9
 OMP_NUM_THREADS=1
 """
 """Half a minute instead of several until a lost job is found; one thread, because the machine may be busy."""
-LONG = {"epochs": 8, "global_batch_size": 64, "checkpoint_every_steps": 10}
-"""About 240 steps of 64 pairs: long enough to be disturbed, and to be found running afterwards."""
+LONG = {"epochs": 3, "global_batch_size": 32, "checkpoint_every_steps": 10}
+"""180 steps of 32 pairs: long enough to be disturbed, and to be found running afterwards."""
 NEW_MIGRATION = '''"""A table of the next version, for the test of an upgrade."""
 
 from alembic import op
@@ -51,6 +51,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="cliprd-compose-"))
     stack = Stack(folder / "clone", PROJECT)
     try:
+        stack.compose("down", "--volumes", "--remove-orphans", "--timeout=5")  # of a test that was killed
         fresh_clone(stack)
         job_id = small_job(stack)
         lost_worker(stack)
