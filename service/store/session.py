@@ -11,6 +11,7 @@ belongs together::
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -117,6 +118,7 @@ def check_database(engine: Engine) -> None:
 
 def is_migrated(connection: Connection) -> bool:
     """Whether the database has exactly this version's schema."""
+    logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)  # it tells the kind of database each time
     current = MigrationContext.configure(connection).get_current_heads()
     return set(current) == set(ScriptDirectory.from_config(_alembic_config()).get_heads())
 

@@ -25,8 +25,8 @@ CLIPRD_MAX_ATTEMPTS=9
 OMP_NUM_THREADS=1
 """
 """Half a minute instead of several until a lost job is found; one thread, because the machine may be busy."""
-LONG = {"epochs": 8, "global_batch_size": 64, "checkpoint_every_steps": 10}
-"""About 240 steps of 64 pairs: long enough to be disturbed, and to be found running afterwards."""
+LONG = {"epochs": 3, "global_batch_size": 32, "checkpoint_every_steps": 10}
+"""180 steps of 32 pairs: long enough to be disturbed, and to be found running afterwards."""
 NEW_MIGRATION = '''"""A table of the next version, for the test of an upgrade."""
 
 from alembic import op
@@ -51,6 +51,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="cliprd-compose-"))
     stack = Stack(folder / "clone", PROJECT)
     try:
+        stack.compose("down", "--volumes", "--remove-orphans", "--timeout=5")  # of a test that was killed
         fresh_clone(stack)
         job_id = small_job(stack)
         lost_worker(stack)
@@ -111,6 +112,8 @@ def check_hardened(stack: Stack, service: str) -> None:
     check(host["RestartPolicy"]["Name"] == "unless-stopped", f"{service} is not restarted")
     check(host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "5"}, f"the logs of {service} are not rotated")
     check(host["Memory"] > 0 and host["PidsLimit"] > 0, f"{service} has no limits")
+    grace = dict(one.split("=", 1) for one in found["Config"]["Env"]).get("CLIPRD_GRACE_SECONDS", "0")
+    check(found["Config"]["StopTimeout"] > float(grace), f"{service} is killed before its grace period ends")
     addresses = {one["HostIp"] for ports in found["NetworkSettings"]["Ports"].values() for one in ports or ()}
     check(addresses == ({"127.0.0.1"} if service == "api" else set()), f"{service} is published on {addresses}")
     check(
@@ -203,7 +206,7 @@ def down_and_up(stack: Stack, job_id: str) -> None:
             lambda now: now["state"] == "running" and (now["progress"] or {}).get("step", 0) > job["progress"]["step"],
         )
         log = stack.curl(f"/jobs/{running}/log")
-        check("resum" in log, f"it must resume from a checkpoint:\n{log}")
+        check("resuming at step" in log, f"it must resume from a checkpoint:\n{log}")
         stack.succeeded(running)
 
 
