@@ -92,6 +92,7 @@ class Progress(Record):
     samples_seen: int = Field(description="Pairs trained on, over all processes and epochs.")
     samples_per_second: float = Field(description="Pairs a second over all processes, since the last record.")
     eta_seconds: float | None = Field(description="Seconds left at this speed, without evaluation. Null until known.")
+    device: str | None = Field(default=None, description="What it is computed on: `cpu`, or the GPU's name. Null: from an older version.")
 
 
 class MetricsRecord(Record):

@@ -112,6 +112,10 @@ def choose_device(spec: JobSpec) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def training_state(
     spec: JobSpec, loader: TrainLoader, scaler: torch.amp.GradScaler, teachers: Sequence[LoadedModel], *, step: int, attempt: int
 ) -> TrainingState:
@@ -169,6 +173,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         num_steps_per_epoch=loader.num_steps_per_epoch,
         global_batch_size=spec.training.global_batch_size,
         start_step=start_step,
+        device=_device_name(device),
     )
     run = Run(
         spec=spec,

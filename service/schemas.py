@@ -139,16 +139,6 @@ class JobList(View):
     next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
 
 
-class DryRunView(View):
-    """What a spec would become as a job."""
-
-    state: JobState = Field(description="`queued`, or `waiting` for a teacher that is a job under way.")
-    spec: StoredSpec = Field(description="As it would run: recipe applied, paths absolute.")
-    num_pairs: int | None = Field(description="Training pairs, unreadable ones among them. Null: unknown without much reading.")
-    num_steps: int | None = Field(description="Optimiser updates of the whole run. Null: unknown.")
-    teacher_job_ids: list[str] = Field(description="The jobs whose results are teachers.")
-
-
 class EventView(View):
     """One thing that happened to a job."""
 

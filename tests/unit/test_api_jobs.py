@@ -106,7 +106,7 @@ def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessi
     running = client.get(f"/jobs/{job['id']}").json()
     assert (running["state"], running["attempt"], running["worker"]) == ("running", 1, "worker-1")
     assert running["progress"]["step"] == 10
-    assert set(running["progress"]) == {"step", "num_steps", "epoch", "samples_seen", "samples_per_second", "eta_seconds"}
+    assert set(running["progress"]) == {"step", "num_steps", "epoch", "samples_seen", "samples_per_second", "eta_seconds", "device"}
     assert running["metrics"] == {"train/loss": 0.1, "train/lr": 0.1}
 
     whole = client.get(f"/jobs/{job['id']}/metrics").json()["series"]
