@@ -135,7 +135,8 @@ class ErrorRecord(Record):
     """A run that ended badly."""
 
     reason: ErrorReason
-    message: str = Field(description="One or two sentences: what is wrong and what to do.")
+    message: str = Field(description="One or two sentences: what is wrong, and often what to do.")
+    advice: str = Field(default="", description="What to do about this very failure. Empty: nothing but what its reason always calls for.")
     detail: str = Field(default="", description="Traceback or other evidence.")
 
 

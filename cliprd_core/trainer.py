@@ -189,9 +189,11 @@ def _check_finite(values: dict[str, float], step: int, *, is_scaled: bool) -> No
         if "train/grad_norm" in broken
         else broken[0]
     )
+    weight = f" or `objective.{terms[0]}`" if terms else ""
     raise DivergedError(
-        f"The {culprit} was no longer a finite number at step {step}. Lower `training.learning_rate`, raise `training.warmup_steps`,"
-        " or set `training.grad_clip_norm`; with `training.precision` fp16, try bf16."
+        f"The {culprit} was no longer a finite number at step {step}.",
+        f"It broke in the {culprit} at step {step}: lower `training.learning_rate`{weight}, raise `training.warmup_steps`, or set"
+        " `training.grad_clip_norm`; with `training.precision` fp16, try bf16.",
     )
 
 

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from service.settings import Settings
 from service.store import jobs
+from service.store.failure_policy import what_to_do
 from service.store.session import reading
 from tests.store_helpers import (
     FAILURE,
@@ -126,7 +127,12 @@ def test_a_failed_job_says_why(client: TestClient, sessions: Sessions) -> None:
     job = submit(client)
     finish(sessions, claim(sessions, job["id"]), FAILURE)
     failed = client.get(f"/jobs/{job['id']}").json()
-    assert failed["error"] == {"reason": "diverged", "message": FAILURE.message, "detail": ""}
+    expected = {"reason": "diverged", "message": FAILURE.message, "what_to_do": what_to_do(FAILURE), "detail": ""}
+    assert failed["error"] == expected
+    assert what_to_do(FAILURE).startswith(f"{FAILURE.advice} Clone the job")
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["JobErrorView"]
+    assert "what_to_do" in schema["required"]
+    assert schema["properties"]["what_to_do"]["description"]
 
 
 def test_cancelling(client: TestClient, sessions: Sessions) -> None:
