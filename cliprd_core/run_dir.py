@@ -7,6 +7,7 @@ neither knows more of the other. It imports pydantic only.
     metrics.jsonl       one MetricsRecord per line, appended
     evaluations.jsonl   one EvaluationRecord per line, appended
     log.txt             what the training processes print (written by the supervisor)
+    best_checkpoint.json  which of the checkpoints an evaluation found best (`retention.BestCheckpoint`), if the spec asks for it
     checkpoints/        step-0000000100/ …: all state of the run at that step; complete once it holds COMPLETE.json
     export/             the trained student, loadable with open_clip's `local-dir:`
     result.json         ResultRecord: the run ended well
@@ -31,6 +32,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 LOG_FILE = "log.txt"
 RESULT_FILE = "result.json"
 ERROR_FILE = "error.json"
+BEST_FILE = "best_checkpoint.json"
 CHECKPOINTS_DIR = "checkpoints"
 CHECKPOINT_MARKER = "COMPLETE.json"
 EXPORT_DIR = "export"
@@ -243,3 +245,8 @@ def checkpoint_dir(run: Path, step: int) -> Path:
 def complete_checkpoints(run: Path) -> list[Path]:
     """Folders of finished checkpoints, oldest first. Their files are not verified here."""
     return sorted(marker.parent for marker in (run / CHECKPOINTS_DIR).glob(f"step-*/{CHECKPOINT_MARKER}"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))

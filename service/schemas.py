@@ -44,9 +44,7 @@ class JobErrorView(View):
     message: str = Field(description="What is wrong.")
     what_to_do: str = Field(
         description="What to do: first about this very failure, where that is known, then what its reason always calls for.",
-        examples=[
-            "Set `training.micro_batch_size` to 512 …. Clone the job with a change that needs less memory: as it is, it would run out again."
-        ],
+        examples=["Set `training.micro_batch_size` to 512 (…). Clone the job with a change that needs less memory."],
     )
     detail: str = Field(description="Evidence: a traceback, or the last lines of the run's log.")
 
