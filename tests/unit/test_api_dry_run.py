@@ -11,9 +11,7 @@ from fastapi.testclient import TestClient
 
 from cliprd_core.run_dir import MetricsRecord
 from cliprd_core.spec import JobSpec
-from service.settings import Settings
 from service.store import jobs
-from service.store.session import make_engine, make_sessions
 from tests.store_helpers import Sessions, claim, create, finish, measured, spec_dict, write_table, write_tar
 
 CONFIG = {
@@ -26,11 +24,9 @@ TEXT_PARAMETERS = 100 * 16 + 77 * 16 + (12 * 16 * 16 + 13 * 16) + 32 + 16 * 16
 
 
 @pytest.fixture
-def sessions(client: TestClient, settings: Settings, tmp_path: Path) -> Any:
+def sessions(api_sessions: Sessions, tmp_path: Path) -> Sessions:
     write_table(tmp_path)
-    engine = make_engine(settings.database_url)
-    yield make_sessions(engine)
-    engine.dispose()
+    return api_sessions
 
 
 def asked(client: TestClient, **changes: Any) -> dict[str, Any]:
