@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cliprd_core.retention import BestCheckpoint, CheckpointsToKeep, steps_to_keep
 from cliprd_core.run_dir import (
     CHECKPOINT_MARKER,
     CHECKPOINTS_DIR,
@@ -37,6 +38,7 @@ from cliprd_core.run_dir import (
     checkpoint_dir,
     complete_checkpoints,
     read_record,
+    step_of,
     sync_directory,
     write_atomically,
 )
@@ -48,10 +50,9 @@ logger = logging.getLogger(__name__)
 STUDENT_FILE = "student.safetensors"
 TRAINING_FILE = "training.safetensors"
 STATE_FILE = "state.json"
-NUM_KEPT = 2
-"""Checkpoints kept: should the newest be damaged, the one before is still there."""
-
-OPERATIONAL_FIELDS = frozenset({"training.checkpoint_every_steps", "training.log_every_steps", "training.num_data_workers"})
+OPERATIONAL_FIELDS = frozenset(
+    {"training.checkpoint_every_steps", "training.keep_checkpoints", "training.log_every_steps", "training.num_data_workers"}
+)
 """Fields that may change between attempts without changing what is learned."""
 COMPARED_SECTIONS = ("student", "data.train", "data.crop_scale", "data.teacher_views", "objective", "training")
 """Parts of the spec that a checkpoint belongs to. The teacher is compared by its weights: its folder may differ between machines."""
@@ -67,6 +68,7 @@ class TrainingState(Record):
     attempt: int = Field(description="The attempt that saved it.")
     world_size: int = Field(description="Processes of that attempt; for information.")
     teacher_sha256: list[str | None] = Field(description="Of each teacher's weights.")
+    best: BestCheckpoint | None = Field(default=None, description="The best checkpoint evaluated before this one was saved.")
     scaler: dict[str, float] = Field(description="torch's GradScaler state; empty unless fp16.")
     spec: dict[str, Any] = Field(description="The JobSpec, as JSON.")
 
@@ -86,8 +88,8 @@ class TrainedParts:
         return {parameter: f"{part}.{name}" for part, module in modules.items() for name, parameter in module.named_parameters()}
 
 
-def save_checkpoint(run: Path, state: TrainingState, parts: TrainedParts) -> Path:
-    """Write the checkpoint of `state.step` and prune older ones to `NUM_KEPT`; returns its folder.
+def save_checkpoint(run: Path, state: TrainingState, parts: TrainedParts, keep: CheckpointsToKeep) -> Path:
+    """Write the checkpoint of `state.step` and remove those that are not to be kept; returns its folder.
 
     The files are synced under a temporary name and renamed before the marker appears, so a marker implies whole files.
     """
@@ -105,7 +107,7 @@ def save_checkpoint(run: Path, state: TrainingState, parts: TrainedParts) -> Pat
     sync_directory(final.parent)
     marker = CheckpointMarker(step=state.step, time=time.time(), files=written)
     write_atomically(final / CHECKPOINT_MARKER, marker.model_dump_json(indent=1))
-    _prune(run, keep=final)
+    prune_checkpoints(run, keep, state.best, also=final)
     return final
 
 
@@ -226,9 +228,10 @@ def _find_fault(folder: Path) -> str | None:
     return None
 
 
-def _prune(run: Path, *, keep: Path) -> None:
-    """Remove all but the newest `NUM_KEPT` complete checkpoints, and what crashes left behind. `keep` is never removed."""
-    kept = {keep, *complete_checkpoints(run)[-NUM_KEPT:]}
+def prune_checkpoints(run: Path, keep: CheckpointsToKeep, best: BestCheckpoint | None, *, also: Path | None = None) -> None:
+    """Remove all complete checkpoints but those to keep, and what crashes left behind. `also` is never removed."""
+    steps = {step_of(folder): folder for folder in complete_checkpoints(run)}
+    kept = {also, *(steps[step] for step in steps_to_keep(steps, keep, best))}
     for folder in (run / CHECKPOINTS_DIR).iterdir():
         if folder.is_dir() and folder not in kept:
             # the marker goes first, so that a crash half-way does not leave a checkpoint that claims to be whole
@@ -241,10 +244,12 @@ def _flatten_compared(spec: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
+        if prefix in OPERATIONAL_FIELDS:
+            return
         if isinstance(value, dict):
             for key, inner in value.items():
                 visit(f"{prefix}.{key}", inner)
-        elif prefix not in OPERATIONAL_FIELDS:
+        else:
             flat[prefix] = value
 
     for section in COMPARED_SECTIONS:

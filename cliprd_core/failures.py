@@ -21,7 +21,11 @@ class InvalidSpecError(ValueError):
 
 
 class DivergedError(ArithmeticError):
-    """The loss or the gradient is no longer a finite number."""
+    """The loss or the gradient is no longer a finite number; `advice` says what to do."""
+
+    def __init__(self, message: str, advice: str) -> None:
+        super().__init__(message)
+        self.advice = advice
 
 
 def describe_failure(error: BaseException, spec: JobSpec | None = None) -> ErrorRecord:
@@ -33,8 +37,9 @@ def describe_failure(error: BaseException, spec: JobSpec | None = None) -> Error
     """
     detail = "".join(traceback.format_exception(error))[-MAX_DETAIL_CHARACTERS:]
     reason = _reason(error)
+    advice = error.advice if isinstance(error, DivergedError) else ""
     if reason is ErrorReason.OUT_OF_MEMORY:
-        message = f"The training process ran out of memory; {_memory_advice(spec)} ({_first_line(error)})"
+        message, advice = f"The training process ran out of memory ({_first_line(error)}).", _memory_advice(spec)
     elif reason is ErrorReason.DISK_FULL:
         message = f"A disk of the worker is full: {_first_line(error)}. Free space under its `CLIPRD_RUNS_ROOT`."
     elif isinstance(error, ValidationError):
@@ -49,14 +54,15 @@ def describe_failure(error: BaseException, spec: JobSpec | None = None) -> Error
         message = f"{type(error).__name__}: {_first_line(error)}"
     else:
         message = str(error)
-    return ErrorRecord(reason=reason, message=message, detail=detail)
+    return ErrorRecord(reason=reason, message=message, advice=advice, detail=detail)
 
 
 def _memory_advice(spec: JobSpec | None) -> str:
     micro = None if spec is None else _smaller_micro_batch(spec)
-    first = "lower `training.micro_batch_size`" if micro is None else f"set `training.micro_batch_size` to {micro}"
     others = "lower `training.global_batch_size`, use more processes, or a smaller model or teacher."
-    return f"{first} (it keeps the batch and its negatives), {others}"
+    if micro is None:
+        return others.capitalize()
+    return f"Set `training.micro_batch_size` to {micro} (it keeps the batch and its negatives), {others}"
 
 
 def _smaller_micro_batch(spec: JobSpec) -> int | None:

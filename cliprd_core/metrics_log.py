@@ -69,9 +69,10 @@ class MetricsLog:
     """Appends the records of one attempt."""
 
     def __init__(
-        self, run: Path, *, attempt: int, num_steps: int, num_steps_per_epoch: int, global_batch_size: int, start_step: int
+        self, run: Path, *, attempt: int, num_steps: int, num_steps_per_epoch: int, global_batch_size: int, start_step: int, device: str
     ) -> None:
         self._run = run
+        self._device = device
         self._attempt = attempt
         self._num_steps = num_steps
         self._num_steps_per_epoch = num_steps_per_epoch
@@ -125,6 +126,7 @@ class MetricsLog:
             samples_seen=step * self._global_batch_size,
             samples_per_second=self._samples_per_second,
             eta_seconds=self._eta_seconds,
+            device=self._device,
         )
         record = MetricsRecord(attempt=self._attempt, step=step, time=time.time(), progress=progress, values=values)
         append_record(self._run / METRICS_FILE, record)

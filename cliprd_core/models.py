@@ -265,7 +265,7 @@ def _tokenizer_error(field: str, error: Exception) -> ValueError:
 
 def _load(role: str, source: _Source, *, resize_positions: bool) -> LoadedModel:
     """Build the architecture and fill it with the weights, if any."""
-    model = _build(role, source.config)
+    model = build_architecture(role, source.config)
     text = open_clip.CLIPTextCfg(**source.config["text_cfg"])
     vocab_size = getattr(source.tokenizer, "vocab_size", None)
     if vocab_size is not None and text.hf_model_name is None and vocab_size > text.vocab_size:
@@ -289,7 +289,7 @@ def _load(role: str, source: _Source, *, resize_positions: bool) -> LoadedModel:
     )
 
 
-def _build(role: str, config: dict[str, Any]) -> ClipModel:
+def build_architecture(role: str, config: dict[str, Any]) -> ClipModel:
     """Instantiate the architecture as `open_clip.create_model` would, with random weights and nothing downloaded for the towers."""
     options = {key: value for key, value in config.items() if key != "custom_text"}
     options["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cliprd_core.distributed import all_reduce_sum, gather_row_counts, gather_with_grad, rank, world_size
 from cliprd_core.losses import compute_dtype, unit_rows
 from cliprd_core.objective_blocks import blocked_objective
-from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode
+from cliprd_core.objective_spec import MAX_BLOCK_ELEMENTS, ObjectiveSpec, ScaleMode
 from cliprd_core.objective_terms import PARTS, Inputs, Settings
 
 INITIAL_SCALE = math.log(1 / 0.07)
@@ -26,9 +26,6 @@ made so, not with its exponential."""
 
 MAX_LOG_SCALE = math.log(100)
 """Where `scale_mode` is `exp`, the parameters are kept within 0 and this, as CLIP keeps its own."""
-
-MAX_BLOCK_ELEMENTS = 2**21
-"""Elements of one block of similarities; about eight such blocks are alive at once, 67 MB in float32."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from pydantic import Field, StrictFloat, model_validator
 
 from cliprd_core.spec_model import SpecModel
 
+MAX_BLOCK_ELEMENTS = 2**21
+"""Elements of one block of similarities; about eight such blocks are alive at once, 67 MB in float32."""
+
 Weight = Annotated[StrictFloat, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 
 

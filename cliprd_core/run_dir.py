@@ -7,6 +7,7 @@ neither knows more of the other. It imports pydantic only.
     metrics.jsonl       one MetricsRecord per line, appended
     evaluations.jsonl   one EvaluationRecord per line, appended
     log.txt             what the training processes print (written by the supervisor)
+    best_checkpoint.json  which of the checkpoints an evaluation found best (`retention.BestCheckpoint`), if the spec asks for it
     checkpoints/        step-0000000100/ …: all state of the run at that step; complete once it holds COMPLETE.json
     export/             the trained student, loadable with open_clip's `local-dir:`
     result.json         ResultRecord: the run ended well
@@ -31,6 +32,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 LOG_FILE = "log.txt"
 RESULT_FILE = "result.json"
 ERROR_FILE = "error.json"
+BEST_FILE = "best_checkpoint.json"
 CHECKPOINTS_DIR = "checkpoints"
 CHECKPOINT_MARKER = "COMPLETE.json"
 EXPORT_DIR = "export"
@@ -92,6 +94,7 @@ class Progress(Record):
     samples_seen: int = Field(description="Pairs trained on, over all processes and epochs.")
     samples_per_second: float = Field(description="Pairs a second over all processes, since the last record.")
     eta_seconds: float | None = Field(description="Seconds left at this speed, without evaluation. Null until known.")
+    device: str | None = Field(default=None, description="What it is computed on: `cpu`, or the GPU's name. Null: from an older version.")
 
 
 class MetricsRecord(Record):
@@ -134,7 +137,8 @@ class ErrorRecord(Record):
     """A run that ended badly."""
 
     reason: ErrorReason
-    message: str = Field(description="One or two sentences: what is wrong and what to do.")
+    message: str = Field(description="One or two sentences: what is wrong, and often what to do.")
+    advice: str = Field(default="", description="What to do about this very failure. Empty: nothing but what its reason always calls for.")
     detail: str = Field(default="", description="Traceback or other evidence.")
 
 
@@ -241,3 +245,8 @@ def checkpoint_dir(run: Path, step: int) -> Path:
 def complete_checkpoints(run: Path) -> list[Path]:
     """Folders of finished checkpoints, oldest first. Their files are not verified here."""
     return sorted(marker.parent for marker in (run / CHECKPOINTS_DIR).glob(f"step-*/{CHECKPOINT_MARKER}"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))

@@ -31,6 +31,7 @@ from cliprd_core.models import LoadedModel, load_student, load_teacher, num_para
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
 from cliprd_core.precision import autocast_type
+from cliprd_core.retention import BestSoFar
 from cliprd_core.run_dir import ATTEMPT_VARIABLE, cache_dir
 from cliprd_core.run_stores import open_teacher_stores
 from cliprd_core.spec import Device, JobSpec, Precision
@@ -61,6 +62,7 @@ class Run:
     validation: PairSource | None
     control: ControlGroup
     metrics: MetricsLog
+    best: BestSoFar
     stopwatch: Stopwatch
     num_steps: int
     start_step: int
@@ -74,7 +76,8 @@ class Run:
         return TrainedParts(self.student.model, self.objective, self.optimizer, self.scaler)
 
     def state_at(self, step: int) -> TrainingState:
-        return training_state(self.spec, self.loader, self.scaler, self.teachers, step=step, attempt=self.attempt)
+        state = training_state(self.spec, self.loader, self.scaler, self.teachers, step=step, attempt=self.attempt)
+        return state.model_copy(update={"best": self.best.checkpoint})
 
 
 def prepare_run(spec: JobSpec, run_dir: Path) -> Run:
@@ -110,6 +113,10 @@ def choose_device(spec: JobSpec) -> torch.device:
             f"`resources.num_processes` asks for more GPUs than the {torch.cuda.device_count()} here; there is one process per GPU"
         )
     return torch.device("cuda", index)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def training_state(
@@ -161,7 +168,8 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     current = training_state(spec, loader, scaler, teachers, step=0, attempt=attempt)
     if distributed.world_size() > 1:
         check_agreement(control, _identity(current, source))
-    start_step = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler), control)
+    resumed = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler), control)
+    start_step, best_before = (0, None) if resumed is None else (resumed.step, resumed.best)
     metrics = MetricsLog(
         run_dir,
         attempt=attempt,
@@ -169,6 +177,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         num_steps_per_epoch=loader.num_steps_per_epoch,
         global_batch_size=spec.training.global_batch_size,
         start_step=start_step,
+        device=_device_name(device),
     )
     run = Run(
         spec=spec,
@@ -187,6 +196,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         validation=validation,
         control=control,
         metrics=metrics,
+        best=BestSoFar.at_start(run_dir, spec.training.keep_checkpoints.best, best_before, start_step),
         stopwatch=Stopwatch(),
         num_steps=num_steps,
         start_step=start_step,
@@ -256,15 +266,15 @@ def _build_module(
     return module
 
 
-def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control: ControlGroup) -> int:
-    """Load the newest valid checkpoint, as found by rank 0; returns the step to go on from, 0 without one."""
+def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control: ControlGroup) -> TrainingState | None:
+    """Load the newest valid checkpoint, as found by rank 0; returns its state, None without one."""
     folder = agreed_checkpoint(run_dir, control)
     if folder is None:
-        return 0
+        return None
     saved = read_state(folder)
     check_compatible(saved, current)
     load_checkpoint(folder, parts)
-    return saved.step
+    return saved
 
 
 def _build_passes(module: StudentWithObjective, spec: JobSpec, device: torch.device) -> Passes:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, field_validator, model_validator
 
 from cliprd_core.objective_spec import ObjectiveSpec
+from cliprd_core.retention import RETRIEVAL_METRICS, ZERO_SHOT_METRICS, CheckpointsToKeep
 from cliprd_core.spec_model import SpecModel
 
 Fraction = Annotated[StrictFloat, Field(gt=0.0, le=1.0)]
@@ -214,10 +215,21 @@ class TrainingSpec(SpecModel):
     checkpoint_every_steps: StrictInt = Field(
         default=1000, ge=1, le=MAX_COUNT, description="Steps between checkpoints; one more is saved when the run stops."
     )
+    keep_checkpoints: CheckpointsToKeep = CheckpointsToKeep()
     log_every_steps: StrictInt = Field(default=10, ge=1, le=MAX_COUNT, description="Steps between metric records.")
     num_data_workers: StrictInt = Field(
         default=2, ge=0, le=256, description="Data-loading processes per training process; 0 loads in the training process."
     )
+
+    @model_validator(mode="after")
+    def _kept_are_saved(self) -> Self:
+        every = self.keep_checkpoints.every_steps
+        if every is not None and every % self.checkpoint_every_steps:
+            raise ValueError(
+                f"`keep_checkpoints.every_steps` ({every}) must be a multiple of `checkpoint_every_steps` ({self.checkpoint_every_steps}),"
+                " or there is nothing to keep at some of them; change one of the two"
+            )
+        return self
 
 
 class EvaluationSet(SpecModel):
@@ -351,7 +363,19 @@ class JobSpec(SpecModel):
             )
         if self.training.precision is Precision.FP16 and self.resources.device is Device.CPU:
             raise ValueError("`training.precision` fp16 needs a GPU; use bf16 or fp32 with `resources.device` cpu")
+        self._check_best_metric()
         return self
+
+    def _check_best_metric(self) -> None:
+        best = self.training.keep_checkpoints.best
+        measured = [f"{one.name}/{metric}" for one in self.evaluation.zero_shot for metric in ZERO_SHOT_METRICS]
+        retrieval = [one.name for one in self.evaluation.retrieval] + (["validation"] if self.data.validation else [])
+        measured += [f"{name}/{metric}" for name in retrieval for metric in RETRIEVAL_METRICS]
+        if best is not None and best not in measured:
+            examples = ", ".join(measured[:4]) or "those of an evaluation, of which there is none"
+            raise ValueError(
+                f"`training.keep_checkpoints.best` is {best!r}, which this job doesn't measure; use DATASET/METRIC, such as {examples}"
+            )
 
 
 def recipe_defaults(recipe: Recipe) -> dict[str, Any]:

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from cliprd_core import distributed
-from cliprd_core.checkpoint import save_checkpoint
+from cliprd_core.checkpoint import prune_checkpoints, save_checkpoint
 from cliprd_core.data.batch import Batch
 from cliprd_core.evaluation.run import evaluate
 from cliprd_core.export import export_model
 from cliprd_core.failures import DivergedError
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
-from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
+from cliprd_core.run_dir import BEST_FILE, EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
 from cliprd_core.run_setup import Run, prepare_run
 from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import StepLosses
@@ -159,7 +159,7 @@ def _record_and_save(run: Run, output: StepOutput, step: int, *, is_stopping: bo
         run.metrics.training(step, finite, run.stopwatch.lap())
     if is_save_due and distributed.is_main():
         with run.stopwatch.paused():
-            save_checkpoint(run.run_dir, run.state_at(step), run.parts)
+            save_checkpoint(run.run_dir, run.state_at(step), run.parts, training.keep_checkpoints)
 
 
 def _read_values(run: Run, output: StepOutput) -> dict[str, float]:
@@ -189,9 +189,11 @@ def _check_finite(values: dict[str, float], step: int, *, is_scaled: bool) -> No
         if "train/grad_norm" in broken
         else broken[0]
     )
+    weight = f" or `objective.{terms[0]}`" if terms else ""
     raise DivergedError(
-        f"The {culprit} was no longer a finite number at step {step}. Lower `training.learning_rate`, raise `training.warmup_steps`,"
-        " or set `training.grad_clip_norm`; with `training.precision` fp16, try bf16."
+        f"The {culprit} was no longer a finite number at step {step}.",
+        f"It broke in the {culprit} at step {step}: lower `training.learning_rate`{weight}, raise `training.warmup_steps`, or set"
+        " `training.grad_clip_norm`; with `training.precision` fp16, try bf16.",
     )
 
 
@@ -209,7 +211,16 @@ def _evaluate_if_due(run: Run, step: int) -> None:
         records = _evaluate(run, step)
         if distributed.is_main():
             run.metrics.evaluation(records, step)
+            if run.best.observe(records):
+                _keep_best(run)
         run.control.wait()
+
+
+def _keep_best(run: Run) -> None:
+    """Say which checkpoint is the best now, and remove the one that was, if nothing else keeps it. Steps that are evaluated are saved."""
+    assert run.best.checkpoint is not None
+    write_atomically(run.run_dir / BEST_FILE, run.best.checkpoint.model_dump_json(indent=1))
+    prune_checkpoints(run.run_dir, run.spec.training.keep_checkpoints, run.best.checkpoint)
 
 
 def _evaluate(run: Run, step: int) -> list[EvaluationRecord]:

@@ -2,6 +2,7 @@
 
 `cliprd_core/known_models.json`: models and pretrained tags, with our own model configs.
 `cliprd_core/known_config_keys.json`: the keys of a model config's towers, each with the JSON kinds it may be and its default.
+`cliprd_core/known_model_sizes.json`: how large each model is, but for those with a text tower of Hugging Face's, whose size its files tell.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "cliprd_core" / "known_models.json"
 KEYS_TARGET = ROOT / "cliprd_core" / "known_config_keys.json"
+SIZES_TARGET = ROOT / "cliprd_core" / "known_model_sizes.json"
 _KINDS = {int: "integer", float: "number", str: "string", bool: "boolean", dict: "object", tuple: "list", type(None): "null"}
 
 
@@ -58,6 +60,40 @@ def _kinds_of(annotation: Any) -> set[str]:
     return {kind, "null"} if kind == "string" else {kind}  # open_clip's own configs write null where it declares a string
 
 
+def measurable_models() -> list[str]:
+    """The known models whose size can be told without downloading anything."""
+    import open_clip
+
+    from cliprd_core.models import register_model_configs
+
+    register_model_configs()
+    return [name for name in known_models() if not open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")]
+
+
+def measured_size(name: str) -> dict[str, Any]:
+    """As `cliprd_core.model_size.ModelSize` reads it; bytes are of one more image or caption."""
+    import open_clip
+    import torch
+
+    from scripts.measure_models import count_parameters, measure_activations
+
+    config = open_clip.get_model_config(name)
+    fp32, bf16 = measure_activations(config, (None, torch.bfloat16))
+    size = config["vision_cfg"].get("image_size", 224)
+    return {
+        "embed_dim": config["embed_dim"],
+        "image_size": size[0] if isinstance(size, list) else size,
+        "parameters": count_parameters(config),
+        "activations": {"fp32": fp32, "bf16": bf16},
+    }
+
+
+def render_sizes(sizes: dict[str, dict[str, Any]]) -> str:
+    """One model a line, as `render`."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(size)}" for name, size in sizes.items())
+    return f"{{\n{lines}\n}}\n"
+
+
 def render_keys(towers: dict[str, dict[str, Any]]) -> str:
     """One key a line, as `render`."""
     blocks = [
@@ -70,3 +106,4 @@ def render_keys(towers: dict[str, dict[str, Any]]) -> str:
 if __name__ == "__main__":
     TARGET.write_text(render(known_models()))
     KEYS_TARGET.write_text(render_keys(known_config_keys()))
+    SIZES_TARGET.write_text(render_sizes({name: measured_size(name) for name in measurable_models()}))

@@ -116,7 +116,7 @@ def _watch(client: Client, job_id: str) -> None:
     with ProgressView(out) as view:
         job = client.wait(job_id, poll_seconds=WATCH_SECONDS, on_poll=view.show)
     if job.error is not None:
-        fail(f"{job.error.reason}: {job.error.message}")
+        fail(f"{job.error.reason}: {job.error.message}\nWhat to do: {job.error.what_to_do}")
     if job.state is not JobState.SUCCEEDED:
         raise typer.Exit(1)
 
@@ -160,6 +160,7 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
         rows.add_row(f"label {name}", value)
     if job.error is not None:
         rows.add_row("error", f"{job.error.reason}: {job.error.message}")
+        rows.add_row("what to do", job.error.what_to_do)
     if job.result is not None:
         rows.add_row("parameters", f"{job.result.num_student_parameters:,}")
         rows.add_row("training time", f"{job.result.train_seconds:,.0f} s")

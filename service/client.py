@@ -23,12 +23,12 @@ from pydantic import BaseModel, ValidationError
 
 from cliprd_core.run_dir import EvaluationRecord
 from cliprd_core.spec import JobSpec
+from service.dry_run_schemas import DryRunView
 from service.errors import Problem
 from service.schemas import (
     ArtifactList,
     ArtifactView,
     CancelledJobs,
-    DryRunView,
     EvaluationList,
     EventList,
     EventView,

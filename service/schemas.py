@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from cliprd_core.run_dir import ErrorReason, EvaluationRecord, Progress, ResultRecord
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, Progress, ResultRecord
 from cliprd_core.spec import JobSpec, LabelName, LabelValue
 from cliprd_core.store_dir import StoreKey, StoreRecord
+from service.store.failure_policy import what_to_do
 from service.store.metrics import Series
 from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
 from service.store.states import JobState
@@ -40,8 +41,16 @@ class JobErrorView(View):
     """Why a job failed."""
 
     reason: ErrorReason
-    message: str = Field(description="What is wrong and what to do.")
-    detail: str = Field(default="", description="Evidence: a traceback, or the last lines of the run's log.")
+    message: str = Field(description="What is wrong.")
+    what_to_do: str = Field(
+        description="What to do: first about this very failure, where that is known, then what its reason always calls for.",
+        examples=["Set `training.micro_batch_size` to 512 (…). Clone the job with a change that needs less memory."],
+    )
+    detail: str = Field(description="Evidence: a traceback, or the last lines of the run's log.")
+
+    @classmethod
+    def of(cls, error: ErrorRecord) -> Self:
+        return cls(reason=error.reason, message=error.message, what_to_do=what_to_do(error), detail=error.detail)
 
 
 class JobLinks(View):
@@ -112,7 +121,7 @@ class JobView(View):
             pause_requested_at=job.pause_requested_at,
             progress=None if job.progress is None else Progress.model_validate(job.progress),
             metrics=job.metrics or {},
-            error=None if job.error is None else JobErrorView.model_validate(job.error),
+            error=None if job.error is None else JobErrorView.of(ErrorRecord.model_validate(job.error)),
             result=None if job.result is None else ResultRecord.model_validate(job.result),
             spec=job.spec,
             links=JobLinks(
@@ -137,16 +146,6 @@ class JobList(View):
 
     jobs: list[JobView]
     next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
-
-
-class DryRunView(View):
-    """What a spec would become as a job."""
-
-    state: JobState = Field(description="`queued`, or `waiting` for a teacher that is a job under way.")
-    spec: StoredSpec = Field(description="As it would run: recipe applied, paths absolute.")
-    num_pairs: int | None = Field(description="Training pairs, unreadable ones among them. Null: unknown without much reading.")
-    num_steps: int | None = Field(description="Optimiser updates of the whole run. Null: unknown.")
-    teacher_job_ids: list[str] = Field(description="The jobs whose results are teachers.")
 
 
 class EventView(View):

@@ -9,10 +9,8 @@ from pydantic import ValidationError
 from sqlalchemy.exc import IntegrityError
 
 from cliprd_core.spec import JobSpec, merge_over
-from service.pair_counts import known_num_pairs, num_steps_of
 from service.problems import FieldProblem, SpecError, problems_of
 from service.routes.dependencies import Services
-from service.schemas import DryRunView
 from service.spec_check import check_spec
 from service.store import jobs
 from service.store.idempotency import find_submitted, remember_key
@@ -20,7 +18,6 @@ from service.store.jobs import QueuedJob
 from service.store.models import Job
 from service.store.session import reading
 from service.store.states import JobState
-from service.store.teachers import lock_teachers
 
 
 def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tuple[Job, bool]:
@@ -34,7 +31,7 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tupl
     earlier = None if key is None else _find(services, key, spec)
     if earlier is not None:
         return earlier, True
-    resolved = _checked(services, spec)
+    resolved = checked(services, spec)
     try:
         with services.sessions.begin() as session:
             job = jobs.create_job(session=session, spec=resolved, max_attempts=services.settings.max_attempts)
@@ -50,28 +47,7 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tupl
     return job, False
 
 
-def dry_run(services: Services, spec: JobSpec) -> DryRunView:
-    """What `submit` would make of the spec; nothing is stored or sent.
-
-    Raises:
-        SpecError: the spec has faults.
-        TeacherUnavailableError: a teacher can't be had.
-    """
-    resolved = _checked(services, spec)
-    with reading(services.sessions) as session:
-        teachers = lock_teachers(session, resolved)
-    waits = not all(teacher.state.is_finished for teacher in teachers)
-    num_pairs = known_num_pairs(resolved) if services.settings.check_files else None
-    return DryRunView(
-        state=JobState.WAITING if waits else JobState.QUEUED,
-        spec=resolved.model_dump(mode="json"),
-        num_pairs=num_pairs,
-        num_steps=None if num_pairs is None else num_steps_of(resolved, num_pairs),
-        teacher_job_ids=[teacher.job for teacher in resolved.teacher_fields.values() if teacher.job is not None],
-    )
-
-
-def _checked(services: Services, spec: JobSpec) -> JobSpec:
+def checked(services: Services, spec: JobSpec) -> JobSpec:
     """The spec as it runs.
 
     Raises:

@@ -3,7 +3,8 @@
     python tests/fake_trainer.py RUN/spec.json
 
 The spec's labels steer it: `steps` and `step_seconds`; `error` (an ErrorReason to end with), `crash` (`kill`: SIGKILL itself;
-`exit`: exit code 3 without a word), `deaf` (ignores SIGTERM), `children` (processes it starts that outlive it unless killed).
+`exit`: exit code 3 without a word), `best` (steps, joined by `-`, that are the best so far when they are saved), `deaf` (ignores
+SIGTERM), `children` (processes it starts that outlive it unless killed).
 It checkpoints every 5 steps, resumes from its newest checkpoint, and on SIGTERM checkpoints and exits with EXIT_CODE_STOPPED.
 """
 
@@ -20,8 +21,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from cliprd_core.retention import BestCheckpoint
 from cliprd_core.run_dir import (
     ATTEMPT_VARIABLE,
+    BEST_FILE,
     CHECKPOINT_MARKER,
     ERROR_FILE,
     EVALUATIONS_FILE,
@@ -136,6 +139,8 @@ def train(run: Path, labels: dict[str, str]) -> None:
         append_record(run / METRICS_FILE, record)
         if step % CHECKPOINT_EVERY_STEPS == 0:
             save(run, step)
+            if str(step) in labels.get("best", "").split("-"):
+                write_atomically(run / BEST_FILE, BestCheckpoint(step=step, value=step / 100).model_dump_json())
         if step == num_steps // 2:
             misbehave(run, labels)
     finish(run, attempt, num_steps, started)

@@ -31,7 +31,7 @@ SUCCESS = ResultRecord(
     train_seconds=1.5,
     export_files=["open_clip_config.json"],
 )
-FAILURE = ErrorRecord(reason=ErrorReason.DIVERGED, message="The loss became NaN at step 7. Lower the learning rate.")
+FAILURE = ErrorRecord(reason=ErrorReason.DIVERGED, message="The loss became NaN at step 7.", advice="Lower the learning rate.")
 
 
 def local_client(app: FastAPI, **options: Any) -> TestClient:

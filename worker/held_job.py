@@ -130,8 +130,7 @@ class HeldJob:
         except OUT_OF_REACH:
             return True
 
-    def _drop_checkpoints(self, session: Session, keep_groups: Sequence[str]) -> list[str]:
-        kind = ArtifactKind.CHECKPOINT
+    def _drop_checkpoints(self, session: Session, keep_groups: Sequence[str], kind: ArtifactKind = ArtifactKind.CHECKPOINT) -> list[str]:
         return remove_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, keep_groups=keep_groups)
 
     def release(self) -> QueuedJob | None:
@@ -162,6 +161,18 @@ class HeldJob:
                 self._register(session, name, blob, kind=ArtifactKind.CHECKPOINT, group=group, step=step)
             record_checkpoint(session=session, job_id=self.id, lease_token=self._token, step=step)
             return self._drop_checkpoints(session, keep_groups)
+
+        self._delete_blobs([*self._persist(write), *replaced])
+
+    def add_best_checkpoint(self, group: str, step: int, stored: Sequence[tuple[str, StoredBlob]]) -> None:
+        """Make the best checkpoint known, all files at once, in place of the one that was."""
+        kind = ArtifactKind.BEST_CHECKPOINT
+        replaced = [artifact.storage_key for artifact in self.artifacts(self.id, kind, group)]
+
+        def write(session: Session) -> list[str]:
+            for name, blob in stored:
+                self._register(session, name, blob, kind=kind, group=group, step=step)
+            return self._drop_checkpoints(session, [group], kind)
 
         self._delete_blobs([*self._persist(write), *replaced])
 

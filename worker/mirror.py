@@ -1,13 +1,17 @@
-"""Mirrors complete checkpoints to the artifact store, in a thread of its own, so that a job can resume on another machine."""
+"""Mirrors complete checkpoints to the artifact store, in a thread of its own: the newest, so that a job can resume on another machine,
+and the one that an evaluation found best, to keep."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from cliprd_core.run_dir import CHECKPOINT_MARKER, CheckpointMarker, complete_checkpoints
+from cliprd_core.retention import BestCheckpoint
+from cliprd_core.run_dir import BEST_FILE, CHECKPOINT_MARKER, CheckpointMarker, checkpoint_dir, complete_checkpoints, read_record
 from service.store.blobs import StoredBlob
 from service.store.jobs import LeaseLostError
 from service.store.models import ArtifactKind
@@ -19,7 +23,9 @@ RETRY_SECONDS = 10.0
 
 
 class CheckpointMirror:
-    """Uploads the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
+    """Uploads the best and then the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
+
+    The best goes first: whoever resumes from the newest knows which one was the best before it, and must find that in the store.
 
     Args:
         job: Whose checkpoints.
@@ -32,13 +38,14 @@ class CheckpointMirror:
         self._run = run
         self._num_kept = num_kept
         self._mirrored: str | None = None  # name of the newest one in the store
+        self._best_mirrored: str | None = None
         self._not_before = 0.0
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Mirror what is new, in the background. Returns at once, and does nothing while an upload runs."""
         is_busy = self._thread is not None and self._thread.is_alive()
-        if is_busy or time.monotonic() < self._not_before or self._newest() is None:
+        if is_busy or time.monotonic() < self._not_before or (self._newest() is None and self._best() is None):
             return
         self._thread = threading.Thread(target=self._try_mirror, name="mirror", daemon=True)
         self._thread.start()
@@ -58,25 +65,53 @@ class CheckpointMirror:
         self.wait()
         self._upload()
 
+    def mirror_best(self) -> None:
+        """Mirror the best one if that is new, now; errors as of `mirror`."""
+        self.wait()
+        self._upload_best()
+
     def _upload(self) -> None:
-        newest = self._newest()
+        newest = self._newest()  # before a look at which one is the best, which may change any time
+        self._upload_best()
         if newest is None:
             return
-        marker = CheckpointMarker.model_validate_json((newest / CHECKPOINT_MARKER).read_bytes())
-        known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, ArtifactKind.CHECKPOINT, newest.name)}
-        if all(known.get(file.name) == file.sha256 for file in marker.files):  # an earlier attempt mirrored it
-            self._mirrored = newest.name
+        self._store(
+            newest,
+            ArtifactKind.CHECKPOINT,
+            lambda step, stored: self._job.add_checkpoint(newest.name, step, stored, self._groups_to_keep(newest.name)),
+        )
+        self._mirrored = newest.name
+
+    def _upload_best(self) -> None:
+        best = self._best()
+        if best is not None:
+            add = partial(self._job.add_best_checkpoint, best.name)
+            self._store(best, ArtifactKind.BEST_CHECKPOINT, add)
+            self._best_mirrored = best.name
+
+    def _store(self, folder: Path, kind: ArtifactKind, add: Callable[[int, list[tuple[str, StoredBlob]]], None]) -> None:
+        """Upload a checkpoint's files and make them known by `add`, unless an earlier attempt did."""
+        marker = CheckpointMarker.model_validate_json((folder / CHECKPOINT_MARKER).read_bytes())
+        known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, kind, folder.name)}
+        if all(known.get(file.name) == file.sha256 for file in marker.files):
             return
         stored: list[tuple[str, StoredBlob]] = []
         try:
             for name in [*(file.name for file in marker.files), CHECKPOINT_MARKER]:
-                stored.append((name, self._job.blobs.put_file(newest / name)))
-            self._job.add_checkpoint(newest.name, marker.step, stored, self._groups_to_keep(newest.name))
+                stored.append((name, self._job.blobs.put_file(folder / name)))
+            add(marker.step, stored)
         except BaseException:
             for _, blob in stored:
                 self._job.blobs.delete(blob.key)
             raise
-        self._mirrored = newest.name
+
+    def _best(self) -> Path | None:
+        """The best complete checkpoint, if it is not in the store yet and still here (an earlier attempt's was on another machine)."""
+        best = read_record(self._run / BEST_FILE, BestCheckpoint)
+        if best is None:
+            return None
+        folder = checkpoint_dir(self._run, best.step)
+        return folder if folder.name != self._best_mirrored and (folder / CHECKPOINT_MARKER).is_file() else None
 
     def _newest(self) -> Path | None:
         """The newest complete checkpoint, if it is not in the store yet."""

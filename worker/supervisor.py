@@ -24,6 +24,8 @@ from cliprd_core.run_dir import (
     EvaluationRecord,
     MetricsRecord,
     ResultRecord,
+    complete_checkpoints,
+    step_of,
     write_atomically,
 )
 from cliprd_core.store_removal import evict
@@ -210,16 +212,27 @@ class Supervisor:
         logger.info("job %s: given back", self._job.id)
         return [] if released is None else [released]
 
+    def _remove_checkpoints(self) -> None:
+        """Of a job that succeeded, all but those that its spec wants kept at equal distances."""
+        every_steps = self._job.spec.training.keep_checkpoints.every_steps
+        kept = [] if every_steps is None else [one for one in complete_checkpoints(self._run) if step_of(one) % every_steps == 0]
+        if not kept:
+            shutil.rmtree(self._run / CHECKPOINTS_DIR, ignore_errors=True)
+            return
+        for folder in (self._run / CHECKPOINTS_DIR).iterdir():
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _finish(self, outcome: Outcome) -> list[QueuedJob]:
         files: list[Path] = []
         if isinstance(outcome, ResultRecord):
-            self._mirror.wait()
+            self._mirror.mirror_best()
             files = [self._run / EXPORT_DIR / name for name in outcome.export_files]
         else:
             self._mirror_last()  # for a retry
         queued = self._job.finish(outcome, files)
         logger.info("job %s: ended: %s", self._job.id, outcome)
         if isinstance(outcome, ResultRecord):  # the artifact store has what matters of these
-            for name in (CHECKPOINTS_DIR, TEACHERS_DIR):
-                shutil.rmtree(self._run / name, ignore_errors=True)
+            shutil.rmtree(self._run / TEACHERS_DIR, ignore_errors=True)
+            self._remove_checkpoints()
         return queued

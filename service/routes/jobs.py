@@ -9,16 +9,18 @@ from fastapi import APIRouter, Body, Header, Query, Response
 from fastapi.responses import JSONResponse
 
 from cliprd_core.spec import JobSpec
+from service.dry_run import dry_run
+from service.dry_run_schemas import DryRunView
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf
-from service.schemas import ArtifactList, DryRunView, EvaluationList, JobList, JobView, MetricsView
+from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
 from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
 from service.store.workers import complaint_about_queue
-from service.submission import dry_run, submit
+from service.submission import submit
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 

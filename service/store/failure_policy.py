@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cliprd_core.run_dir import ErrorReason
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class FailurePolicy:
     delay_seconds: float
     """From the failure to the time it may start again."""
     what_to_do: str
-    """For the user of a job that failed of it."""
+    """For the user of a job that failed of it, after what the failure itself advises."""
 
 
 FAILURE_POLICIES: dict[ErrorReason, FailurePolicy] = {
     ErrorReason.INVALID_SPEC: FailurePolicy(False, 0, "Correct the field that the message names: clone the job with it, or submit anew."),
     ErrorReason.INVALID_DATA: FailurePolicy(False, 0, "Mend the files that the message names, then retry the job."),
-    ErrorReason.OUT_OF_MEMORY: FailurePolicy(False, 0, "Clone the job with the `training.micro_batch_size` that the message suggests."),
+    ErrorReason.OUT_OF_MEMORY: FailurePolicy(False, 0, "Clone the job with a change that needs less memory."),
     ErrorReason.DIVERGED: FailurePolicy(False, 0, "Clone the job with a lower `training.learning_rate` or a longer warm-up."),
     ErrorReason.TEACHER_UNAVAILABLE: FailurePolicy(False, 0, "Retry the teacher's job and then this one, or clone it with another one."),
     ErrorReason.WORKER_LOST: FailurePolicy(True, 0, "Look at the worker's log for why it ended, then retry the job."),
@@ -33,3 +33,8 @@ FAILURE_POLICIES: dict[ErrorReason, FailurePolicy] = {
     ErrorReason.TIMEOUT: FailurePolicy(False, 0, "Retry the job for as many hours again."),
     ErrorReason.INTERNAL: FailurePolicy(False, 0, "Look at `detail`; retry the job if it is a passing fault, else report it."),
 }
+
+
+def what_to_do(error: ErrorRecord) -> str:
+    """For the user of a job that failed so: first what this very failure advises, then what its reason always calls for."""
+    return f"{error.advice} {FAILURE_POLICIES[error.reason].what_to_do}".strip()

@@ -66,6 +66,8 @@ class ArtifactKind(StrEnum):
     """One file of the exported student."""
     CHECKPOINT = "checkpoint"
     """One file of a checkpoint, mirrored so that the job can resume on another machine."""
+    BEST_CHECKPOINT = "best_checkpoint"
+    """One file of the checkpoint that an evaluation found best (`training.keep_checkpoints.best`); it stays as long as the job."""
 
 
 def _enum_column(kind: type[StrEnum]) -> Enum:

@@ -36,6 +36,16 @@ def lock_teachers(session: Session, spec: JobSpec) -> list[Job]:
     return locked
 
 
+def teacher_jobs(*, session: Session, spec: JobSpec) -> dict[str, Job]:
+    """By the spec's field, the jobs whose results are teachers, of a spec whose teachers can be had (`lock_teachers`)."""
+    found = {}
+    for field, teacher in spec.teacher_fields.items():
+        job_id = teacher.job if teacher.artifact is None else _job_of_artifact(session, f"{field}.artifact", teacher.artifact)
+        if job_id is not None:
+            found[field] = session.get_one(Job, job_id)
+    return found
+
+
 def _job_of_artifact(session: Session, field: str, artifact_id: str) -> str:
     artifact = session.get(Artifact, artifact_id)
     if artifact is None:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.events import EventKind, record_event
-from service.store.failure_policy import FAILURE_POLICIES
+from service.store.failure_policy import FAILURE_POLICIES, what_to_do
 from service.store.models import Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
 
@@ -48,7 +48,7 @@ def move(job: Job, target: JobState, *, now: datetime, **data: Any) -> None:
 
 def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
     """Move a locked job to `failed` and record why."""
-    move(job, JobState.FAILED, now=now, reason=error.reason.value, message=error.message)
+    move(job, JobState.FAILED, now=now, reason=error.reason.value, message=error.message, what_to_do=what_to_do(error))
     job.error = error.model_dump(mode="json")
 
 

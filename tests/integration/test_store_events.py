@@ -9,6 +9,7 @@ import pytest
 
 from service.store import jobs, logs
 from service.store.events import list_events
+from service.store.failure_policy import what_to_do
 from service.store.metrics import steps_after
 from service.store.session import database_now, reading
 from tests.store_helpers import FAILURE, Sessions, claim, create, distilled_spec, evaluated, finish, measured, read
@@ -56,7 +57,7 @@ def test_a_long_life_is_told_in_order(sessions: Sessions) -> None:
         events = list_events(session=session, job_id=job.id)
     assert [event.id for event in events] == sorted({event.id for event in events})
     assert [event.data["worker"] for event in events if event.kind == "claimed"] == ["worker-1", "worker-2", "worker-1", "worker-1"]
-    assert events[-1].data == {"reason": "diverged", "message": FAILURE.message}
+    assert events[-1].data == {"reason": "diverged", "message": FAILURE.message, "what_to_do": what_to_do(FAILURE)}
     assert told(sessions, job.id, after=events[-2].id) == ["failed"]
 
 

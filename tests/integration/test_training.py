@@ -21,8 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cliprd_core import precision, train
+from cliprd_core.checkpoint import read_state
 from cliprd_core.models import load_student
+from cliprd_core.retention import BestCheckpoint
 from cliprd_core.run_dir import (
+    BEST_FILE,
+    CHECKPOINTS_DIR,
     ERROR_FILE,
     EVALUATIONS_FILE,
     EXIT_CODE_STOPPED,
@@ -37,6 +41,7 @@ from cliprd_core.run_dir import (
     complete_checkpoints,
     read_record,
     read_records,
+    step_of,
 )
 from cliprd_core.spec import JobSpec, StudentSpec
 from tests.golden.make_loss_curve import GOLDEN_FILE, golden_spec, loss_curve
@@ -220,6 +225,30 @@ def test_damaged_checkpoint_costs_only_the_steps_since_the_one_before(straight: 
     assert train.main([str(run / SPEC_FILE)]) == 0
     assert sorted(losses(run)) == [7, 8]
     assert_same_weights(run, straight)
+
+
+def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_resumes_elsewhere(inputs: Inputs, tmp_path: Path) -> None:
+    metric = "image_to_text_R@1"
+    keep = {"newest": 1, "every_steps": 6, "best": f"validation/{metric}"}
+    training = {"epochs": 4, "checkpoint_every_steps": 3, "keep_checkpoints": keep}
+    spec = inputs.spec(data={"validation": [inputs.source]}, training=training)
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    assert run_here(run, spec) == 0
+    evaluations = [record for record, _ in read_records(run / EVALUATIONS_FILE, EvaluationRecord)]
+    values = {record.step: record.metrics[metric] for record in evaluations}
+    best = BestCheckpoint(step=max(values, key=lambda step: (values[step], -step)), value=max(values.values()))
+    assert read_record(run / BEST_FILE, BestCheckpoint) == best
+    assert {step_of(folder) for folder in complete_checkpoints(run)} == {6, 12, 16, best.step}
+
+    # Only a checkpoint comes along, of the middle of an epoch, as from the artifact store.
+    shutil.copytree(run / CHECKPOINTS_DIR / "step-0000000006", elsewhere / CHECKPOINTS_DIR / "step-0000000006")
+    assert run_here(elsewhere, spec) == 0
+    assert_same_weights(elsewhere, run)
+    saved = read_state(complete_checkpoints(elsewhere)[-1]).best
+    assert saved == read_state(complete_checkpoints(run)[-1]).best
+    before = read_state(elsewhere / CHECKPOINTS_DIR / "step-0000000006").best
+    assert before == BestCheckpoint(step=4, value=values[4])
+    assert read_record(elsewhere / BEST_FILE, BestCheckpoint) == (best if best.step > 4 else None)
 
 
 def test_a_run_that_only_lacks_its_export_trains_nothing(straight: Path, tmp_path: Path) -> None:

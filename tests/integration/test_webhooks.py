@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from service.store import jobs
+from service.store.failure_policy import what_to_do
 from service.store.models import WebhookDelivery
 from service.store.session import database_now, reading
 from service.store.webhooks import RETRY_SECONDS, take_messages
@@ -65,8 +66,15 @@ def test_every_change_of_state_reaches_every_url_signed(sessions: Sessions) -> N
         bodies = [Webhook(SECRET).verify(request.content, dict(request.headers)) for request in requests]
         assert [body["type"] for body in bodies] == ["job.created", "job.queued", "job.claimed", "job.failed"]
         assert bodies[-1]["data"] | {"event_id": 0} == {
-            "job_id": job.id, "name": "test", "labels": {}, "attempt": 1, "event_id": 0, "reason": "diverged", "message": FAILURE.message
-        }  # fmt: skip
+            "job_id": job.id,
+            "name": "test",
+            "labels": {},
+            "attempt": 1,
+            "event_id": 0,
+            "reason": "diverged",
+            "message": FAILURE.message,
+            "what_to_do": what_to_do(FAILURE),
+        }
     ids = [request.headers["webhook-id"] for request in network.received]
     assert len(set(ids)) == 4
     with pytest.raises(WebhookVerificationError):

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from service.settings import Settings
 from service.store import jobs
+from service.store.failure_policy import what_to_do
 from service.store.session import reading
 from tests.store_helpers import (
     FAILURE,
@@ -106,7 +107,7 @@ def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessi
     running = client.get(f"/jobs/{job['id']}").json()
     assert (running["state"], running["attempt"], running["worker"]) == ("running", 1, "worker-1")
     assert running["progress"]["step"] == 10
-    assert set(running["progress"]) == {"step", "num_steps", "epoch", "samples_seen", "samples_per_second", "eta_seconds"}
+    assert set(running["progress"]) == {"step", "num_steps", "epoch", "samples_seen", "samples_per_second", "eta_seconds", "device"}
     assert running["metrics"] == {"train/loss": 0.1, "train/lr": 0.1}
 
     whole = client.get(f"/jobs/{job['id']}/metrics").json()["series"]
@@ -126,7 +127,12 @@ def test_a_failed_job_says_why(client: TestClient, sessions: Sessions) -> None:
     job = submit(client)
     finish(sessions, claim(sessions, job["id"]), FAILURE)
     failed = client.get(f"/jobs/{job['id']}").json()
-    assert failed["error"] == {"reason": "diverged", "message": FAILURE.message, "detail": ""}
+    expected = {"reason": "diverged", "message": FAILURE.message, "what_to_do": what_to_do(FAILURE), "detail": ""}
+    assert failed["error"] == expected
+    assert what_to_do(FAILURE).startswith(f"{FAILURE.advice} Clone the job")
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["JobErrorView"]
+    assert "what_to_do" in schema["required"]
+    assert schema["properties"]["what_to_do"]["description"]
 
 
 def test_cancelling(client: TestClient, sessions: Sessions) -> None:

@@ -23,12 +23,14 @@ from cliprd_core.checkpoint import (
     check_compatible,
     latest_valid,
     load_checkpoint,
+    prune_checkpoints,
     read_state,
     save_checkpoint,
     spec_as_json,
 )
 from cliprd_core.optim import build_optimizer
-from cliprd_core.run_dir import CHECKPOINT_MARKER, CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints
+from cliprd_core.retention import BestCheckpoint, CheckpointsToKeep
+from cliprd_core.run_dir import CHECKPOINT_MARKER, CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, step_of
 from cliprd_core.spec import TrainingSpec
 from tests.tiny import tiny_spec
 
@@ -82,7 +84,7 @@ def everything(parts: TrainedParts) -> dict[str, torch.Tensor]:
 def test_resumed_training_is_bit_identical(tmp_path: Path) -> None:
     straight = make_parts(0)
     take_steps(straight, 3, seed=1)
-    save_checkpoint(tmp_path, make_state(3), straight)
+    save_checkpoint(tmp_path, make_state(3), straight, CheckpointsToKeep())
     take_steps(straight, 4, seed=2)
 
     resumed = make_parts(99)
@@ -102,7 +104,7 @@ def test_gradient_scaler_survives(tmp_path: Path) -> None:
     parts = make_parts(0)
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     parts = TrainedParts(parts.student, parts.objective, parts.optimizer, scaler)
-    folder = save_checkpoint(tmp_path, make_state(3, scaler=scaler.state_dict()), parts)
+    folder = save_checkpoint(tmp_path, make_state(3, scaler=scaler.state_dict()), parts, CheckpointsToKeep())
     fresh = TrainedParts(parts.student, parts.objective, parts.optimizer, torch.amp.GradScaler("cpu"))
     load_checkpoint(folder, fresh)
     assert fresh.scaler.state_dict() == scaler.state_dict()
@@ -112,7 +114,7 @@ def test_gradient_scaler_survives(tmp_path: Path) -> None:
 def test_contents_are_safetensors_and_json_only(tmp_path: Path) -> None:
     parts = make_parts(0)
     take_steps(parts, 1, seed=1)
-    folder = save_checkpoint(tmp_path, make_state(1), parts)
+    folder = save_checkpoint(tmp_path, make_state(1), parts, CheckpointsToKeep())
     assert sorted(path.name for path in folder.iterdir()) == sorted([CHECKPOINT_MARKER, STATE_FILE, STUDENT_FILE, TRAINING_FILE])
     json.loads((folder / STATE_FILE).read_text())
     with safe_open(folder / STUDENT_FILE, framework="pt") as file:
@@ -124,8 +126,8 @@ def test_contents_are_safetensors_and_json_only(tmp_path: Path) -> None:
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     parts = make_parts(0)
     take_steps(parts, 1, seed=1)
-    older = save_checkpoint(tmp_path, make_state(1), parts)
-    newer = save_checkpoint(tmp_path, make_state(2), parts)
+    older = save_checkpoint(tmp_path, make_state(1), parts, CheckpointsToKeep())
+    newer = save_checkpoint(tmp_path, make_state(2), parts, CheckpointsToKeep())
     assert latest_valid(tmp_path) == newer
     path = newer / name
     content = bytearray(path.read_bytes())
@@ -139,7 +141,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, name: s
     assert latest_valid(tmp_path) == older
     if not (name == CHECKPOINT_MARKER and damage == "remove"):  # without a marker it never claimed to be whole
         assert "is damaged" in caplog.text
-    assert save_checkpoint(tmp_path, make_state(2), parts) == newer, "saving the step again replaces the damaged one"
+    assert save_checkpoint(tmp_path, make_state(2), parts, CheckpointsToKeep()) == newer, "saving the step again replaces the damaged one"
     assert latest_valid(tmp_path) == newer
 
 
@@ -149,13 +151,27 @@ def test_only_the_last_two_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     unfinished = checkpoint_dir(tmp_path, 1)
     unfinished.mkdir()
     for step in (2, 3, 4, 5):
-        save_checkpoint(tmp_path, make_state(step), parts)
+        save_checkpoint(tmp_path, make_state(step), parts, CheckpointsToKeep())
     assert [path.name for path in sorted((tmp_path / CHECKPOINTS_DIR).iterdir())] == ["step-0000000004", "step-0000000005"]
+
+
+def test_what_the_spec_wants_is_kept_and_the_saved_one_always(tmp_path: Path) -> None:
+    parts = make_parts(0)
+    keep = CheckpointsToKeep(newest=1, every_steps=4, best="validation/image_to_text_R@1")
+    for step, best in ((2, None), (4, None), (6, 2), (7, 6), (8, 6), (9, 6)):
+        checkpoint_before = None if best is None else BestCheckpoint(step=best, value=best / 10)
+        save_checkpoint(tmp_path, make_state(step, best=checkpoint_before), parts, keep)
+        assert read_state(checkpoint_dir(tmp_path, step)).best == checkpoint_before
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [4, 6, 8, 9]
+    prune_checkpoints(tmp_path, keep, BestCheckpoint(step=9, value=1.0))
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [4, 8, 9]
+    save_checkpoint(tmp_path, make_state(5), parts, keep)  # a resumed run that passed over damaged newer ones
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [4, 5, 8, 9]
 
 
 def test_crash_before_the_marker_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = make_parts(0)
-    older = save_checkpoint(tmp_path, make_state(1), parts)
+    older = save_checkpoint(tmp_path, make_state(1), parts, CheckpointsToKeep())
 
     def crash(path: Path, content: str) -> None:
         if path.name == CHECKPOINT_MARKER:
@@ -164,7 +180,7 @@ def test_crash_before_the_marker_leaves_the_older_one(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "write_atomically", crash)
     with pytest.raises(OSError, match="power cut"):
-        save_checkpoint(tmp_path, make_state(2), parts)
+        save_checkpoint(tmp_path, make_state(2), parts, CheckpointsToKeep())
     assert complete_checkpoints(tmp_path) == [older]
     assert latest_valid(tmp_path) == older
 
@@ -177,6 +193,7 @@ def test_compatible_changes() -> None:
     saved = make_state(3)
     spec = copy.deepcopy(saved.spec)
     spec["name"], spec["training"]["log_every_steps"], spec["training"]["checkpoint_every_steps"] = "renamed", 7, 9
+    spec["training"]["keep_checkpoints"] = {"newest": 5, "every_steps": 9, "best": None}
     spec["resources"]["num_processes"] = 4
     check_compatible(saved, make_state(0, spec=spec, world_size=4, attempt=2))
 
@@ -213,6 +230,6 @@ def test_another_teacher_or_data_size_is_incompatible() -> None:
 def test_copied_folder_is_valid_elsewhere(tmp_path: Path) -> None:
     """A checkpoint mirrored to another machine resumes there."""
     parts = make_parts(0)
-    save_checkpoint(tmp_path / "a", make_state(1), parts)
+    save_checkpoint(tmp_path / "a", make_state(1), parts, CheckpointsToKeep())
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert latest_valid(tmp_path / "b") == checkpoint_dir(tmp_path / "b", 1)

@@ -28,12 +28,13 @@ from service.progress_view import duration
 from service.settings import Settings
 from service.store.artifacts import register_artifact
 from service.store.blobs import BlobStore
+from service.store.failure_policy import what_to_do
 from service.store.jobs import Cancelled, claim_job, finish_job, record_metrics, request_cancel
 from service.store.logs import append_log
 from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions
 from service.store.workers import report_worker
-from tests.store_helpers import gpu
+from tests.store_helpers import FAILURE, gpu
 from tests.teacher_store_helpers import make_store
 from tests.tiny import tiny_spec, write_shards
 
@@ -143,6 +144,20 @@ def test_a_file_that_is_no_spec_is_named(bench: Bench, content: str, complaint: 
     assert code == 1
     assert complaint in stderr
     assert str(bench.spec_file) in stderr
+
+
+def test_a_failed_job_says_what_to_do(bench: Bench) -> None:
+    job_id = bench.submit()
+    with bench.session() as session:
+        claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=60)
+        assert claim is not None
+        finish_job(session=session, job_id=job_id, lease_token=claim.lease_token, outcome=FAILURE)
+    code, _, stderr = bench.run("watch", job_id)
+    assert code == 1
+    assert f"cliprd: diverged: {FAILURE.message}\nWhat to do: {what_to_do(FAILURE)}" in stderr
+    shown = " ".join(bench.run("show", job_id)[1].split())
+    assert f"error diverged: {FAILURE.message}" in shown
+    assert f"what to do {what_to_do(FAILURE)}" in shown
 
 
 def test_an_unknown_job_is_one_clear_line(bench: Bench) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import math
 from typing import Any
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError
 
-from cliprd_core.failures import describe_failure
-from cliprd_core.run_dir import ErrorReason
+from cliprd_core.failures import DivergedError, describe_failure
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec, merge_over
+from cliprd_core.trainer import _check_finite
+from service.store.failure_policy import FAILURE_POLICIES, what_to_do
 from tests.store_helpers import spec_dict
 
 
@@ -21,18 +24,37 @@ def spec_with(**changes: Any) -> JobSpec:
 @pytest.mark.parametrize(
     ("spec", "advice"),
     [
-        (spec_with(), "set `training.micro_batch_size` to 500 "),
-        (spec_with(resources={"num_processes": 4}), "set `training.micro_batch_size` to 125 "),
-        (spec_with(training={"micro_batch_size": 64}), "set `training.micro_batch_size` to 32 "),
-        (spec_with(training={"micro_batch_size": 4000}), "set `training.micro_batch_size` to 500 "),
-        (spec_with(training={"micro_batch_size": 1}), "lower `training.global_batch_size`"),
+        (spec_with(), "Set `training.micro_batch_size` to 500 "),
+        (spec_with(resources={"num_processes": 4}), "Set `training.micro_batch_size` to 125 "),
+        (spec_with(training={"micro_batch_size": 64}), "Set `training.micro_batch_size` to 32 "),
+        (spec_with(training={"micro_batch_size": 4000}), "Set `training.micro_batch_size` to 500 "),
+        (spec_with(training={"micro_batch_size": 1}), "Lower `training.global_batch_size`"),
     ],
 )
 def test_out_of_memory_suggests_half_of_what_went_through_at_once(spec: JobSpec, advice: str) -> None:
     record = describe_failure(MemoryError("too much"), spec)
     assert record.reason is ErrorReason.OUT_OF_MEMORY
-    assert advice in record.message
+    assert record.advice.startswith(advice)
     assert "too much" in record.message
+    assert what_to_do(record) == f"{record.advice} {FAILURE_POLICIES[ErrorReason.OUT_OF_MEMORY].what_to_do}"
+
+
+def test_divergence_names_step_and_term() -> None:
+    values = {"train/loss": math.nan, "train/term/fd": math.nan, "train/term/task": 1.0, "train/grad_norm": math.nan}
+    with pytest.raises(DivergedError) as raised:
+        _check_finite(values, 12, is_scaled=False)
+    record = describe_failure(raised.value)
+    assert record.reason is ErrorReason.DIVERGED
+    assert "`fd`" in record.message
+    assert record.advice.startswith("It broke in the loss term `fd` at step 12: lower `training.learning_rate` or `objective.fd`,")
+
+
+@pytest.mark.parametrize("reason", list(ErrorReason))
+def test_every_reason_says_what_to_do(reason: ErrorReason) -> None:
+    text = what_to_do(ErrorRecord(reason=reason, message="so it is"))
+    assert text == FAILURE_POLICIES[reason].what_to_do
+    assert text[0].isupper()
+    assert text.endswith(".")
 
 
 def wrapped() -> RuntimeError:

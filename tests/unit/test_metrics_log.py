@@ -15,7 +15,7 @@ VALUES = {"train/loss": 2.0, "train/learning_rate": 1e-3}
 
 
 def make_log(run: Path, start_step: int = 0) -> MetricsLog:
-    return MetricsLog(run, attempt=2, num_steps=100, num_steps_per_epoch=20, global_batch_size=8, start_step=start_step)
+    return MetricsLog(run, attempt=2, num_steps=100, num_steps_per_epoch=20, global_batch_size=8, start_step=start_step, device="cpu")
 
 
 def records(run: Path) -> list[MetricsRecord]:
@@ -32,7 +32,7 @@ def test_speed_and_remaining_time(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert first.progress.samples_per_second == pytest.approx(0.8)
     assert second.progress.samples_per_second == pytest.approx(9 * 8 / 2)
     assert second.progress.eta_seconds == pytest.approx(60 * 8 / 36)
-    assert second.progress.epoch == 2.0
+    assert (second.progress.epoch, second.progress.device) == (2.0, "cpu")
     assert second.values["train/data_wait_share"] == 0.25
     assert "step 40/100  loss 2.0000" in caplog.text
     assert "0:00:13 left" in caplog.text

@@ -18,9 +18,10 @@ from celery import Celery
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from cliprd_core.run_dir import METRICS_FILE, ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints
+from cliprd_core.run_dir import METRICS_FILE, ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints, step_of
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
+from service.store.artifacts import remove_finished_checkpoints
 from service.store.blobs import BlobStore
 from service.store.events import list_events
 from service.store.jobs import (
@@ -344,6 +345,37 @@ def test_a_full_disk_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert bench.job(job_id).state is JobState.QUEUED
     bench.run(job_id)
     assert bench.error(job_id).reason is ErrorReason.DISK_FULL
+
+
+def test_the_best_checkpoint_stays_in_the_store(bench: Bench) -> None:
+    job_id = bench.submit({"steps": "22", "best": "5-15"}, training={"checkpoint_every_steps": 5, "keep_checkpoints": {"every_steps": 10}})
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    best = bench.artifacts(job_id, ArtifactKind.BEST_CHECKPOINT)
+    assert {(one.step, one.group) for one in best} == {(15, "step-0000000015")}
+    assert {one.name for one in best} == {"state.json", "COMPLETE.json"}
+    (state,) = [one for one in best if one.name == "state.json"]
+    assert json.loads(bench.blobs.path(state.storage_key).read_bytes()) == {"step": 15}
+    assert not bench.artifacts(job_id, ArtifactKind.CHECKPOINT)
+    assert [step_of(one) for one in complete_checkpoints(bench.run_dir(job_id))] == [10, 20], "those at equal distances stay on the disk"
+    with reading(bench.sessions) as session:
+        num_known = len(session.query(Artifact).all())
+    assert len([path for path in (bench.settings.artifacts_root).rglob("*") if path.is_file()]) == num_known, "no bytes without a row"
+
+
+def test_a_failed_job_keeps_its_best_checkpoint_and_another_machine_does_not_lose_it(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "30", "best": "5", "error": "diverged"})
+    bench.run(job_id)
+    first = {one.id: one.sha256 for one in bench.artifacts(job_id, ArtifactKind.BEST_CHECKPOINT)}
+    assert len(first) == 2
+    with bench.sessions.begin() as session:
+        assert remove_finished_checkpoints(session=session, older_than_seconds=0)
+        retry_job(session=session, job_id=job_id)
+    bench.settings = bench.settings.model_copy(update={"runs_root": tmp_path / "another machine"})
+    with bench.sessions.begin() as session:
+        session.get_one(Job, job_id).spec = merge_over(bench.job(job_id).spec, {"labels": {"error": "timeout", "best": ""}})
+    bench.run(job_id)
+    assert {one.id: one.sha256 for one in bench.artifacts(job_id, ArtifactKind.BEST_CHECKPOINT)} == first
 
 
 def test_a_damaged_mirror_falls_back_to_the_older_one(bench: Bench, tmp_path: Path) -> None:

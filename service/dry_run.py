@@ -1,0 +1,65 @@
+"""What a spec would become as a job, and what it would take: nothing is stored or sent."""
+
+from __future__ import annotations
+
+from cliprd_core.model_size import ModelSize
+from cliprd_core.spec import JobSpec
+from service.dry_run_schemas import DryRunView, ModelSizeView
+from service.estimates import memory_view, time_view
+from service.found_files import found_files
+from service.model_sizes import Unknown, size_of_model, size_of_trained
+from service.pair_counts import known_num_pairs, num_steps_of
+from service.routes.dependencies import Services
+from service.store.session import reading
+from service.store.speeds import recorded_speeds
+from service.store.states import JobState
+from service.store.teachers import lock_teachers, teacher_jobs
+from service.submission import checked
+
+
+def dry_run(services: Services, spec: JobSpec) -> DryRunView:
+    """What `submit` would make of the spec.
+
+    Raises:
+        SpecError: the spec has faults.
+        TeacherUnavailableError: a teacher can't be had.
+    """
+    settings = services.settings
+    resolved = checked(services, spec)
+    locations = settings.locations if settings.check_files else None
+    with reading(services.sessions) as session:
+        teachers = lock_teachers(session, resolved)
+        students = {field: job.spec["student"] for field, job in teacher_jobs(session=session, spec=resolved).items()}
+        speeds = recorded_speeds(session=session, spec=resolved)
+    waits = not all(teacher.state.is_finished for teacher in teachers)
+    num_pairs = known_num_pairs(resolved) if settings.check_files else None
+    num_steps = None if num_pairs is None else num_steps_of(resolved, num_pairs)
+    sizes = {"student": size_of_model(resolved.student, locations)}
+    for field, teacher in resolved.teacher_fields.items():
+        sizes[field] = size_of_trained(students[field], locations) if field in students else size_of_model(teacher, locations)
+    return DryRunView(
+        state=JobState.WAITING if waits else JobState.QUEUED,
+        spec=resolved.model_dump(mode="json"),
+        num_pairs=num_pairs,
+        num_steps=num_steps,
+        teacher_job_ids=[teacher.job for teacher in resolved.teacher_fields.values() if teacher.job is not None],
+        models=[_model_view(field, size) for field, size in sizes.items()],
+        memory=memory_view(resolved, sizes),
+        time=time_view(resolved, speeds, num_steps),
+        files=found_files(resolved) if settings.check_files else None,
+    )
+
+
+def _model_view(field: str, size: ModelSize | Unknown) -> ModelSizeView:
+    if isinstance(size, Unknown):
+        return ModelSizeView(
+            field=field, image_parameters=None, text_parameters=None, other_parameters=None, total_parameters=None, reason=size.reason
+        )
+    return ModelSizeView(
+        field=field,
+        image_parameters=size.image.num_parameters,
+        text_parameters=size.text.num_parameters,
+        other_parameters=size.num_other,
+        total_parameters=size.num_parameters,
+        reason=None,
+    )

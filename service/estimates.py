@@ -1,0 +1,83 @@
+"""Memory and time of a job that does not exist yet, in words that say what they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cliprd_core.memory_estimate import computes_in_half, estimate_memory
+from cliprd_core.model_size import ModelSize
+from cliprd_core.spec import JobSpec
+from service.dry_run_schemas import MemoryView, SpeedView, TimeView
+from service.model_sizes import Unknown
+from service.store.speeds import RecordedSpeed
+
+
+def memory_view(spec: JobSpec, sizes: Mapping[str, ModelSize | Unknown]) -> MemoryView:
+    """`sizes`: of the student and the teachers, by field."""
+    unknown = [f"`{field}`: {size.reason}" for field, size in sizes.items() if isinstance(size, Unknown)]
+    if unknown:
+        return MemoryView(
+            weights_bytes=None,
+            gradients_bytes=None,
+            optimizer_bytes=None,
+            activations_bytes=None,
+            objective_bytes=None,
+            total_bytes=None,
+            assumptions=[],
+            reason=f"The size of a model is not known: {'; '.join(unknown)}.",
+        )
+    known = {field: size for field, size in sizes.items() if isinstance(size, ModelSize)}
+    estimate = estimate_memory(spec, known["student"], [known[field] for field in spec.teacher_fields])
+    return MemoryView(
+        weights_bytes=estimate.weights,
+        gradients_bytes=estimate.gradients,
+        optimizer_bytes=estimate.optimizer,
+        activations_bytes=estimate.activations,
+        objective_bytes=estimate.objective,
+        total_bytes=estimate.total,
+        assumptions=_memory_assumptions(spec),
+        reason=None,
+    )
+
+
+def _memory_assumptions(spec: JobSpec) -> list[str]:
+    computed = f"{spec.training.precision.value} with layer normalisation in fp32" if computes_in_half(spec) else "fp32"
+    return [
+        "An estimate, not a measurement; docs/training.md says how far it was off where it was measured.",
+        f"Products are computed in {computed}; weights, gradients and the optimiser's moments are fp32.",
+        "Every caption has the text tower's full length: shorter ones take less.",
+        "All teachers are on the device, as they are until their stores are filled."
+        if spec.data.teacher_views
+        else "All teachers are on the device and run in every step.",
+        "Attention keeps no matrix of tokens by tokens, as torch's fused kernels don't.",
+        "Not counted: what the CUDA context, libraries and the allocator's fragments take, and evaluation.",
+    ]
+
+
+def time_view(spec: JobSpec, speeds: Sequence[RecordedSpeed], num_steps: int | None) -> TimeView:
+    """`speeds` of jobs like this one; `num_steps` of the whole run, if known."""
+    if not speeds:
+        reason = (
+            "No job with this student, these teachers, objective, batch, precision and number of processes has recorded a speed on such a"
+            " device yet."
+        )
+        return TimeView(by_device=[], assumptions=[], reason=reason)
+    num_pairs = None if num_steps is None else num_steps * spec.training.global_batch_size
+    assumptions = ["Training alone, at the speed recorded: evaluations, checkpoints and the start are not in it."]
+    if spec.data.teacher_views and spec.teacher_fields:
+        assumptions.append("The first epochs, while teachers' features are computed for their stores, take longer than later ones.")
+    return TimeView(
+        by_device=[
+            SpeedView(
+                device=one.device,
+                samples_per_second=one.median,
+                slowest_samples_per_second=one.slowest,
+                fastest_samples_per_second=one.fastest,
+                training_seconds=None if num_pairs is None else num_pairs / one.median,
+                job_ids=list(one.job_ids),
+            )
+            for one in speeds
+        ],
+        assumptions=assumptions,
+        reason="The number of training pairs, and so of steps, is unknown without much reading." if num_pairs is None else None,
+    )
