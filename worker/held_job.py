@@ -20,7 +20,6 @@ from service.store.blobs import Blobs, BlobsUnreachableError, StoredBlob
 from service.store.jobs import (
     Claim,
     LeaseLostError,
-    LeaseStatus,
     Outcome,
     QueuedJob,
     finish_job,
@@ -71,7 +70,8 @@ class HeldJob:
         self._sessions = sessions
         self._lease_seconds = lease_seconds
 
-    def renew(self) -> LeaseStatus:
+    def renew(self) -> bool:
+        """Whether the lease is still held."""
         with self._sessions.begin() as session:
             return renew_lease(session=session, job_id=self.id, lease_token=self._token, lease_seconds=self._lease_seconds)
 

@@ -85,7 +85,7 @@ class Supervisor:
         """
         times = {"lease_seconds": self._settings.lease_seconds, "heartbeat_seconds": self._settings.heartbeat_seconds}
         guard = LeaseGuard(self._cookie, self._settings.lease_seconds)
-        keeper = LeaseKeeper(lambda: self._job.renew().held, self._kill, **times, on_renewed=guard.renewed)
+        keeper = LeaseKeeper(self._job.renew, self._kill, **times, on_renewed=guard.renewed)
         self._job.is_lost = lambda: keeper.is_lost
         try:
             with guard, keeper:

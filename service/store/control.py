@@ -32,7 +32,7 @@ class Changed(NamedTuple):
 
 
 def request_cancel(*, session: Session, job_id: str, now: datetime | None = None) -> Job:
-    """End a job that hasn't started at once; ask the worker of a running one, which learns it when it next renews its lease.
+    """End a job that hasn't started at once; ask the worker of a running one, which looks for that every second or so.
 
     Asking twice for a running job is the same as asking once. Jobs that wait for this one as their teacher fail with it.
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import ErrorRecord, Progress, ResultRecord
+from cliprd_core.run_dir import ErrorRecord, ResultRecord
 from service.store.errors import LeaseLostError
 from service.store.events import EventKind, record_event
 from service.store.models import Job
@@ -28,18 +28,6 @@ class Claim:
     job: Job
     attempt: int
     lease_token: str
-
-
-@dataclass(frozen=True)
-class LeaseStatus:
-    """What a worker learns each time it renews its lease."""
-
-    held: bool
-    """False: stop at once and write nothing more."""
-    cancel_requested: bool
-    """True: a user wants the job to end; stop it and finish it as `Cancelled`."""
-    pause_requested: bool
-    """True: a user wants the job put aside; stop it and give it back with `release_job`."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +83,21 @@ def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: flo
     return claim_job(session=session, job_id=best or job_id, worker=worker, lease_seconds=lease_seconds)
 
 
-def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> LeaseStatus:
-    """Keep the job for another `lease_seconds` from now. A lease that ran out is renewed too, as long as nobody took it away."""
+def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> bool:
+    """Keep the job for another `lease_seconds` from now. A lease that ran out is renewed too, as long as nobody took it away.
+
+    Returns:
+        Whether it is held. If not, stop at once and write nothing more.
+    """
     expires_at = database_now(session) + timedelta(seconds=lease_seconds)
-    row = session.execute(
+    renewed = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.lease_token == lease_token, Job.state == JobState.RUNNING)
         .values(lease_expires_at=expires_at)
-        .returning(Job.cancel_requested_at, Job.pause_requested_at)
+        .returning(Job.id)
         .execution_options(synchronize_session=False)
-    ).one_or_none()
-    if row is None:
-        return LeaseStatus(held=False, cancel_requested=False, pause_requested=False)
-    cancelled_at, paused_at = row
-    return LeaseStatus(held=True, cancel_requested=cancelled_at is not None, pause_requested=paused_at is not None)
+    ).scalar_one_or_none()
+    return renewed is not None
 
 
 def lock_held_job(*, session: Session, job_id: str, lease_token: str) -> Job:
@@ -145,16 +134,6 @@ def record_checkpoint(*, session: Session, job_id: str, lease_token: str, step: 
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
     record_event(job, EventKind.CHECKPOINT, now=database_now(session), step=step)
-
-
-def record_progress(*, session: Session, job_id: str, lease_token: str, progress: Progress) -> None:
-    """Replace the job's progress. `metrics.record_metrics` does so too; this is for progress without metrics.
-
-    Raises:
-        LeaseLostError: the token no longer holds the job.
-    """
-    job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
-    job.progress = progress.model_dump(mode="json")
 
 
 def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outcome) -> list[QueuedJob]:

@@ -19,11 +19,11 @@ from sqlalchemy import Engine, text
 from service import logs
 from service.app import create_app
 from service.settings import Settings
-from service.store.jobs import JobState, record_progress, requeue_expired
+from service.store.jobs import JobState, record_metrics, requeue_expired
 from service.store.models import Job
 from service.store.session import database_now, is_writable, make_engine, reading
 from service.store.statistics import QueueTotals, RunningJob, job_statistics
-from tests.store_helpers import Sessions, claim, create, finish, local_client, progress_at
+from tests.store_helpers import Sessions, claim, create, finish, local_client, measured
 
 
 def fill(sessions: Sessions) -> str:
@@ -33,7 +33,7 @@ def fill(sessions: Sessions) -> str:
     claim(sessions, lost.id)
     held = claim(sessions, running.id)
     with sessions.begin() as session:
-        record_progress(session=session, job_id=running.id, lease_token=held.lease_token, progress=progress_at(5))
+        record_metrics(session=session, job_id=running.id, lease_token=held.lease_token, records=[measured(5)])
         expired = session.get_one(Job, lost.id)
         expired.lease_expires_at = database_now(session) - timedelta(seconds=1)
     with sessions.begin() as session:

@@ -47,7 +47,7 @@ def test_a_job_goes_from_queued_to_succeeded(sessions: Sessions) -> None:
     assert (claimed.attempt, claimed.job.state, claimed.job.worker) == (1, JobState.RUNNING, "worker-1")
     with sessions.begin() as session:
         jobs.mark_started(session=session, job_id=job.id, lease_token=claimed.lease_token)
-        jobs.record_progress(session=session, job_id=job.id, lease_token=claimed.lease_token, progress=progress_at(3))
+        jobs.record_metrics(session=session, job_id=job.id, lease_token=claimed.lease_token, records=[measured(3)])
     assert finish(sessions, claimed) == []
     done = read(sessions, job.id)
     assert done.state is JobState.SUCCEEDED
@@ -83,10 +83,9 @@ def test_a_worker_without_the_lease_can_write_nothing(sessions: Sessions) -> Non
     assert new.attempt == 2
     with sessions.begin() as session:
         lease: dict[str, Any] = {"session": session, "job_id": job.id, "lease_token": old.lease_token}
-        assert not jobs.renew_lease(**lease, lease_seconds=60).held
+        assert not jobs.renew_lease(**lease, lease_seconds=60)
         writes: list[tuple[Callable[..., object], dict[str, object]]] = [
             (jobs.mark_started, {}),
-            (jobs.record_progress, {"progress": progress_at(1)}),
             (jobs.record_metrics, {"records": [measured(1, train_loss=1.0)]}),
             (jobs.record_evaluations, {"records": []}),
             (jobs.finish_job, {"outcome": SUCCESS}),
@@ -103,8 +102,7 @@ def test_a_renewed_lease_outlives_its_first_end(sessions: Sessions) -> None:
     job = create(sessions)
     claimed = claim(sessions, job.id, lease_seconds=10)
     with sessions.begin() as session:
-        status = jobs.renew_lease(session=session, job_id=job.id, lease_token=claimed.lease_token, lease_seconds=100)
-    assert status == jobs.LeaseStatus(held=True, cancel_requested=False, pause_requested=False)
+        assert jobs.renew_lease(session=session, job_id=job.id, lease_token=claimed.lease_token, lease_seconds=100)
     assert requeue(sessions, 50) == []
     assert requeue(sessions, 101) == [jobs.QueuedJob(job.id, "default")]
 
@@ -156,8 +154,7 @@ def test_cancelling(sessions: Sessions) -> None:
     assert cancel(sessions, running.id) is JobState.RUNNING
     assert read(sessions, running.id).cancel_requested_at == asked_at
     with sessions.begin() as session:
-        status = jobs.renew_lease(session=session, job_id=running.id, lease_token=claimed.lease_token, lease_seconds=60)
-    assert status == jobs.LeaseStatus(held=True, cancel_requested=True, pause_requested=False)
+        assert jobs.renew_lease(session=session, job_id=running.id, lease_token=claimed.lease_token, lease_seconds=60)
     finish(sessions, claimed, Cancelled())
     assert read(sessions, running.id).state is JobState.CANCELLED
 

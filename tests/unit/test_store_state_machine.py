@@ -21,7 +21,7 @@ from service.store import jobs
 from service.store.jobs import ALLOWED_MOVES, Cancelled, JobState
 from service.store.models import EventKind, JobEvent
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
-from tests.store_helpers import FAILURE, SUCCESS, create, distilled_spec, progress_at
+from tests.store_helpers import FAILURE, SUCCESS, create, distilled_spec, measured, read
 
 MAX_ATTEMPTS = 2
 MAX_JOBS = 5
@@ -267,10 +267,13 @@ class JobLives(RuleBasedStateMachine):
                 holds = one.state is JobState.RUNNING and token == one.tokens[-1]
                 with self.sessions.begin() as session:
                     lease: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": token}
-                    status = jobs.renew_lease(**lease, lease_seconds=60)
-                    assert status == jobs.LeaseStatus(holds, holds and one.cancel_requested, holds and one.pause_requested)
+                    assert jobs.renew_lease(**lease, lease_seconds=60) is holds
                     with nullcontext() if holds else pytest.raises(jobs.LeaseLostError):
-                        jobs.record_progress(**lease, progress=progress_at(1))
+                        jobs.record_metrics(**lease, records=[measured(1)])
+                if holds:
+                    job = read(self.sessions, job_id)
+                    requested = (job.cancel_requested_at is not None, job.pause_requested_at is not None)
+                    assert requested == (one.cancel_requested, one.pause_requested)
 
     def lose(self, job_id: str) -> JobState:
         """The model's end of an attempt that is tried again while attempts are left."""
