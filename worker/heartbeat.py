@@ -114,7 +114,15 @@ class Heartbeat:
             engine.dispose()
 
     def _report(self, engine: Engine, problems: Sequence[str]) -> None:
-        check_database(engine)
+        try:
+            check_database(engine)
+        except OSError as error:  # of another version's schema: it may well take the report all the same
+            with suppress(SQLAlchemyError):
+                self._write(engine, [*problems, f"database: {error}"])
+            raise
+        self._write(engine, problems)
+
+    def _write(self, engine: Engine, problems: Sequence[str]) -> None:
         gpus = self._gpus.read()
         with make_sessions(engine).begin() as session:
             forget_workers(session=session)

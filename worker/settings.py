@@ -47,7 +47,9 @@ class WorkerSettings(EnvironmentSettings):
     health_file: Path | None = Field(
         default=None, description="What `python -m worker.health` reads, for probes; of this worker alone, on a disk of this machine."
     )
-    health_seconds: float = Field(default=5.0, gt=0, description="Pause between the worker's looks at its consumer, broker and database.")
+    health_seconds: float = Field(
+        default=5.0, gt=0, description="Pause between a worker's heartbeats: looks at its consumer, broker and database, and reports."
+    )
     reaper_seconds: float = Field(default=5.0, gt=0, description="Pause between the reaper's rounds.")
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")

@@ -11,8 +11,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
-from service.store.session import migrate
+from service.store.session import make_engine, make_sessions, migrate, reading
+from service.store.workers import WorkerState, list_workers
 from worker import consumer_watch, health
 from worker import heartbeat as heartbeat_module
 from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
@@ -131,6 +133,15 @@ def test_the_database_must_have_this_versions_schema(heartbeat: Heartbeat, tmp_p
     heartbeat.beat()
     (problem,) = Health.read(tmp_path / "health.json").problems
     assert problem == "the worker does not take jobs: it is not connected to the broker"
+    engine = make_engine(f"sqlite:///{tmp_path / 'cliprd.db'}")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = 'of a later version'"))
+    heartbeat.beat()
+    with reading(make_sessions(engine)) as session:
+        (worker,) = list_workers(session=session)
+    engine.dispose()
+    assert worker.state is WorkerState.NOT_CONSUMING, "not lost: it reports as well as it can"
+    assert "schema" in worker.problems[-1]
 
 
 def test_only_a_worker_that_does_not_consume_for_long_for_no_reason_outside_it_is_stuck(
