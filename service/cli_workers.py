@@ -10,7 +10,7 @@ from rich.table import Table
 from service.cli_common import DEFAULT_URL, Url, connected, out
 
 if TYPE_CHECKING:
-    from service.schemas import GpuView
+    from service.worker_schemas import GpuView
 
 app = typer.Typer()
 

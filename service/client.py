@@ -38,11 +38,10 @@ from service.schemas import (
     SeriesView,
     TeacherStoreList,
     TeacherStoreView,
-    WorkerList,
-    WorkerView,
 )
 from service.store.models import ArtifactKind
 from service.store.states import JobState
+from service.worker_schemas import WorkerList, WorkerView
 
 API_KEY_VARIABLE = "CLIPRD_API_KEY"
 TIMEOUT_SECONDS = 30.0

@@ -28,7 +28,7 @@ GPU_METRICS: dict[str, tuple[str, Callable[[GpuReading], float | None]]] = {
 _JOB_PATH = re.compile(r"/jobs/([0-9a-z-]{8,64})(?:/|$)")
 
 
-class JobCollector(Collector):
+class DatabaseCollector(Collector):
     """Asks the database at every scrape, so that any API process tells the whole truth."""
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
@@ -37,6 +37,10 @@ class JobCollector(Collector):
     def describe(self) -> list[GaugeMetricFamily]:
         """Nothing: else registering would ask the database."""
         return []
+
+
+class JobCollector(DatabaseCollector):
+    """Jobs, and how fast they run."""
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         with reading(self._sessions) as session:
@@ -58,15 +62,8 @@ class JobCollector(Collector):
         yield from (jobs, attempts, lost, oldest, expired, speed)
 
 
-class WorkerCollector(Collector):
-    """Workers and their GPUs as the database has them. Of several workers that see one GPU, the latest report counts."""
-
-    def __init__(self, sessions: sessionmaker[Session]) -> None:
-        self._sessions = sessions
-
-    def describe(self) -> list[GaugeMetricFamily]:
-        """Nothing: else registering would ask the database."""
-        return []
+class WorkerCollector(DatabaseCollector):
+    """Workers and their GPUs. Of several workers that see one GPU, the latest report counts."""
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         with reading(self._sessions) as session:

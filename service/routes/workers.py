@@ -6,9 +6,9 @@ from fastapi import APIRouter
 
 from service.errors import problem_responses
 from service.routes.dependencies import ServicesOf
-from service.schemas import WorkerList, WorkerView
 from service.store.session import reading
 from service.store.workers import list_workers as read_workers
+from service.worker_schemas import WorkerList, WorkerView
 
 router = APIRouter(prefix="/workers", tags=["workers"])
 
