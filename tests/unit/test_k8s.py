@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -216,6 +217,25 @@ def test_keda_scales_the_workers_of_each_queue_by_that_queue_s_jobs(name: str) -
         queue = worker["spec"]["selector"]["matchLabels"]["app.kubernetes.io/instance"]
         assert re.findall(r"queue = '([^']*)'", trigger["metadata"]["query"]) == [queue]
         assert trigger["metadata"]["host"].startswith(f"{service['name']}.{service['namespace']}.svc")
+
+
+def test_the_example_of_an_overlay_of_one_s_own_works(tmp_path: Path) -> None:
+    command = checks.renderer()
+    if command is None:
+        pytest.skip("neither kubectl nor kustomize is on PATH")
+    (example,) = re.findall(r"```yaml\n# kustomization.yaml\n(.*?)```", (REPOSITORY / "docs/kubernetes.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "kustomization.yaml").write_text(example.replace("../cliprd", os.path.relpath(REPOSITORY, tmp_path.resolve())))
+    resources = checks.render(tmp_path, command)
+    images = {
+        container["image"]
+        for one in resources
+        if one["kind"] == "Deployment"
+        for container in one["spec"]["template"]["spec"]["containers"]
+    }
+    assert images == {f"registry.example.org/cliprd-{part}:{VERSION}" for part in ("service", "worker")}
+    (settings,) = (one["data"] for one in resources if one["kind"] == "ConfigMap")
+    assert settings["CLIPRD_ARTIFACTS_URL"] == "s3://pictures/cliprd"
+    assert settings["CLIPRD_LOG_FORMAT"] == "json", "what the base sets stays"
 
 
 def test_the_train_job_fits_its_runtime() -> None:
