@@ -33,7 +33,7 @@ fuzz: $(INSTALLED)  ## 10,000 requests along the API's links, with a real Redis 
 compose-test: $(INSTALLED)  ## the compose stack on a real Docker engine; skipped where there is none
 	$(BIN)/python -m tests.compose.run
 
-check: $(INSTALLED)  ## ruff, mypy, the import contracts, images and compose files, the table of settings
+check: $(INSTALLED)  ## ruff, mypy, the import contracts, images, compose files and Kubernetes' manifests, the table of settings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -41,6 +41,7 @@ check: $(INSTALLED)  ## ruff, mypy, the import contracts, images and compose fil
 	$(BIN)/hadolint service/Dockerfile worker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	sed 's/ !reset / /' docker-compose.cpu.yml | $(BIN)/check-jsonschema --builtin-schema vendor.compose-spec --default-filetype yaml -
+	$(BIN)/python scripts/check_k8s.py
 	$(BIN)/python scripts/write_settings_table.py --check
 
 settings: $(INSTALLED)  ## write the table of settings in docs/deploy.md
