@@ -100,9 +100,13 @@ def test_an_empty_id_is_no_list(client: TestClient, method: str) -> None:
     ],
 )
 def test_a_body_of_another_type_is_told_how_it_is_sent(client: TestClient, sent: dict[str, Any], said: str) -> None:
-    (error,) = problem(client.post("/jobs", **sent), 422)["errors"]
-    assert (error["field"], said in error["problem"]) == ("body", True)
-    assert "Content-Type: application/json" in error["remedy"]
+    for path in ("/jobs", "/jobs/cancel"):
+        (error,) = problem(client.post(path, **sent), 422)["errors"]
+        assert (error["field"], said in error["problem"]) == ("body", True)
+        assert "Content-Type: application/json" in error["remedy"]
+    if sent:
+        (error,) = problem(client.post("/jobs/00000000-none/clone", **sent), 422)["errors"]
+        assert (error["field"], error["problem"]) == ("body", "must be a JSON object, but was not sent as JSON")
 
 
 def test_a_long_body_is_refused_whether_its_length_is_announced_or_not(client: TestClient, settings: Settings) -> None:
