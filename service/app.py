@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from service.auth import OPEN_PATHS, Authorization
 from service.errors import install_handlers
 from service.logs import configure
-from service.middleware import ProblemsOnly, RequestLimits, SecurityHeaders
+from service.middleware import HeadLikeGet, ProblemsOnly, RequestLimits, SecurityHeaders
 from service.monitoring import JobCollector, RequestMonitor, WorkerCollector
 from service.openapi import DESCRIPTION, openapi_of
 from service.queue import JobQueue
@@ -42,8 +42,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=_lifespan,
         openapi_url=None,  # routes/docs.py serves both
         docs_url=None,
+        redirect_slashes=False,  # `/jobs/$ID` of an unset variable is no list
     )
     app.state.services = services
+    app.add_middleware(HeadLikeGet)
     limits = services.settings
     app.add_middleware(RequestLimits, max_body_bytes=limits.max_body_bytes, max_header_bytes=limits.max_header_bytes)
     open_paths = OPEN_PATHS | docs.DOCS_PATHS | (set() if services.settings.metrics_need_key else {"/metrics"})

@@ -187,7 +187,14 @@ class Client:
 
     def evaluations(self, job_id: str) -> list[EvaluationRecord]:
         """What was evaluated, by step; values are fractions 0-1."""
-        return self._call("GET", f"/jobs/{job_id}/evaluations", EvaluationList).evaluations
+        found: list[EvaluationRecord] = []
+        params: dict[str, Any] = {}
+        while True:
+            page = self._call("GET", f"/jobs/{job_id}/evaluations", EvaluationList, params=params)
+            found += page.evaluations
+            if page.next_cursor is None:
+                return found
+            params["cursor"] = page.next_cursor
 
     def artifacts(self, job_id: str, kind: ArtifactKind | None = None) -> list[ArtifactView]:
         """The job's files, newest first."""

@@ -128,7 +128,8 @@ def _allowed_methods(request: Request) -> list[str]:
     """Methods that some route of this path takes; the framework itself names those of one route only."""
     methods = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
     scopes = {method: {**request.scope, "method": method} for method in methods}
-    return [method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)]
+    found = [method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)]
+    return sorted({*found, "HEAD"}) if "GET" in found else found
 
 
 def _on_invalid_request(request: Request, error: Exception) -> Response:

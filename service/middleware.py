@@ -1,9 +1,10 @@
-"""What stands between the server and the routes: limits on requests, one shape for errors that no handler sees, headers for browsers."""
+"""What stands between server and routes: limits on requests, one shape for errors no handler sees, HEAD, headers for browsers."""
 
 from __future__ import annotations
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import problem_response
@@ -82,6 +83,33 @@ class ProblemsOnly:
             await send(message)
 
         await self.app(scope, receive, converting)
+
+
+class HeadLikeGet:
+    """Answers HEAD as GET without the body (RFC 9110, section 9.3.2), where a route has GET alone. Streams are ended after their header."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD" or _has_route(scope):
+            await self.app(scope, receive, send)
+            return
+        is_answered = False
+
+        async def without_body(message: Message) -> None:
+            nonlocal is_answered
+            if message["type"] == "http.response.start":
+                await send(message)
+            elif not is_answered:
+                is_answered = True
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self.app({**scope, "method": "GET"} if _has_route({**scope, "method": "GET"}) else scope, receive, without_body)
+
+
+def _has_route(scope: Scope) -> bool:
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
 class SecurityHeaders:

@@ -144,6 +144,9 @@ def _problem_of(error: Mapping[str, Any], location: Location, model: type[BaseMo
         return _own_problem(str(context["error"]), path, model)
     if kind == "extra_forbidden":
         return FieldProblem(field=path, problem="there is no such field", remedy=_remedy_for_unknown(location, model))
+    if path == BODY and (kind == "missing" or isinstance(error.get("input"), bytes)):
+        problem = "is missing" if kind == "missing" else "must be a JSON object, but was not sent as JSON"
+        return FieldProblem(field=path, problem=problem, remedy=_REMEDIES["model_attributes_type"])
     if kind == "missing":
         info = None if location.parent is None else location.parent.model_fields.get(location.parts[-1])
         meaning = "" if info is None or not info.description else f": {info.description}"
@@ -169,8 +172,6 @@ def _sentence(error: Mapping[str, Any]) -> str:
     )
     if error["type"].startswith("model_"):
         message = "must be a JSON object"
-    if isinstance(error.get("input"), bytes):
-        return f"{message}, but is not JSON"
     return message if "must" not in message else f"{message}, but is {_shown(error.get('input'))}"
 
 

@@ -204,9 +204,10 @@ class MetricsView(View):
 
 
 class EvaluationList(View):
-    """A job's evaluations, by step."""
+    """A page of a job's evaluations, by step."""
 
     evaluations: list[EvaluationRecord]
+    next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
 
 
 class ArtifactView(View):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from service.byte_ranges import requested_range
@@ -53,7 +53,7 @@ def list_artifacts(
         200: {"description": "The bytes", **_BYTES},
         206: {"description": "The requested range of the bytes", **_BYTES},
         304: {"description": "The bytes are those of If-None-Match"},
-        **problem_responses(400, 404, 416, 500, 503),
+        **problem_responses(400, 404, 412, 416, 500, 503),
     },
 )
 def download_artifact(
@@ -63,6 +63,9 @@ def download_artifact(
     artifact_id: ArtifactIdInPath,
     range_: Annotated[str | None, Header(alias="Range", description="`bytes=FIRST-LAST`, as in RFC 9110; one range.")] = None,
     if_range: Annotated[str | None, Header(description="ETag of the bytes that the range is of; if others are here now, all come.")] = None,
+    if_match: Annotated[
+        str | None, Header(description="ETags of the bytes that are wanted; if others are here now, none come (412).")
+    ] = None,
     if_none_match: Annotated[str | None, Header(description="ETags that the client has already.")] = None,
 ) -> Response:
     """The bytes. ETag and Repr-Digest are their SHA-256; HEAD and ranges work, so a broken download can be continued."""
@@ -74,6 +77,8 @@ def download_artifact(
         **{"ETag": etag, "Repr-Digest": f"sha-256=:{digest}:"},
         **{"Accept-Ranges": "bytes", "Cache-Control": "no-cache"},
     }
+    if if_match is not None and not _matches(etag, if_match, is_weak=False):
+        raise HTTPException(412, f"the ETag of the artifact is {etag}, which If-Match does not name", headers={"ETag": etag})
     if if_none_match is not None and _matches(etag, if_none_match):
         return Response(status_code=304, headers=headers)
     part = requested_range(range_, if_range, etag=etag, size=artifact.num_bytes)
@@ -105,7 +110,7 @@ def _disposition(name: str) -> str:
     return f'attachment; filename="{name}"' if quoted == name else f"attachment; filename*=utf-8''{quoted}"
 
 
-def _matches(etag: str, if_none_match: str) -> bool:
-    """RFC 9110, section 13.1.2: weak comparison with each of the tags, or `*`."""
-    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
-    return "*" in tags or etag in tags
+def _matches(etag: str, given: str, *, is_weak: bool = True) -> bool:
+    """RFC 9110, section 8.8.3.2: comparison with each of the tags, weak as of If-None-Match or strong as of If-Match, or `*`."""
+    tags = [tag.strip() for tag in given.split(",")]
+    return "*" in tags or etag in tags or (is_weak and f"W/{etag}" in tags)

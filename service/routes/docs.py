@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 
 PAGE_HEADERS = {
     # Swagger UI makes `style` attributes and `data:` images of its own.
@@ -21,7 +21,7 @@ SWAGGER_UI, PAGE = ("fastapi_swagger", "resources"), ("service", "docs_page")
 ASSETS = {"swagger-ui-bundle.js": SWAGGER_UI, "swagger-ui.css": SWAGGER_UI, "favicon-32x32.png": SWAGGER_UI, "start.js": PAGE}
 """Files of the page, and the packages and folders that they lie in."""
 
-DOCS_PATHS = frozenset({"/openapi.json", "/docs", *(f"/docs/{name}" for name in ASSETS)})
+DOCS_PATHS = frozenset({"/", "/openapi.json", "/docs", *(f"/docs/{name}" for name in ASSETS)})
 
 router = APIRouter(include_in_schema=False)
 
@@ -32,6 +32,12 @@ def openapi(request: Request) -> JSONResponse:
     root_path = str(request.scope.get("root_path", "")).rstrip("/")
     schema: dict[str, Any] = request.app.openapi()
     return JSONResponse({**schema, "servers": [{"url": root_path}]} if root_path else schema)
+
+
+@router.get("/")
+def start() -> Response:
+    """Who opens the service in a browser wants to see what it is."""
+    return RedirectResponse("docs")
 
 
 @router.get("/docs")

@@ -120,11 +120,19 @@ def read_metrics(
 
 
 @router.get("/{job_id}/evaluations", summary="Evaluations", responses=problem_responses(404, 500, 503))
-def read_evaluations(services: ServicesOf, job_id: JobIdInPath) -> EvaluationList:
+def read_evaluations(
+    services: ServicesOf,
+    job_id: JobIdInPath,
+    limit: Annotated[
+        int, Query(ge=1, le=metrics.MAX_EVALUATIONS, description="Evaluations of one page, at most.")
+    ] = metrics.MAX_EVALUATIONS,
+    cursor: Cursor = None,
+) -> EvaluationList:
     """Everything that was evaluated, by step; values are fractions 0-1."""
     with reading(services.sessions) as session:
         jobs.get_job(session=session, job_id=job_id)
-        return EvaluationList(evaluations=metrics.list_evaluations(session=session, job_id=job_id))
+        page = metrics.list_evaluations(session=session, job_id=job_id, limit=limit, cursor=cursor)
+    return EvaluationList(evaluations=list(page.rows), next_cursor=page.next_cursor)
 
 
 @router.get("/{job_id}/artifacts", summary="A job's artifacts", responses=problem_responses(404, 500, 503))

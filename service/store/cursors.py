@@ -1,4 +1,4 @@
-"""Opaque cursors of keyset pages: newest first by (created_at, id), stable while rows are added."""
+"""Opaque cursors of keyset pages, stable while rows are added; of most lists newest first, by (created_at, id)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
@@ -41,28 +41,54 @@ def newest_page(
     Raises:
         InvalidCursorError: the cursor was not made here.
     """
+    kind = created_at.class_.__name__
     if cursor is not None:
-        query = query.where(tuple_(created_at, row_id) < _decode(cursor, created_at.class_.__name__))
+        time, last_id = decode(cursor, kind, str, str)
+        query = query.where(tuple_(created_at, row_id) < (_moment(time), last_id))
     rows = session.scalars(query.order_by(created_at.desc(), row_id.desc()).limit(limit + 1)).all()
     if len(rows) <= limit:
         return Page(rows, None)
     last = rows[limit - 1]
-    return Page(rows[:limit], _encode(created_at.class_.__name__, getattr(last, created_at.key), getattr(last, row_id.key)))
+    return Page(rows[:limit], encode(kind, getattr(last, created_at.key).isoformat(), getattr(last, row_id.key)))
 
 
-def _encode(kind: str, created_at: datetime, row_id: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([kind, created_at.isoformat(), row_id]).encode()).decode().rstrip("=")
+def encode(kind: str, *position: str | int) -> str:
+    """A cursor that goes on behind `position` in a list of this kind."""
+    return base64.urlsafe_b64encode(json.dumps([kind, *position]).encode()).decode().rstrip("=")
 
 
-def _decode(cursor: str, kind: str) -> tuple[datetime, str]:
+def decode(cursor: str, kind: str, *types: type[str | int]) -> list[Any]:
+    """The position that a cursor stands for, one value of each type.
+
+    Raises:
+        InvalidCursorError: it was not made here, or not for this kind of list.
+    """
     try:
-        of_kind, created_at, row_id = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
-        time = datetime.fromisoformat(created_at)
-        if time.tzinfo is None:
-            raise InvalidCursorError
-        time = time.astimezone(UTC)
-    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError) as error:
+        parts: list[Any] = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
+    except (ValueError, TypeError, binascii.Error, RecursionError) as error:
         raise InvalidCursorError from error
-    if of_kind != kind or not isinstance(row_id, str) or "\0" in row_id or not row_id.isascii():
+    if (
+        not isinstance(parts, list)
+        or [type(part) for part in parts] != [str, *types]
+        or not all(map(_is_storable, parts))
+        or parts[0] != kind
+    ):
         raise InvalidCursorError
-    return time, row_id
+    return parts[1:]
+
+
+def _is_storable(part: str | int) -> bool:
+    """Whether a database can compare with it."""
+    if isinstance(part, int):
+        return 0 <= part < 2**63
+    return "\0" not in part and part.encode("utf-8", "ignore").decode() == part
+
+
+def _moment(time: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(time)
+        if moment.tzinfo is None:
+            raise InvalidCursorError
+        return moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise InvalidCursorError from error

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
+from service.store.cursors import Page, decode, encode
 from service.store.events import EventKind, record_event
 from service.store.leases import lock_held_job
 from service.store.models import Base, Evaluation, Job, Metric
 from service.store.rollups import MIN_POINTS, thinned, update_rollups
 from service.store.session import database_now
 
-__all__ = ["MIN_POINTS", "Series", "list_evaluations", "record_evaluations", "record_metrics", "series"]
+__all__ = ["MAX_EVALUATIONS", "MIN_POINTS", "Series", "list_evaluations", "record_evaluations", "record_metrics", "series"]
+
+MAX_EVALUATIONS = 1000
+"""Of one page, at most."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,20 @@ def record_evaluations(*, session: Session, job_id: str, lease_token: str, recor
             record_event(job, EventKind.EVALUATED, now=now, step=step, task=task, dataset=dataset, metrics=row["record"]["metrics"])
 
 
-def list_evaluations(*, session: Session, job_id: str) -> list[EvaluationRecord]:
-    """A job's evaluations by step, task and data set."""
-    query = select(Evaluation.record).where(Evaluation.job_id == job_id).order_by(Evaluation.step, Evaluation.task, Evaluation.dataset)
-    return [EvaluationRecord.model_validate(record) for record in session.scalars(query)]
+def list_evaluations(*, session: Session, job_id: str, limit: int = MAX_EVALUATIONS, cursor: str | None = None) -> Page[EvaluationRecord]:
+    """A page of a job's evaluations by step, task and data set.
+
+    Raises:
+        InvalidCursorError: the cursor was not made here.
+    """
+    position = (Evaluation.step, Evaluation.task, Evaluation.dataset)
+    query = select(Evaluation).where(Evaluation.job_id == job_id).order_by(*position).limit(limit + 1)
+    if cursor is not None:
+        query = query.where(tuple_(*position) > tuple(decode(cursor, Evaluation.__name__, int, str, str)))
+    found = session.scalars(query).all()
+    last = found[limit - 1] if len(found) > limit else None
+    next_cursor = None if last is None else encode(Evaluation.__name__, last.step, last.task, last.dataset)
+    return Page([EvaluationRecord.model_validate(one.record) for one in found[:limit]], next_cursor)
 
 
 def series(*, session: Session, job: Job, names: Sequence[str] = ("*",), since_step: int = 0, max_points: int = 1000) -> dict[str, Series]:

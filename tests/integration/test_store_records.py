@@ -9,6 +9,7 @@ import pytest
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
 from service.store import artifacts, jobs, metrics
 from service.store.blobs import BlobStore
+from service.store.cursors import Page
 from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
 from tests.store_helpers import Sessions, claim, create, distilled_spec, evaluated, finish, measured, progress_at, read
@@ -84,8 +85,10 @@ def test_evaluations(sessions: Sessions, claimed: jobs.Claim) -> None:
     store(evaluated(20, attempt=2, top1=0.8), evaluated(10, top1=0.4), evaluated(20, attempt=1, top1=0.7))
     store(evaluated(20, attempt=1, top1=0.7))
     with reading(sessions) as session:
-        found = metrics.list_evaluations(session=session, job_id=claimed.job.id)
-    assert found == [evaluated(10, top1=0.4), evaluated(20, attempt=2, top1=0.8)]
+        first = metrics.list_evaluations(session=session, job_id=claimed.job.id, limit=1)
+        rest = metrics.list_evaluations(session=session, job_id=claimed.job.id, limit=1, cursor=first.next_cursor)
+    assert first.rows == [evaluated(10, top1=0.4)]
+    assert rest == Page([evaluated(20, attempt=2, top1=0.8)], None)
 
 
 @pytest.fixture

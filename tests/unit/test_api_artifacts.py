@@ -107,6 +107,17 @@ def test_bytes_that_the_client_has_are_not_sent_again(client: TestClient, href: 
     assert response.headers["etag"] == etag()
 
 
+@pytest.mark.parametrize(
+    ("given", "status"), [(etag(), 200), (f'"other", {etag()}', 200), ("*", 200), ('"other"', 412), (f"W/{etag()}", 412)]
+)
+def test_only_the_wanted_bytes_are_sent(client: TestClient, href: str, given: str, status: int) -> None:
+    response = client.get(href, headers={"If-Match": given})
+    assert response.status_code == status
+    assert response.headers["etag"] == etag()
+    if status == 412:
+        assert etag() in problem(response, 412)["detail"]
+
+
 def test_other_bytes_are_sent(client: TestClient, href: str) -> None:
     assert client.get(href, headers={"If-None-Match": '"other"'}).content == CONTENT
 

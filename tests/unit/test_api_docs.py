@@ -34,6 +34,11 @@ def test_everything_the_page_loads_comes_from_the_service(client: TestClient) ->
     assert "SwaggerUIBundle" in client.get("/docs/swagger-ui-bundle.js").text
 
 
+def test_who_opens_the_service_in_a_browser_sees_the_page(client: TestClient) -> None:
+    assert client.get("/").url.path == "/docs"
+    assert local_client(client.app, root_path="/cliprd").get("/cliprd/").url.path == "/cliprd/docs"  # type: ignore[arg-type]
+
+
 def test_the_page_may_run_its_files_alone_and_may_not_be_framed(client: TestClient) -> None:
     page = client.get("/docs")
     policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))

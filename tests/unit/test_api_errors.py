@@ -80,8 +80,33 @@ def test_values_that_can_not_be_stored_are_refused(client: TestClient, tmp_path:
 def test_unknown_paths_and_methods(client: TestClient) -> None:
     assert "/nothing" in problem(client.get("/nothing"), 404)["detail"]
     response = client.put("/jobs")
-    assert "GET, POST" in problem(response, 405)["detail"]
-    assert response.headers["allow"] == "GET, POST"
+    assert "GET, HEAD, POST" in problem(response, 405)["detail"]
+    assert response.headers["allow"] == "GET, HEAD, POST"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_an_empty_id_is_no_list(client: TestClient, method: str) -> None:
+    """As from `/jobs/$ID` where the shell knows no such variable."""
+    problem(client.request(method, "/jobs/", follow_redirects=False), 404)
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({}, "is missing"),
+        ({"content": b'{"name": "x"}'}, "was not sent as JSON"),
+        ({"content": b"name: x", "headers": {"content-type": "application/x-yaml"}}, "was not sent as JSON"),
+        ({"data": {"name": "x"}}, "was not sent as JSON"),
+    ],
+)
+def test_a_body_of_another_type_is_told_how_it_is_sent(client: TestClient, sent: dict[str, Any], said: str) -> None:
+    for path in ("/jobs", "/jobs/cancel"):
+        (error,) = problem(client.post(path, **sent), 422)["errors"]
+        assert (error["field"], said in error["problem"]) == ("body", True)
+        assert "Content-Type: application/json" in error["remedy"]
+    if sent:
+        (error,) = problem(client.post("/jobs/00000000-none/clone", **sent), 422)["errors"]
+        assert (error["field"], error["problem"]) == ("body", "must be a JSON object, but was not sent as JSON")
 
 
 def test_a_long_body_is_refused_whether_its_length_is_announced_or_not(client: TestClient, settings: Settings) -> None:

@@ -117,7 +117,10 @@ def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessi
     part = client.get(f"/jobs/{job['id']}/metrics", params=query).json()["series"]
     assert part == {"train/loss": {"steps": [3, 10], "values": [1 / 3, 1 / 10]}}
 
-    assert client.get(f"/jobs/{job['id']}/evaluations").json() == {"evaluations": [evaluated(10).model_dump(mode="json")]}
+    assert client.get(f"/jobs/{job['id']}/evaluations").json() == {
+        "evaluations": [evaluated(10).model_dump(mode="json")],
+        "next_cursor": None,
+    }
     finish(sessions, claimed)
     done = client.get(f"/jobs/{job['id']}").json()
     assert (done["state"], done["result"], done["error"]) == ("succeeded", SUCCESS.model_dump(mode="json"), None)

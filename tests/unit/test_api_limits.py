@@ -18,9 +18,10 @@ from cliprd_core.spec import MAX_COUNT, MAX_LIST_LENGTH
 from service.settings import Settings
 from service.store import artifacts
 from service.store.blobs import BlobStore
+from service.store.metrics import record_evaluations
 from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions
-from tests.store_helpers import claim, create, spec_dict, write_table
+from tests.store_helpers import claim, create, evaluated, spec_dict, write_table
 
 PAGED = ["/jobs", "/artifacts", "/jobs/{job_id}/artifacts"]
 
@@ -38,6 +39,7 @@ def job_id(client: TestClient, settings: Settings, tmp_path: Path) -> str:
         held: dict[str, Any] = {"session": session, "job_id": claimed.job.id, "lease_token": claimed.lease_token}
         for name in ("a", "b"):
             artifacts.register_artifact(**held, kind=ArtifactKind.MODEL, group="export", name=name, blob=blob)
+        record_evaluations(**held, records=[evaluated(10), evaluated(20)])
     engine.dispose()
     return claimed.job.id
 
@@ -91,9 +93,27 @@ def test_pages_follow_each_other_and_every_misuse_of_a_cursor_is_refused(client:
         assert refused_fields(client.get(url, params={"cursor": given})) == ["cursor"], given
 
 
+def test_evaluations_come_in_pages_by_step(client: TestClient, job_id: str) -> None:
+    url = f"/jobs/{job_id}/evaluations"
+    first = client.get(url, params={"limit": 1}).json()
+    cursor = first["next_cursor"]
+    second = client.get(url, params={"limit": 1, "cursor": cursor}).json()
+    assert [one["step"] for page in (first, second) for one in page["evaluations"]] == [10, 20]
+    assert second["next_cursor"] is None
+    _, step, task, dataset = json.loads(base64.urlsafe_b64decode(cursor + "=="))
+    misused = [client.get(path.format(job_id=job_id), params={"limit": 1}).json()["next_cursor"] for path in PAGED]
+    misused += ["", "x", cursor[:-4], encoded("Evaluation", str(step), task, dataset), encoded("Evaluation", True, task, dataset)]
+    misused += [
+        encoded("Evaluation", place, task, name) for place, name in ((-1, dataset), (2**63, dataset), (step, "\0"), (step, "\ud800"))
+    ]
+    for given in misused:
+        assert refused_fields(client.get(url, params={"cursor": given})) == ["cursor"], given
+
+
 @pytest.mark.parametrize(
     ("path", "parameter", "too_much"),
     [
+        ("/jobs/{job_id}/evaluations", "limit", 1001),
         *((path, "limit", value) for path in PAGED for value in (0, 201)),
         ("/jobs/{job_id}/events", "limit", 1001),
         ("/jobs/{job_id}/events", "after", 2**63),

@@ -152,7 +152,7 @@ def test_a_run_that_ends_well(bench: Bench) -> None:
     assert job.result["num_student_parameters"] == 42
     with reading(bench.sessions) as session:
         losses = series(session=session, job=job)["train/loss"]
-        (evaluation,) = list_evaluations(session=session, job_id=job_id)
+        (evaluation,) = list_evaluations(session=session, job_id=job_id).rows
     assert losses.steps == list(range(1, 13))
     assert evaluation.metrics == {"zero_shot_top1": 0.5}
     models = {artifact.name: artifact for artifact in bench.artifacts(job_id, ArtifactKind.MODEL)}
