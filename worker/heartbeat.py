@@ -43,6 +43,7 @@ class Heartbeat:
         self._settings = settings
         self._watch = watch
         self._name = name
+        self._broker = JobQueue(settings.broker_url, timeout_seconds=CHECK_TIMEOUT_SECONDS)
         self._gpus = GpuReader()
         self._rounds = Rounds("heartbeat", self.beat, pause_seconds=settings.health_seconds)
         self._last: tuple[str, ...] | None = None
@@ -59,6 +60,7 @@ class Heartbeat:
         with suppress(SQLAlchemyError):  # then its row expires
             self._with_database(self._take_leave)
         self._gpus.close()
+        self._broker.close()
 
     def beat(self) -> None:
         """One look at everything that the worker needs."""
@@ -99,11 +101,7 @@ class Heartbeat:
 
     def _check_broker(self) -> str | None:
         """Besides the consumer's own connection, which is idle while the worker is busy."""
-        queue = JobQueue(self._settings.broker_url, timeout_seconds=CHECK_TIMEOUT_SECONDS)
-        try:
-            return _complaint("broker", queue.check)
-        finally:
-            queue.close()
+        return _complaint("broker", self._broker.check)
 
     def _with_database(self, act: Callable[[Engine], None]) -> None:
         """With connections that don't outlive the round."""

@@ -79,6 +79,12 @@ class Machine:
         with reading(self.sessions) as session:
             return list_workers(session=session)
 
+    def wait_for_worker(self, state: WorkerState) -> None:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while [worker.state for worker in self.workers()] != [state]:
+            assert time.monotonic() < deadline, self.workers()
+            time.sleep(0.1)
+
     def submit(self, **labels: str) -> str:
         job_id = create(self.sessions, JobSpec.model_validate(spec_dict(labels=labels))).id
         assert self.queue.send(job_id, "default")
@@ -155,7 +161,7 @@ def test_a_consumer_that_asks_for_nothing_is_not_ready(machine: Machine) -> None
 def test_a_stopped_worker_is_not_ready_until_it_goes_on(machine: Machine) -> None:
     machine.worker.send_signal(signal.SIGSTOP)
     machine.wait_until("has not reported for [0-9]+ s")
-    assert [worker.state for worker in machine.workers()] == [WorkerState.LOST]
+    machine.wait_for_worker(WorkerState.LOST)  # its row may be younger than its file
     machine.worker.send_signal(signal.SIGCONT)
     machine.wait_until("^ready$")
     assert [worker.state for worker in machine.workers()] == [WorkerState.CONSUMING]
