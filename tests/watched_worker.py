@@ -12,8 +12,8 @@ from celery import Celery, bootsteps
 
 from worker import celery_app, consumer_watch, heartbeat
 
-consumer_watch.SILENCE_SECONDS = 3.0
-heartbeat.CHECKS_SECONDS = 1.0
+consumer_watch.SILENCE_SECONDS = 5.0
+heartbeat.CHECKS_SECONDS = 4.0
 
 
 class Sabotage(bootsteps.StartStopStep):
