@@ -46,10 +46,8 @@ def describe_failure(error: BaseException, spec: JobSpec | None = None) -> Error
         faults = [f"`{'.'.join(str(part) for part in fault['loc']) or 'spec'}`: {fault['msg']}" for fault in error.errors()]
         message = f"The job spec is not valid: {'; '.join(faults[:5])}"
     elif reason is ErrorReason.WORKER_LOST:
-        message = (
-            "Another training process of this run is gone, or its machine can no longer be reached; its own log may say why. Started again,"
-            f" on all machines, the run resumes from its newest checkpoint. ({_first_line(error)})"
-        )
+        message = f"Another training process of this run is gone, or its machine can no longer be reached ({_first_line(error)})."
+        advice = "Its own log may say why. Started again, on all its machines, the run resumes from its newest checkpoint."
     elif reason is ErrorReason.INTERNAL:
         message = f"{type(error).__name__}: {_first_line(error)}"
     else:

@@ -89,7 +89,7 @@ def test_lost_contact_with_another_process_says_how_to_go_on(error: Exception) -
     record = describe_failure(error)
     assert record.reason is ErrorReason.WORKER_LOST
     assert "its machine can no longer be reached" in record.message
-    assert "resumes from its newest checkpoint" in record.message
+    assert "resumes from its newest checkpoint" in record.advice
     assert str(error).splitlines()[0] in record.message
 
 
