@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test fuzz compose-test check up setup clean constraints settings
+.PHONY: demo test chaos fuzz compose-test check up setup clean constraints settings
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,9 @@ up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000
 
 test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+
+chaos: $(INSTALLED)  ## faults injected into the running service, one at a time; ONLY="redis clock": those whose names contain a word
+	$(BIN)/python -m tests.chaos $(ONLY)
 
 fuzz: $(INSTALLED)  ## 10,000 requests along the API's links, with a real Redis and a real PostgreSQL; CLIPRD_FUZZ_CASES sets the number
 	$(BIN)/python -m pytest -s tests/fuzz/api_stateful.py

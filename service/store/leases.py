@@ -13,6 +13,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorRecord, ResultRecord
+from service.store.due import is_due
 from service.store.errors import LeaseLostError
 from service.store.events import EventKind, record_event
 from service.store.models import Job
@@ -69,15 +70,15 @@ def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: flo
 
     A queue has a message for each job, so whatever job a message names, as many messages as jobs find one.
     """
-    named = session.execute(select(Job.queue, Job.queued_at).where(Job.id == job_id)).one_or_none()
+    now = database_now(session)
+    named = session.execute(select(Job.queue, is_due(now, now)).where(Job.id == job_id)).one_or_none()
     if named is None:
         return None
-    queue, queued_at = named
-    now = database_now(session)
-    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.queue == queue, Job.queued_at <= now)
+    queue, named_is_due = named
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.queue == queue, is_due(now, now))
     query = query.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
     best = session.scalars(query.with_for_update(skip_locked=True)).first()
-    if best is None and (queued_at is None or queued_at > now):
+    if best is None and not named_is_due:
         return None
     # None that is not locked: the named one may be, by whoever marks it as sent, and that is worth waiting for.
     return claim_job(session=session, job_id=best or job_id, worker=worker, lease_seconds=lease_seconds)

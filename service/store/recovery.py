@@ -9,6 +9,7 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.store.due import is_due
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
@@ -42,10 +43,12 @@ def jobs_to_send(*, session: Session, older_than_seconds: float, now: datetime |
 
     A message too many is harmless, since only one claim succeeds.
     """
-    cutoff = (now or database_now(session)) - timedelta(seconds=older_than_seconds)
+    now = now or database_now(session)
+    cutoff = now - timedelta(seconds=older_than_seconds)
+    is_old = or_(Job.sent_at.is_(None), Job.sent_at <= cutoff, Job.sent_at > now)  # ahead: of a clock that has been set back since
     query = (
         select(Job.id, Job.queue)
-        .where(Job.state == JobState.QUEUED, Job.queued_at <= cutoff, or_(Job.sent_at.is_(None), Job.sent_at <= cutoff))
+        .where(Job.state == JobState.QUEUED, is_due(cutoff, now), is_old)
         .order_by(Job.created_at, Job.id)
         .limit(limit)
     )

@@ -27,11 +27,16 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, ExceptionContext, make_url
+from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 SQLITE_BUSY_TIMEOUT_SECONDS = 30
 """How long a SQLite writer waits for another one."""
+
+IDLE_TRANSACTION_SECONDS = 10.0
+"""How long PostgreSQL lets a transaction wait for its client's next statement: one that is frozen, or whose machine is gone without a word,
+must not keep the lock of its job's row, or nobody could take the job over. Ours never wait for anything but the processor."""
 
 READ_ONLY = "cliprd_read_only"
 """Execution option of a connection that will only read."""
@@ -48,7 +53,10 @@ def make_engine(database_url: str) -> Engine:
     """
     url = _with_driver(make_url(database_url))
     if url.get_backend_name() == "postgresql":
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args={"connect_timeout": 5})
+        engine = create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args={"connect_timeout": 5})
+        event.listen(engine, "connect", _on_postgres_connect)
+        event.listen(engine, "handle_error", _on_postgres_error)
+        return engine
     engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS}, pool_size=10, max_overflow=20)
     event.listen(engine, "connect", _on_sqlite_connect)
     event.listen(engine, "begin", _on_sqlite_begin)
@@ -151,6 +159,19 @@ def _alembic_config() -> Config:
     config.set_main_option("script_location", str(folder).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
+
+
+def _on_postgres_connect(connection: Any, _record: Any) -> None:
+    milliseconds = round(IDLE_TRANSACTION_SECONDS * 1000)
+    connection.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}")  # not as a startup option: poolers refuse those
+    connection.commit()
+
+
+def _on_postgres_error(context: ExceptionContext) -> None:
+    """A transaction that was ended for being idle is a lost connection like any other, but its code makes it an internal error."""
+    error = context.original_exception
+    if context.is_disconnect and isinstance(context.sqlalchemy_exception, InternalError):
+        raise OperationalError(context.statement, context.parameters, error, connection_invalidated=True) from error
 
 
 def _on_sqlite_connect(connection: sqlite3.Connection, _record: Any) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from service.store.models import ArtifactKind
 from service.store.states import JobState
-from tests.acceptance.conftest import Service, eventually, processes_of
+from tests.acceptance.conftest import Service
+from tests.live import eventually, processes_of
 
 
 @pytest.mark.parametrize("victim", ["pool child", "parent"])

@@ -12,7 +12,8 @@ from celery import Celery
 from cliprd_core.run_dir import ErrorReason
 from service.store.models import ArtifactKind
 from service.store.states import JobState
-from tests.acceptance.conftest import Service, eventually, processes_of
+from tests.acceptance.conftest import Service
+from tests.live import eventually, processes_of
 from tests.tiny import tiny_config
 
 LOAD_WITH_OPEN_CLIP = """

@@ -312,6 +312,16 @@ def test_a_job_that_is_queued_for_later_is_not_claimed_yet(sessions: Sessions) -
     assert [claim_next(sessions, later) for _ in range(2)] == [now, None]
 
 
+def test_a_job_that_was_queued_before_the_clock_was_set_back_does_not_wait_for_it(sessions: Sessions) -> None:
+    job_id = of_priority(sessions, 0)
+    with sessions.begin() as session:
+        job, now = session.get_one(Job, job_id), database_now(session)
+        job.queued_at = job.sent_at = now + timedelta(hours=1)
+        session.flush()
+        assert jobs.jobs_to_send(session=session, older_than_seconds=30, now=now) == [jobs.QueuedJob(job_id, "default")]
+    assert claim_next(sessions, job_id) == job_id
+
+
 def test_workers_that_claim_at_once_get_different_jobs(sessions: Sessions) -> None:
     expected = [of_priority(sessions, number % 2) for number in range(8)]
     gate = threading.Barrier(4)
