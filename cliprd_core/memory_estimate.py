@@ -29,6 +29,8 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     objective: int
+    least: int
+    """What is surely needed, however short the captions: weights and moments, with the gradients or the images' saved activations."""
 
     @property
     def total(self) -> int:
@@ -52,7 +54,9 @@ class _Step:
         return cls(share, at_once, teacher_rows, computes_in_half(spec))
 
     def activations_of(self, tower: Tower) -> Activations:
-        return tower.bf16 if self.is_half else tower.fp32
+        activations = tower.bf16 if self.is_half else tower.fp32
+        assert activations is not None
+        return activations
 
 
 def computes_in_half(spec: JobSpec) -> bool:
@@ -63,18 +67,22 @@ def computes_in_half(spec: JobSpec) -> bool:
 def estimate_memory(spec: JobSpec, student: ModelSize, teachers: Sequence[ModelSize]) -> MemoryEstimate:
     """The most that a training process holds at once, on its device.
 
-    `teachers` in the spec's order.
+    `teachers` in the spec's order. All models' activations are known.
     """
     step = _Step.of(spec)
     num_objective = num_objective_parameters(spec.objective, student.embed_dim, [teacher.embed_dim for teacher in teachers])
     num_trained = num_trained_parameters(spec.objective, student) + num_objective
-    num_held = student.num_parameters + num_objective + sum(teacher.num_parameters for teacher in teachers)
+    num_held = student.num_parameters + num_objective
+    weights = FP32_BYTES * (num_held + sum(teacher.num_parameters for teacher in teachers))
+    gradients, optimizer = FP32_BYTES * num_trained, 2 * FP32_BYTES * num_trained
+    of_images = step.num_at_once * step.activations_of(student.image).saved
     return MemoryEstimate(
-        weights=FP32_BYTES * num_held + (2 * num_trained if step.is_half else 0),  # autocast's copies, until the backward pass is done
-        gradients=FP32_BYTES * num_trained,
-        optimizer=2 * FP32_BYTES * num_trained,
+        weights=weights + (2 * num_trained if step.is_half else 0),  # autocast's copies, until the backward pass is done
+        gradients=gradients,
+        optimizer=optimizer,
         activations=max(_of_student(spec, step, student), *(_of_teacher(step, teacher) for teacher in teachers), 0),
         objective=_of_objective(spec, step, student, teachers),
+        least=FP32_BYTES * num_held + optimizer + max(gradients, of_images),  # teachers may be read from stores alone
     )
 
 

@@ -37,12 +37,20 @@ class ModelSize:
     def num_parameters(self) -> int:
         return self.image.num_parameters + self.text.num_parameters + self.num_other
 
+    @property
+    def has_activations(self) -> bool:
+        """Whether the activations are known, too."""
+        return self.image.fp32 is not None
+
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
         """From an entry of `known_model_sizes.json`."""
         parameters, activations = record["parameters"], record["activations"]
         towers = {
-            name: Tower(parameters[name], *(Activations(**activations[precision][name]) for precision in ("fp32", "bf16")))
+            name: Tower(
+                parameters[name],
+                *(None if activations is None else Activations(**activations[precision][name]) for precision in ("fp32", "bf16")),
+            )
             for name in ("image", "text")
         }
         return cls(record["embed_dim"], record["image_size"], **towers, num_other=parameters["other"], num_frozen=parameters["frozen"])

@@ -32,11 +32,11 @@ class Activations:
 
 @dataclass(frozen=True)
 class Tower:
-    """One tower, and the activations of one more input at both precisions; fp16 takes as much as bf16."""
+    """One tower, and the activations of one more input at both precisions, None where they are not known; fp16 takes as much as bf16."""
 
     num_parameters: int
-    fp32: Activations
-    bf16: Activations
+    fp32: Activations | None
+    bf16: Activations | None
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,10 @@ def _tower_of(name: str, *, is_flat: bool) -> str:
     return "text" if is_flat or name.startswith("text.") else "other"
 
 
-def measure_activations(config: dict[str, Any], dtypes: Sequence[torch.dtype | None]) -> list[dict[str, dict[str, int]]]:
-    """For each type, of the `image` and the `text` tower: bytes that one more image or caption (of full length) takes.
+def measure_activations(
+    config: dict[str, Any], dtypes: Sequence[torch.dtype | None], towers: Sequence[str] = ("image", "text")
+) -> list[dict[str, dict[str, int]]]:
+    """For each type, of each of the towers: bytes that one more image or caption (of full length) takes.
 
     `saved`: what a forward pass keeps for the backward pass. `working`: the most that is alive at once in a forward pass without gradients.
     A type is autocast's, as it is on a GPU: layer normalisation in fp32; None: all in fp32.
@@ -62,7 +64,7 @@ def measure_activations(config: dict[str, Any], dtypes: Sequence[torch.dtype | N
     height, width = size if isinstance(size, list | tuple) else (size, size)
     with FakeTensorMode(allow_non_fake_inputs=True), _norms_in_fp32():
         model.to_empty(device="cpu")
-        return [_slopes([_measure(model, dtype, batch_size, (height, width)) for batch_size in BATCH_SIZES]) for dtype in dtypes]
+        return [_slopes([_measure(model, dtype, batch_size, (height, width), towers) for batch_size in BATCH_SIZES]) for dtype in dtypes]
 
 
 def _slopes(measured: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
@@ -71,12 +73,14 @@ def _slopes(measured: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str
     return {tower: {kind: (large[tower][kind] - value) // step for kind, value in kinds.items()} for tower, kinds in small.items()}
 
 
-def _measure(model: nn.Module, dtype: torch.dtype | None, batch_size: int, size: tuple[int, int]) -> dict[str, dict[str, int]]:
+def _measure(
+    model: nn.Module, dtype: torch.dtype | None, batch_size: int, size: tuple[int, int], towers: Sequence[str]
+) -> dict[str, dict[str, int]]:
     images = torch.zeros(batch_size, 3, *size)
     tokens = torch.zeros(batch_size, model.context_length, dtype=torch.long)
     runs = {"image": lambda: model.encode_image(images), "text": lambda: model.encode_text(tokens)}
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        return {tower: {"saved": saved_bytes(model, run), "working": _working_bytes(run)} for tower, run in runs.items()}
+        return {tower: {"saved": saved_bytes(model, run), "working": _working_bytes(run)} for tower, run in runs.items() if tower in towers}
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:

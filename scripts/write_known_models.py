@@ -2,7 +2,8 @@
 
 `cliprd_core/known_models.json`: models and pretrained tags, with our own model configs.
 `cliprd_core/known_config_keys.json`: the keys of a model config's towers, each with the JSON kinds it may be and its default.
-`cliprd_core/known_model_sizes.json`: how large each model is, but for those with a text tower of Hugging Face's, whose size its files tell.
+`cliprd_core/known_model_sizes.json`: how large each model is, but for those with a text tower of Hugging Face's, whose size its files
+tell. To measure activations takes long (half a minute a model), so those that the file has are kept: delete it to measure all again.
 """
 
 from __future__ import annotations
@@ -70,21 +71,45 @@ def measurable_models() -> list[str]:
     return [name for name in known_models() if not open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")]
 
 
-def measured_size(name: str) -> dict[str, Any]:
-    """As `cliprd_core.model_size.ModelSize` reads it; bytes are of one more image or caption."""
+def size_record(name: str, measured: dict[str, Any] | None) -> dict[str, Any]:
+    """As `cliprd_core.model_size.ModelSize` reads it. Parameters are counted by torch; activations are those that arithmetic tells,
+    or else the `measured` ones."""
     import open_clip
-    import torch
 
-    from scripts.measure_models import count_parameters, measure_activations
+    from scripts.measure_models import count_parameters
 
     config = open_clip.get_model_config(name)
-    fp32, bf16 = measure_activations(config, (None, torch.bfloat16))
     size = config["vision_cfg"].get("image_size", 224)
     return {
         "embed_dim": config["embed_dim"],
         "image_size": size[0] if isinstance(size, list) else size,
         "parameters": count_parameters(config),
-        "activations": {"fp32": fp32, "bf16": bf16},
+        "activations": _told_activations(config) or measured,
+    }
+
+
+def measured_activations(name: str) -> dict[str, dict[str, dict[str, int]]]:
+    """By precision and tower, bytes of one more image or caption."""
+    import open_clip
+    import torch
+
+    from scripts.measure_models import measure_activations
+
+    fp32, bf16 = measure_activations(open_clip.get_model_config(name), (None, torch.bfloat16))
+    return {"fp32": fp32, "bf16": bf16}
+
+
+def _told_activations(config: dict[str, Any]) -> dict[str, dict[str, dict[str, int]]] | None:
+    """The same by arithmetic, where that covers the config."""
+    from cliprd_core.model_size import UnknownSizeError, size_of_config
+
+    try:
+        size = size_of_config(config)
+    except UnknownSizeError:
+        return None
+    towers = {"image": size.image, "text": size.text}
+    return {
+        precision: {name: dataclasses.asdict(getattr(tower, precision)) for name, tower in towers.items()} for precision in ("fp32", "bf16")
     }
 
 
@@ -92,6 +117,16 @@ def render_sizes(sizes: dict[str, dict[str, Any]]) -> str:
     """One model a line, as `render`."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(size)}" for name, size in sizes.items())
     return f"{{\n{lines}\n}}\n"
+
+
+def write_sizes() -> None:
+    """Count all models, and measure those whose activations the file lacks, or has as null; it may be interrupted at any time."""
+    known = json.loads(SIZES_TARGET.read_text()) if SIZES_TARGET.exists() else {}
+    sizes = {name: size_record(name, known.get(name, {}).get("activations")) for name in measurable_models()}
+    for name, size in sizes.items():
+        if size["activations"] is None:
+            size["activations"] = measured_activations(name)
+        SIZES_TARGET.write_text(render_sizes(sizes))
 
 
 def render_keys(towers: dict[str, dict[str, Any]]) -> str:
@@ -106,4 +141,4 @@ def render_keys(towers: dict[str, dict[str, Any]]) -> str:
 if __name__ == "__main__":
     TARGET.write_text(render(known_models()))
     KEYS_TARGET.write_text(render_keys(known_config_keys()))
-    SIZES_TARGET.write_text(render_sizes({name: measured_size(name) for name in measurable_models()}))
+    write_sizes()

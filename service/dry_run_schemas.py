@@ -28,6 +28,9 @@ class MemoryView(View):
     activations_bytes: int | None = Field(description="Of the pairs that go through a model at once, with their images.")
     objective_bytes: int | None = Field(description="Features, their gradients, blocks of similarities.")
     total_bytes: int | None
+    least_bytes: int | None = Field(
+        description="What is surely needed: student and moments, with gradients or the images' saved activations."
+    )
     assumptions: list[str] = Field(description="What the estimate takes for granted.")
     reason: str | None = Field(description="Why there is none.")
 
@@ -71,4 +74,5 @@ class DryRunView(View):
     models: list[ModelSizeView] = Field(description="The student, then the teachers.")
     memory: MemoryView
     time: TimeView
+    warnings: list[str] = Field(description="What will keep the job from running as things stand, with what to do. It can be submitted.")
     files: list[FoundFilesView] | None = Field(description="What the spec's paths stand for. Null: this service doesn't see the files.")

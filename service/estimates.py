@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from cliprd_core.memory_estimate import computes_in_half, estimate_memory
 from cliprd_core.model_size import ModelSize
-from cliprd_core.spec import JobSpec
+from cliprd_core.spec import Device, JobSpec
 from service.dry_run_schemas import MemoryView, SpeedView, TimeView
 from service.model_sizes import Unknown
 from service.store.speeds import RecordedSpeed
+from service.store.workers import WorkerState, WorkerStatus
 
 
 def memory_view(spec: JobSpec, sizes: Mapping[str, ModelSize | Unknown]) -> MemoryView:
     """`sizes`: of the student and the teachers, by field."""
-    unknown = [f"`{field}`: {size.reason}" for field, size in sizes.items() if isinstance(size, Unknown)]
+    unknown = [f"`{field}`: {reason}" for field, size in sizes.items() if (reason := _why_unknown(size)) is not None]
     if unknown:
         return MemoryView(
             weights_bytes=None,
@@ -23,8 +24,9 @@ def memory_view(spec: JobSpec, sizes: Mapping[str, ModelSize | Unknown]) -> Memo
             activations_bytes=None,
             objective_bytes=None,
             total_bytes=None,
+            least_bytes=None,
             assumptions=[],
-            reason=f"The size of a model is not known: {'; '.join(unknown)}.",
+            reason=f"What a model takes is not known: {'; '.join(unknown)}.",
         )
     known = {field: size for field, size in sizes.items() if isinstance(size, ModelSize)}
     estimate = estimate_memory(spec, known["student"], [known[field] for field in spec.teacher_fields])
@@ -35,9 +37,36 @@ def memory_view(spec: JobSpec, sizes: Mapping[str, ModelSize | Unknown]) -> Memo
         activations_bytes=estimate.activations,
         objective_bytes=estimate.objective,
         total_bytes=estimate.total,
+        least_bytes=estimate.least,
         assumptions=_memory_assumptions(spec),
         reason=None,
     )
+
+
+def _why_unknown(size: ModelSize | Unknown) -> str | None:
+    if isinstance(size, Unknown):
+        return size.reason
+    return None if size.has_activations else "its activations have not been measured"
+
+
+def memory_warnings(spec: JobSpec, least_bytes: int | None, workers: Sequence[WorkerStatus]) -> list[str]:
+    """Whether what the job surely needs is more than any GPU has that it may come to; nothing where that isn't known.
+
+    `least_bytes`: of each process, None where it can't be told; `workers`: all there are.
+    """
+    takers = [worker for worker in workers if spec.resources.queue in worker.queues and worker.state is not WorkerState.LOST]
+    may_use_cpu = spec.resources.device is Device.CPU or (
+        spec.resources.device is Device.AUTO and any(not worker.gpus for worker in takers)
+    )
+    gpus = [gpu for worker in takers for gpu in worker.gpus]
+    totals = [gpu.memory_total_bytes for gpu in gpus if gpu.memory_total_bytes is not None]
+    if least_bytes is None or may_use_cpu or not totals or len(totals) < len(gpus) or least_bytes <= max(totals):
+        return []
+    largest = max(gpus, key=lambda gpu: gpu.memory_total_bytes or 0)
+    return [
+        f"Each process needs at least {least_bytes / 2**30:.1f} GiB, but the largest GPU of queue '{spec.resources.queue}' is"
+        f" {largest.name} with {max(totals) / 2**30:.1f} GiB: set a lower `training.micro_batch_size`, or choose a smaller student."
+    ]
 
 
 def _memory_assumptions(spec: JobSpec) -> list[str]:

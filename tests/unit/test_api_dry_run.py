@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi.testclient import TestClient
 from cliprd_core.run_dir import MetricsRecord
 from cliprd_core.spec import JobSpec
 from service.store import jobs
-from tests.store_helpers import Sessions, claim, create, finish, measured, spec_dict, write_table, write_tar
+from tests.store_helpers import Sessions, claim, create, finish, gpu, measured, report, spec_dict, write_table, write_tar
 
 CONFIG = {
     "embed_dim": 16,
@@ -79,7 +80,7 @@ def test_parameters(client: TestClient, sessions: Sessions) -> None:
     assert (known["field"], known["total_parameters"]) == ("teachers.0", 149_620_737)
     assert (unknown["field"], unknown["total_parameters"]) == ("teachers.1", None)
     assert "Hugging Face's `roberta-base`" in unknown["reason"]
-    assert [value for name, value in answer["memory"].items() if name.endswith("_bytes")] == [None] * 6
+    assert [value for name, value in answer["memory"].items() if name.endswith("_bytes")] == [None] * 7
     assert "`teachers.1`" in answer["memory"]["reason"]
 
 
@@ -105,6 +106,7 @@ def test_memory_is_told_as_an_estimate_with_what_it_assumes(client: TestClient, 
     parts = [memory[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer", "activations", "objective")]
     assert all(part > 0 for part in parts)
     assert memory["total_bytes"] == sum(parts)
+    assert memory["weights_bytes"] + memory["optimizer_bytes"] < memory["least_bytes"] < memory["total_bytes"]
     assert "estimate" in memory["assumptions"][0]
     assert memory["reason"] is None
 
@@ -164,3 +166,24 @@ def test_a_dry_run_looks_at_nothing_that_a_job_may_not_read(client: TestClient, 
     response = client.post("/jobs", params={"dry_run": True}, json=spec)
     assert response.status_code == 422
     assert "outside the folders that jobs may read" in response.text
+
+
+def test_a_job_that_surely_does_not_fit_any_gpu_is_warned_of(client: TestClient, sessions: Sessions) -> None:
+    small = replace(gpu(), name="NVIDIA T4", memory_total_bytes=2**19)
+    needed = asked(client)["memory"]["least_bytes"]
+    assert needed > 2**19
+    on_cuda = {"resources": {"device": "cuda"}}
+    assert asked(client, **on_cuda)["warnings"] == [], "no worker tells of any GPU"
+    report(sessions, "elsewhere", queues=["other"], gpus=[gpu()])
+    report(sessions, "one", gpus=[small, replace(small, memory_total_bytes=2**18)])
+    (warning,) = asked(client, **on_cuda)["warnings"]
+    assert f"at least {needed / 2**30:.1f} GiB" in warning
+    assert "NVIDIA T4" in warning
+    assert "`training.micro_batch_size`" in warning
+    assert len(asked(client)["warnings"]) == 1
+    assert asked(client, resources={"device": "cpu"})["warnings"] == []
+    assert asked(client, resources={"device": "cuda", "queue": "other"})["warnings"] == []
+    report(sessions, "two", gpus=[])
+    assert asked(client)["warnings"] == [], "it may come to a worker without GPUs"
+    report(sessions, "three", gpus=[replace(small, memory_total_bytes=None)])
+    assert asked(client, **on_cuda)["warnings"] == [], "how large that one is isn't known"

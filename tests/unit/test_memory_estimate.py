@@ -108,6 +108,8 @@ def test_the_peak_of_a_step_is_right_within_a_factor(batch_size: int, config: di
     estimate = estimated(spec)
     # Weights were there before, and the teachers' passes would have come before. The estimate has all gradients beside all activations.
     assert 1.0 < (estimate.gradients + estimate.activations + estimate.objective) / live.peak < 1.35
+    held = 4 * sum(one.numel() for one in module.parameters())
+    assert estimate.least <= held + estimate.optimizer + live.peak
 
 
 def test_what_a_spec_changes() -> None:

@@ -12,7 +12,7 @@ import torch
 from cliprd_core.model_size import ModelSize, UnknownSizeError, size_of_config, size_of_known_model
 from cliprd_core.models import register_model_configs
 from scripts.measure_models import count_parameters, measure_activations, saved_bytes
-from scripts.write_known_models import SIZES_TARGET, measurable_models, measured_size, render_sizes
+from scripts.write_known_models import SIZES_TARGET, measurable_models, measured_activations, render_sizes, size_record
 
 PLAIN = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 16, "layers": 2}
 RESNET = {"image_size": 64, "layers": [2, 1, 1, 2], "width": 16, "patch_size": None}
@@ -67,10 +67,20 @@ def test_every_known_model_has_a_recorded_size_but_those_of_hugging_face() -> No
 
 
 @pytest.mark.parametrize("name", ["ViT-T-16", "MobileCLIP2-S0"])
-def test_recorded_sizes_are_what_torch_says(name: str) -> None:
+def test_recorded_sizes_are_what_the_script_writes(name: str) -> None:
+    """Measured by torch itself where arithmetic ends."""
     register_model_configs()
     (line,) = [line for line in SIZES_TARGET.read_text().splitlines() if line.startswith(f'  "{name}"')]
-    assert line.rstrip(",") == render_sizes({name: measured_size(name)}).splitlines()[1]
+    record = size_record(name, None)
+    record["activations"] = record["activations"] or measured_activations(name)
+    assert line.rstrip(",") == render_sizes({name: record}).splitlines()[1]
+
+
+def test_a_model_whose_activations_were_not_measured_has_parameters_all_the_same() -> None:
+    record = size_record("ViT-T-16", None)
+    size = ModelSize.of_record({**record, "activations": None})
+    assert not size.has_activations
+    assert size.num_parameters == ModelSize.of_record(record).num_parameters
 
 
 @pytest.mark.parametrize(
@@ -108,21 +118,15 @@ def test_other_saved_activations_are_right_within_a_quarter(variant: dict[str, A
             assert getattr(tower, precision).saved == pytest.approx(measured[name]["saved"], rel=0.25), (precision, name)
 
 
-def test_arithmetic_agrees_with_what_torch_says_of_known_models() -> None:
+def test_arithmetic_counts_the_parameters_that_torch_counts_in_known_models() -> None:
     register_model_configs()
     num_compared = 0
     for name in measurable_models():
         try:
-            counted_size = size_of_config(open_clip.get_model_config(name))
+            size = size_of_config(open_clip.get_model_config(name))
         except UnknownSizeError:
             continue
-        recorded = size_of_known_model(name)
-        assert counted(counted_size) == counted(recorded), name
-        for tower in ("image", "text"):
-            for precision in ("fp32", "bf16"):
-                ours, torchs = (getattr(getattr(size, tower), precision) for size in (counted_size, recorded))
-                assert ours.saved == pytest.approx(torchs.saved, rel=0.05), (name, tower, precision)
-                assert 1 / 2 < ours.working / torchs.working < 2, (name, tower, precision)
+        assert size == size_of_known_model(name), name
         num_compared += 1
     assert num_compared > 50
 
