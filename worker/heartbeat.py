@@ -82,7 +82,7 @@ class Heartbeat:
         return MISSED_CHECKS * self._settings.health_seconds + CHECKS_SECONDS
 
     def _log(self, problems: tuple[str, ...]) -> None:
-        if problems == self._last:
+        if problems == self._last or self._watch.is_shutting_down:  # that is logged by Celery
             return
         if problems:
             logger.warning("not ready: %s", "; ".join(problems))
