@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def join_group(rank: int, num_processes: int, port: int) -> None:
     distributed.init(torch.device("cpu"))
 
 
-def run_processes(check: Any, num_processes: int, *arguments: Any) -> None:
-    """`check(rank, num_processes, port, *arguments)` in each process."""
-    multiprocessing.set_forkserver_preload(["torch", "cliprd_core.objective"])  # imports take longer than the checks
+def run_processes(check: Any, num_processes: int, *arguments: Any, imports: Sequence[str] = ("cliprd_core.objective",)) -> None:
+    """`check(rank, num_processes, port, *arguments)` in each process, which has `imports` already: they take longer than the checks."""
+    multiprocessing.set_forkserver_preload(["torch", *imports])
     mp.start_processes(check, args=(num_processes, free_port(), *arguments), nprocs=num_processes, start_method="forkserver")

@@ -143,7 +143,7 @@ def assert_it_says_who_is_gone(survivor: subprocess.Popen[bytes], run: Path, los
     assert not (run / RESULT_FILE).exists()
 
 
-@pytest.mark.timeout(600)  # half a minute where nothing else runs
+@pytest.mark.timeout(600)
 def test_a_run_that_lost_machines_ends_with_the_weights_of_one_that_did_not(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     """First all of one machine is killed, which its connections tell; then the other vanishes, which nothing tells but its silence."""
     training = {"epochs": NUM_STEPS // 4, "checkpoint_every_steps": 5}
@@ -152,7 +152,7 @@ def test_a_run_that_lost_machines_ends_with_the_weights_of_one_that_did_not(node
     for folder in (run, undisturbed):
         folder.mkdir()
         (folder / SPEC_FILE).write_text(spec.model_dump_json())
-    run_processes(train_undisturbed, 2, undisturbed)
+    run_processes(train_undisturbed, 2, undisturbed, imports=["cliprd_core.trainer"])
 
     started = torchrun(nodes, run, attempt=1)
     wait_for_step(run, 8, started[0])
