@@ -92,7 +92,8 @@ class HeadLikeGet:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "HEAD" or _has_route(scope):
+        as_get = {**scope, "method": "GET"}
+        if scope["type"] != "http" or scope["method"] != "HEAD" or _has_route(scope) or not _has_route(as_get):
             await self.app(scope, receive, send)
             return
         is_answered = False
@@ -105,7 +106,10 @@ class HeadLikeGet:
                 is_answered = True
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        await self.app({**scope, "method": "GET"} if _has_route({**scope, "method": "GET"}) else scope, receive, without_body)
+        try:
+            await self.app(as_get, receive, without_body)
+        finally:
+            scope["route"] = as_get.get("route")  # for the measurements, which know the request as HEAD
 
 
 def _has_route(scope: Scope) -> bool:

@@ -145,6 +145,8 @@ class Service:
         self.statuses[label][response.status_code] += 1
         if response.status_code == 201:
             self.ids["job_id"].append(response.json()["id"])
+        if case.method == "DELETE" and response.status_code == 204 and case.path_parameters.get("job_id") in self.ids["job_id"]:
+            self.ids["job_id"].remove(case.path_parameters["job_id"])  # so that no walk is led to what another one deleted
         if label == "GET /artifacts" and response.status_code == 200:
             self.ids["artifact_id"] += [one["id"] for one in response.json()["artifacts"]]
 

@@ -36,6 +36,11 @@ def test_the_length_is_that_of_the_body_which_is_not_sent(client: TestClient, jo
     assert client.head(f"/jobs/{job_id}").headers["content-length"] == client.get(f"/jobs/{job_id}").headers["content-length"]
 
 
+def test_it_is_measured_as_what_it_is(client: TestClient, job_id: str) -> None:
+    client.head(f"/jobs/{job_id}")
+    assert 'cliprd_request_seconds_count{method="HEAD",route="/jobs/{job_id}",status="200"} 1.0' in client.get("/metrics").text
+
+
 @pytest.mark.parametrize("path", ["events", "log", "metrics/stream"])
 def test_a_stream_ends_after_its_header(client: TestClient, job_id: str, path: str) -> None:
     response = client.head(f"/jobs/{job_id}/{path}", headers={"Accept": "text/event-stream"})
