@@ -231,16 +231,22 @@ def upgrade(stack: Stack, job_id: str) -> None:
 
 
 def backup_and_restore(stack: Stack, job_id: str) -> None:
-    """Everything is deleted and comes back from the two files of a backup, the API key included."""
+    """Everything is deleted and comes back from the two files of a backup, the API key included, and a running job goes on."""
     before = everything(stack)
     backup = str(stack.folder.parent / "backup")
-    with step("back up"):
+    running = stack.submit(**LONG)
+    with step("a job, until its first checkpoint is mirrored"):
+        eventually(lambda: checkpoints(stack, running) or None, "a checkpoint is mirrored")
+    with step("back up in the middle of it"):
         print(stack.run("scripts/compose_backup.sh", backup).strip().replace("\n", ", "), end=" … ")
     stack.compose("down", "--volumes", "--timeout=30")
     with step("restore into empty volumes"):
         stack.run("scripts/compose_restore.sh", backup)
     check(everything(stack) == before, "all models must be back")
     check(stack.get(f"/jobs/{job_id}/metrics?names=train/loss")["series"] != {}, "the metrics must be back")
+    with step("the job goes on from its checkpoint"):
+        eventually(lambda: "resuming at step" in stack.curl(f"/jobs/{running}/log") or None, "it resumes")
+        goes_on(stack, running, from_step=stack.get(f"/jobs/{running}")["progress"]["step"])
 
 
 if __name__ == "__main__":
