@@ -165,7 +165,7 @@ class Lab(Jobs):
 
     def holder(self, job_id: str) -> Worker:
         """The worker that runs the job."""
-        pid = int((self.client.job(job_id).worker or "").rpartition(":")[2])
+        pid = int((self.client.job(job_id).worker or "").split(":")[1])
         return next(worker for worker in self.workers if worker.holds(pid))
 
     def other(self, worker: Worker) -> Worker:
