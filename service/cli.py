@@ -95,12 +95,16 @@ def submit(
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="Job spec, a JSON file.", exists=True, dir_okay=False, show_default=False)],
+    only_spec: Annotated[
+        bool, typer.Option("--spec", help="Print the resolved spec alone, as `python -m cliprd_core.train` takes it.")
+    ] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Check a job spec without submitting it; prints what it would become."""
     spec = json_object(file)
     with connected(url) as client:
-        out.print_json(client.check(spec).model_dump_json())
+        checked = client.check(spec).model_dump(mode="json")
+    out.print_json(data=checked["spec"] if only_spec else checked)
 
 
 @app.command("watch")

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import service.client
 from cliprd_core.run_dir import MetricsRecord, Progress, ResultRecord
+from cliprd_core.spec import JobSpec
 from cliprd_core.store_dir import lock_shared
 from service.app import create_app
 from service.cli import app
@@ -181,6 +182,9 @@ def test_checking_a_spec_submits_nothing(bench: Bench) -> None:
     code, stdout, _ = bench.run("check", str(bench.spec_file))
     assert code == 0
     assert json.loads(stdout)["num_pairs"] == 32
+    code, resolved, _ = bench.run("check", str(bench.spec_file), "--spec")
+    assert code == 0
+    assert JobSpec.model_validate_json(resolved).model_dump(mode="json") == json.loads(stdout)["spec"], "a file for the trainer"
     assert bench.run("jobs")[1].splitlines() == ["id  name  state  attempt  status"]
 
 

@@ -219,6 +219,24 @@ def test_keda_scales_the_workers_of_each_queue_by_that_queue_s_jobs(name: str) -
         assert trigger["metadata"]["host"].startswith(f"{service['name']}.{service['namespace']}.svc")
 
 
+def test_kueue_has_quota_of_every_gpu_that_a_worker_may_run_on() -> None:
+    label = "nvidia.com/gpu.product"
+    (queue,) = of_kind("kueue", "ClusterQueue")
+    with_quota = {flavor["name"] for group in queue["spec"]["resourceGroups"] for flavor in group["flavors"]}
+    flavors = {one["metadata"]["name"]: one["spec"]["nodeLabels"][label] for one in of_kind("kueue", "ResourceFlavor")}
+    assert with_quota == flavors.keys()
+    products = {
+        product
+        for one in of_kind("kueue", "Deployment")
+        if (affinity := one["spec"]["template"]["spec"].get("affinity"))
+        for term in affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+        for expression in term["matchExpressions"]
+        if expression["key"] == label
+        for product in expression["values"]
+    }
+    assert products == set(flavors.values())
+
+
 def test_the_example_of_an_overlay_of_one_s_own_works(tmp_path: Path) -> None:
     command = checks.renderer()
     if command is None:
