@@ -2,7 +2,7 @@
 
 Trains the example's teacher once, then its distilled student with each number of views, each with a store of its own, empty at first.
 What is shown is the zero-shot accuracy on the drawing style that none was trained on, the mean over seeds and their range, and how many
-epochs run the teacher. It takes a while: a few minutes for each run on two cores.
+epochs run the teacher. It takes a few minutes for each run on two cores.
 """
 
 from __future__ import annotations
