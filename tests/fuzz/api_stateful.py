@@ -93,6 +93,7 @@ class Service:
     folder: Path
     finished_job: str
     """Its streams end."""
+    workers: list[SimulatedWorker]
     statuses: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     findings: dict[str, str] = field(default_factory=dict)
     """By operation and kind: the first of its kind, with the request."""
@@ -205,14 +206,13 @@ def service(sessions: sessionmaker[Session], postgres_url: str, redis_url: str, 
         url = _wait_for_address(tmp_path / "service.log", process)
         for worker in workers:
             worker.start()
-        yield Service(url, key, tmp_path, claimed.job.id)
+        yield Service(url, key, tmp_path, claimed.job.id, workers)
     finally:
         for worker in workers:
             if worker.is_alive():
                 worker.stop()
         process.terminate()
         process.wait(timeout=30)
-    assert [worker.error for worker in workers] == [None, None]
 
 
 def _wait_for_address(log: Path, process: subprocess.Popen[bytes]) -> str:
@@ -251,6 +251,7 @@ def test_walks_along_the_links(service: Service) -> None:
         Walk.run(settings=ROUND)
         for strategy in alone:  # also of what no link leads to
             _ask_alone(service, strategy)
+        assert [worker.error for worker in service.workers] == [None, None]
         print(f"{service.num_cases} requests, {time.monotonic() - started:.0f} s, {service.num_findings.total()} findings", flush=True)
     print(f"\n{service.table()}")
     log = (service.folder / "service.log").read_text()

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.store import artifacts, jobs
 from service.store.blobs import BlobStore
 from service.store.errors import LeaseLostError
-from service.store.leases import record_checkpoint
+from service.store.leases import lock_held_job, record_checkpoint
 from service.store.logs import append_log
 from service.store.models import ArtifactKind, Job
 from service.store.recovery import requeue_expired
@@ -71,13 +71,13 @@ class SimulatedWorker(threading.Thread):
         for step in range(1, NUM_STEPS + 1):
             self._stopped.wait(SECONDS_PER_STEP)
             with self._sessions.begin() as session:
-                lease = jobs.renew_lease(session=session, lease_seconds=5, **held)
-                if not lease.held:
+                if not jobs.renew_lease(session=session, lease_seconds=5, **held):
                     return
-                if lease.cancel_requested:
+                job = lock_held_job(session=session, **held)
+                if job.cancel_requested_at is not None:
                     jobs.finish_job(session=session, outcome=jobs.Cancelled(), **held)
                     return
-                if lease.pause_requested:
+                if job.pause_requested_at is not None:
                     jobs.release_job(session=session, **held)
                     return
                 append_log(session=session, text=f"step {step}: loss {1 / step}\n", **held)
