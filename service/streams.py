@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import anyio
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
 from starlette.types import Receive, Scope, Send
@@ -21,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from service.store.errors import JobNotFoundError
 from service.store.jobs import get_job
 from service.store.models import Job
-from service.store.session import reading
+from service.store.session import OUT_OF_REACH, reading
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ class Streams:
                         await shutdown.wait()
         except JobNotFoundError:
             return  # deleted meanwhile
-        except (OperationalError, InterfaceError) as error:
+        except OUT_OF_REACH as error:
             logger.warning("a stream of job %s ends, since the database can't be used (%s); its client comes back", job_id, error)
 
 
