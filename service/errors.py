@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
@@ -29,6 +28,7 @@ from service.store.errors import (
     JobNotFoundError,
     TeacherUnavailableError,
 )
+from service.store.session import OUT_OF_REACH
 from service.streams import TooManyStreamsError
 from service.strict_query import QueryError
 
@@ -105,8 +105,8 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(JobConflictError, _on_job_conflict)
     app.add_exception_handler(TooManyStreamsError, _on_too_many_streams)
     app.add_exception_handler(NotReadyError, _on_not_ready)
-    app.add_exception_handler(OperationalError, _on_database_error)
-    app.add_exception_handler(InterfaceError, _on_database_error)
+    for kind in OUT_OF_REACH:
+        app.add_exception_handler(kind, _on_database_error)
     app.add_exception_handler(BlobsUnreachableError, _on_blobs_error)
     app.add_exception_handler(Exception, _on_fault)
 

@@ -22,6 +22,8 @@ KEY_DESCRIPTION = (
     " need keys always), and no others do."
 )
 
+RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}}
+
 LINKS: dict[str, dict[str, dict[str, str]]] = {
     "JobList": {"read_job": {"job_id": "$response.body#/jobs/0/id"}, "list_jobs": {"cursor": "$response.body#/next_cursor"}},
     "ArtifactList": {"download_artifact": {"artifact_id": "$response.body#/artifacts/0/id"}},
@@ -62,7 +64,8 @@ def _complete(operation: dict[str, Any], links: Mapping[str, Iterable[str]], *, 
         refusals |= problem_responses(400, 413)
     if not is_open:
         operation["security"] = [{"key": []}, {}]
-        refusals |= problem_responses(401, 403)
+        refusals |= problem_responses(401, 403, 503)  # whether a key is good is in the database
+        refusals[503]["headers"] = RETRY_AFTER
     answers = operation["responses"] | {str(status): answer for status, answer in refusals.items()}
     operation["responses"] = dict(sorted(answers.items()))
     for answer in answers.values():

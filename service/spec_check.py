@@ -49,6 +49,18 @@ def check_spec(spec: JobSpec, *, data_root: Path, locations: Locations | None = 
     return resolved
 
 
+def check_values(spec: JobSpec) -> None:
+    """Refuse what neither JSON nor the database can hold, wherever it is in the spec; of its meaning nothing is checked.
+
+    Raises:
+        SpecError: with every such value.
+    """
+    check = _Check(Path(), Locations(), check_files=False)
+    check.values(spec)
+    if check.problems:
+        raise SpecError(check.problems)
+
+
 class _Check:
     """Walks a spec once: makes its paths absolute and collects problems on the way."""
 
@@ -58,11 +70,14 @@ class _Check:
         self.check_files = check_files
         self.problems: list[FieldProblem] = []
 
-    def resolve(self, spec: JobSpec) -> JobSpec:
+    def values(self, spec: JobSpec) -> None:
         self._check_values("", spec.model_dump(exclude={"student": {"config"}, "teacher": {"config"}, "teachers": {"__all__": {"config"}}}))
         self._check_values("student.config", spec.student.config)
         for field, teacher in spec.teacher_fields.items():
             self._check_values(f"{field}.config", teacher.config)
+
+    def resolve(self, spec: JobSpec) -> JobSpec:
+        self.values(spec)
         if self.problems:
             return spec  # a NUL character would trip the look at the files
         resolved = spec.model_copy(

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import anyio
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
+from starlette.types import Receive, Scope, Send
 
 from service.store.errors import JobNotFoundError
 from service.store.jobs import get_job
 from service.store.models import Job
-from service.store.session import reading
+from service.store.session import OUT_OF_REACH, reading
 
 logger = logging.getLogger(__name__)
 
@@ -70,21 +70,31 @@ class Streams:
         """
         if self._num_open >= self._max_open:
             raise TooManyStreamsError
-        first, state = await run_in_threadpool(_look, sessions, job_id, look, position)
-        if is_resumed and state is not None and not first:
-            return Response(status_code=204)
-        shutdown = anyio.Event()
-        return EventSourceResponse(
-            self._follow(sessions, job_id, look, position, shutdown),
-            ping=self._heartbeat_seconds,
-            shutdown_event=shutdown,
-            shutdown_grace_period=SHUTDOWN_GRACE_SECONDS,
-        )
+        self._num_open += 1  # before anything is waited for, or all that come meanwhile would find the same room
+        stream: Response | None = None
+        try:
+            first, state = await run_in_threadpool(_look, sessions, job_id, look, position)
+            if is_resumed and state is not None and not first:
+                return Response(status_code=204)
+            shutdown = anyio.Event()
+            stream = _CountedResponse(
+                self._follow(sessions, job_id, look, position, shutdown),
+                ping=self._heartbeat_seconds,
+                shutdown_event=shutdown,
+                shutdown_grace_period=SHUTDOWN_GRACE_SECONDS,
+                at_end=self._leave,
+            )
+        finally:
+            if stream is None:
+                self._leave()
+        return stream
+
+    def _leave(self) -> None:
+        self._num_open -= 1
 
     async def _follow(
         self, sessions: sessionmaker[Session], job_id: str, look: Look, position: int, shutdown: anyio.Event
     ) -> AsyncIterator[ServerSentEvent]:
-        self._num_open += 1
         try:
             while not shutdown.is_set():
                 news, end_state = await run_in_threadpool(_look, sessions, job_id, look, position)
@@ -99,10 +109,22 @@ class Streams:
                         await shutdown.wait()
         except JobNotFoundError:
             return  # deleted meanwhile
-        except (OperationalError, InterfaceError) as error:
+        except OUT_OF_REACH as error:
             logger.warning("a stream of job %s ends, since the database can't be used (%s); its client comes back", job_id, error)
+
+
+class _CountedResponse(EventSourceResponse):
+    """Says when it is over, also where its client was gone before the first event was asked for."""
+
+    def __init__(self, content: AsyncIterator[ServerSentEvent], *, at_end: Callable[[], None], **options: Any) -> None:
+        super().__init__(content, **options)
+        self._at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self._num_open -= 1
+            self._at_end()
 
 
 def _look(sessions: sessionmaker[Session], job_id: str, look: Look, position: int) -> tuple[Sequence[News], str | None]:

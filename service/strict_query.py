@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 
 from service.problems import FieldProblem, closest
 
@@ -22,15 +23,20 @@ class QueryError(ValueError):
         self.problems = problems
 
 
-def refuse_other_parameters(request: Request) -> None:
+async def refuse_other_parameters(request: Request) -> None:
     """A dependency of every route: what the OpenAPI does not list for it is refused, and so are lists of what is single-valued.
+
+    Only a query takes a thread: a request without one, such as a probe, is served also while all threads wait for the database.
 
     Raises:
         QueryError: there are such parameters.
     """
+    if request.query_params:
+        await run_in_threadpool(_refuse_others, request)
+
+
+def _refuse_others(request: Request) -> None:
     given = Counter(name for name, _ in request.query_params.multi_items())
-    if not given:
-        return
     path = request.scope["route"].path_format
     operation = request.app.openapi()["paths"].get(path, {}).get("get" if request.method == "HEAD" else request.method.lower(), {})
     parameters = {one["name"]: one["schema"] for one in operation.get("parameters", []) if one["in"] == "query"}

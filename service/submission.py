@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from cliprd_core.spec import JobSpec, merge_over
 from service.problems import FieldProblem, SpecError, problems_of
 from service.routes.dependencies import Services
-from service.spec_check import check_spec
+from service.spec_check import check_spec, check_values
 from service.store import jobs
 from service.store.idempotency import find_submitted, remember_key
 from service.store.jobs import QueuedJob
@@ -28,9 +28,11 @@ def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tupl
         TeacherUnavailableError: a teacher can't be had.
         IdempotencyConflictError: the key was used for another spec.
     """
-    earlier = None if key is None else _find(services, key, spec)
-    if earlier is not None:
-        return earlier, True
+    if key is not None:
+        check_values(spec)  # what has no JSON can't be compared with what was sent before
+        earlier = _find(services, key, spec)
+        if earlier is not None:
+            return earlier, True
     resolved = checked(services, spec)
     try:
         with services.sessions.begin() as session:

@@ -21,7 +21,7 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", summary="Is the process up?")
-def healthz() -> Health:
+async def healthz() -> Health:  # not in a thread: those may all be waiting for the database
     """Answers as long as the process does."""
     return Health(status="ok")
 

@@ -28,7 +28,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
 from sqlalchemy.engine import URL, ExceptionContext, make_url
-from sqlalchemy.exc import InternalError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 SQLITE_BUSY_TIMEOUT_SECONDS = 30
@@ -37,6 +37,24 @@ SQLITE_BUSY_TIMEOUT_SECONDS = 30
 IDLE_TRANSACTION_SECONDS = 10.0
 """How long PostgreSQL lets a transaction wait for its client's next statement: one that is frozen, or whose machine is gone without a word,
 must not keep the lock of its job's row, or nobody could take the job over. Ours never wait for anything but the processor."""
+
+POOL_TIMEOUT_SECONDS = 10.0
+"""How long a caller waits for one of the process's connections while all are in use."""
+
+POSTGRES_CONNECTION: dict[str, int] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+"""libpq's parameters, which those in the database's URL override: seconds to wait for a connection, of silence before the server's machine
+is asked for a sign of life, and between such questions; how many may go unanswered; milliseconds until what was sent must have arrived. A
+server that is gone without a word is noticed so in about 25 seconds, well within a lease; TCP alone waits for a quarter of an hour, or
+hours."""
+
+OUT_OF_REACH = (OperationalError, InterfaceError, TimeoutError)
+"""What a database raises that can't be used now; it may be well again soon. The last one: all connections of the process are in use."""
 
 READ_ONLY = "cliprd_read_only"
 """Execution option of a connection that will only read."""
@@ -52,12 +70,13 @@ def make_engine(database_url: str) -> Engine:
         ValueError: for any other database, and for SQLite in memory, which several threads can't share.
     """
     url = _with_driver(make_url(database_url))
+    pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 20, "pool_timeout": POOL_TIMEOUT_SECONDS}
     if url.get_backend_name() == "postgresql":
-        engine = create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args={"connect_timeout": 5})
+        engine = create_engine(url, pool_pre_ping=True, connect_args=_connection_of(url), **pool)
         event.listen(engine, "connect", _on_postgres_connect)
         event.listen(engine, "handle_error", _on_postgres_error)
         return engine
-    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS}, pool_size=10, max_overflow=20)
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS}, **pool)
     event.listen(engine, "connect", _on_sqlite_connect)
     event.listen(engine, "begin", _on_sqlite_begin)
     return engine
@@ -151,6 +170,10 @@ def _with_driver(url: URL) -> URL:
             "database_url: SQLite in memory can't be shared between processes; name a file, as in sqlite:////var/lib/cliprd.db"
         )
     return url
+
+
+def _connection_of(url: URL) -> dict[str, int]:
+    return {name: value for name, value in POSTGRES_CONNECTION.items() if name not in url.query}
 
 
 def _alembic_config() -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -116,6 +117,21 @@ def test_an_idempotency_key_makes_one_job(client: TestClient, sessions: Sessions
     assert [one["field"] for one in refused.json()["errors"]] == ["Idempotency-Key"]
     assert client.post("/jobs", json=spec_dict(), headers={"Idempotency-Key": "x" * 256}).status_code == 422
     assert len(client.get("/jobs").json()["jobs"]) == 1
+
+
+@pytest.mark.parametrize("key", [None, "used", "new"])
+def test_a_spec_that_has_no_json_is_refused_under_any_key(client: TestClient, tmp_path: Path, key: str | None) -> None:
+    write_table(tmp_path)
+    assert client.post("/jobs", json=spec_dict(), headers={"Idempotency-Key": "used"}).status_code == 201
+    headers = {"Content-Type": "application/json", **({} if key is None else {"Idempotency-Key": key})}
+    nested = "{}"
+    for _ in range(300):
+        nested = f'{{"x": {nested}}}'
+    for entry in (f'"x": {nested}', '"\\ud800": 1', '"x": NaN'):
+        content = json.dumps(spec_dict()).replace('"vision_cfg": {', f'"vision_cfg": {{{entry}, ')
+        refused = client.post("/jobs", content=content, headers=headers)
+        assert refused.status_code == 422, refused.text
+        assert {one["field"].startswith("student.config.vision_cfg") for one in refused.json()["errors"]} == {True}
 
 
 def test_two_apis_at_once_make_one_job_of_one_key(database_url: str, settings: Settings, tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import anyio
+import httpx
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy.exc import TimeoutError
 
 from service.app import create_app
 from service.settings import Settings
+from service.store import session
 from tests.store_helpers import local_client
 
 
@@ -59,3 +64,32 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     with local_client(app) as client:
         assert client.get("/readyz").status_code == 200
     assert (tmp_path / "here.db").is_file()
+
+
+def test_the_process_is_up_while_all_its_threads_wait(settings: Settings) -> None:
+    async def answer() -> int:
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        limiter.total_tokens = 1
+        async with limiter, httpx.AsyncClient(transport=httpx.ASGITransport(create_app(settings)), base_url="http://127.0.0.1") as client:
+            with anyio.fail_after(10):
+                return (await client.get("/healthz")).status_code
+
+    assert anyio.run(answer) == 200
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/metrics"])  # the one already waits for a connection to look at the request's key
+def test_a_request_that_gets_no_connection_is_told_to_come_back(settings: Settings, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(session, "POOL_TIMEOUT_SECONDS", 0.1)
+    app = create_app(settings.model_copy(update={"metrics_need_key": False}))
+    with local_client(app) as client, ExitStack() as held:
+        with suppress(TimeoutError):
+            while True:
+                held.enter_context(app.state.services.engine.connect())
+        refused = client.get(path)
+        assert (refused.status_code, refused.json()["type"]) == (503, "urn:cliprd:problem:database-unavailable")
+        assert int(refused.headers["retry-after"]) > 0
+        held.close()
+        assert client.get(path).status_code == 200
+    documented = app.openapi()["paths"][path]["get"]["responses"]["503"]
+    assert "Retry-After" in documented["headers"]
+    assert "application/problem+json" in documented["content"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,12 +15,16 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Response
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs, logs
+from service.store.errors import JobNotFoundError
 from service.store.session import make_engine, make_sessions, migrate
+from service.streams import Streams, TooManyStreamsError
 from tests.store_helpers import FAILURE, Sessions, claim, create, evaluated, finish, measured
 
 STREAM = {"Accept": "text/event-stream"}
@@ -177,6 +182,47 @@ def test_a_stream_that_is_left_makes_room(api: tuple[str, subprocess.Popen[bytes
                         break
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+
+
+def test_streams_that_are_opened_at_once_are_counted_until_they_end(sessions: Sessions) -> None:
+    job_id, ended = create(sessions).id, lived(sessions)
+    gone: dict[str, Any] = {"type": "http.disconnect"}
+
+    async def opened(streams: Streams, job: str = job_id, *, is_resumed: bool = False) -> Response | BaseException:
+        opening = streams.open(sessions, job, lambda *_: [], 0, is_resumed=is_resumed)
+        return (await asyncio.gather(opening, return_exceptions=True))[0]
+
+    async def leave(response: Response) -> None:
+        """A client that is gone before the first byte."""
+
+        async def receive() -> Message:
+            return gone
+
+        async def send(_: Message) -> None:
+            await asyncio.sleep(0)
+
+        await response({"type": "http", "method": "GET"}, receive, send)
+
+    async def run() -> None:
+        streams = Streams(max_open=2, poll_seconds=0.01, heartbeat_seconds=15)
+        for _ in range(3):  # as many fit again, once those before are gone
+            answers = await asyncio.gather(*(opened(streams) for _ in range(20)))
+            accepted = [one for one in answers if isinstance(one, Response)]
+            assert len(accepted) == 2
+            assert [type(one) for one in answers if not isinstance(one, Response)] == [TooManyStreamsError] * 18
+            for response in accepted:
+                await leave(response)
+            for _ in range(3):  # none of these keeps a place
+                assert isinstance(await opened(streams, "00000000-none"), JobNotFoundError)
+                nothing_new = await opened(streams, ended, is_resumed=True)
+                assert isinstance(nothing_new, Response)
+                assert nothing_new.status_code == 204
+                waiting = asyncio.create_task(streams.open(sessions, job_id, lambda *_: [], 0, is_resumed=False))
+                await asyncio.sleep(0)
+                waiting.cancel()
+                await asyncio.wait([waiting])
+
+    asyncio.run(run())
 
 
 def test_the_reference_describes_the_streams(settings: Settings) -> None:
