@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import signal
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -45,6 +47,9 @@ def describe_failure(error: BaseException, spec: JobSpec | None = None) -> Error
     elif isinstance(error, ValidationError):
         faults = [f"`{'.'.join(str(part) for part in fault['loc']) or 'spec'}`: {fault['msg']}" for fault in error.errors()]
         message = f"The job spec is not valid: {'; '.join(faults[:5])}"
+    elif reason is ErrorReason.WORKER_LOST and _is_killed_loader(error):
+        message = f"A process that loads data was killed, most likely because the machine ran out of memory ({_first_line(error)})."
+        advice = "Lower `training.num_data_workers`, or use a worker with more memory."
     elif reason is ErrorReason.WORKER_LOST:
         message = f"Another training process of this run is gone, or its machine can no longer be reached ({_first_line(error)})."
         advice = "Its own log may say why. Started again, on all its machines, the run resumes from its newest checkpoint."
@@ -97,17 +102,28 @@ def _reason(error: BaseException) -> ErrorReason:
         return ErrorReason.DIVERGED
     if _is_out_of_memory(error):
         return ErrorReason.OUT_OF_MEMORY
-    return ErrorReason.WORKER_LOST if _is_lost_contact(error) else ErrorReason.INTERNAL
+    return ErrorReason.WORKER_LOST if _is_lost_contact(error) or _is_killed_loader(error) else ErrorReason.INTERNAL
 
 
 def _is_disk_full(error: BaseException) -> bool:
     """Also where a library puts the system's error into one of its own: as its cause, or as words."""
+    return any(
+        (isinstance(one, OSError) and one.errno in DISK_FULL_ERRNOS) or os.strerror(errno.ENOSPC) in str(one) for one in _with_causes(error)
+    )
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, the one it came of, and so on."""
     current: BaseException | None = error
     while current is not None:
-        if (isinstance(current, OSError) and current.errno in DISK_FULL_ERRNOS) or os.strerror(errno.ENOSPC) in str(current):
-            return True
+        yield current
         current = current.__cause__ or current.__context__
-    return False
+
+
+def _is_killed_loader(error: BaseException) -> bool:
+    """Whether SIGKILL ended a loader process. torch raises it wherever the trainer is, from its handler of SIGCHLD: it may be wrapped."""
+    phrase = f"is killed by signal: {signal.strsignal(signal.SIGKILL)}"
+    return any(isinstance(one, RuntimeError) and phrase in str(one) for one in _with_causes(error))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -16,10 +16,11 @@ from service.store.blobs import make_blobs
 from service.store.idempotency import forget_keys
 from service.store.jobs import QueuedJob, deleted_among, jobs_to_send, requeue_expired
 from service.store.session import make_engine, make_sessions, reading
+from worker.held_job import OUT_OF_REACH
 from worker.rounds import Rounds
 from worker.run_dirs import remove_deleted
 from worker.settings import WorkerSettings
-from worker.tasks import send
+from worker.tasks import BROKER_AWAY, send
 from worker.webhooks import deliver_webhooks
 
 logger = logging.getLogger(__name__)
@@ -47,28 +48,55 @@ class Reaper:
         self._rounds.stop()
 
     def reap(self) -> None:
-        """One round: take back what expired, send again what is queued and may have lost its message, and deliver webhooks.
+        """One round: take back what expired, send again what is queued and may have lost its message, clean up, and deliver webhooks.
 
-        No connection stays open between rounds: a child forked in between must not inherit one (SQLite forbids it).
+        Whatever fails in one part, the others have their turn. No connection stays open between rounds: a child forked in between must
+        not inherit one (SQLite forbids it).
         """
         engine = make_engine(self._settings.database_url)
         try:
             sessions = make_sessions(engine)
-            with sessions.begin() as session:
-                expired = requeue_expired(session=session)
-                forget_keys(session=session)
-            for job in expired:
-                logger.warning("job %s: its worker vanished; it is queued again", job.job_id)
-            send(self._app, sessions, expired)
-            with reading(sessions) as session:
-                waiting = jobs_to_send(session=session, older_than_seconds=self._settings.resend_seconds)
-            send(self._app, sessions, self._without_message(waiting))
-            self._drop_finished_checkpoints(sessions)
-            self._remove_run_dirs(sessions)
-            secret = self._settings.webhook_secret
-            deliver_webhooks(sessions, self._settings.webhook_urls, None if secret is None else secret.get_secret_value())
+            for part in (
+                self._requeue_expired,
+                self._forget_keys,
+                self._send_again,
+                self._drop_finished_checkpoints,
+                self._remove_run_dirs,
+                self._deliver_webhooks,
+            ):
+                try:
+                    part(sessions)
+                except OUT_OF_REACH as error:
+                    logger.warning("reaper, %s: a store is out of reach (%s)", part.__name__.strip("_"), type(error).__name__)
+                except Exception:  # whatever it is, the next round may do better
+                    logger.exception("reaper, %s: failed; the rest of the round goes on", part.__name__.strip("_"))
         finally:
             engine.dispose()
+
+    def _requeue_expired(self, sessions: sessionmaker[Session]) -> None:
+        with sessions.begin() as session:
+            expired = requeue_expired(session=session)
+        for job in expired:
+            logger.warning("job %s: its worker vanished; it is queued again", job.job_id)
+        send(self._app, sessions, expired)
+
+    def _forget_keys(self, sessions: sessionmaker[Session]) -> None:
+        with sessions.begin() as session:
+            forget_keys(session=session)
+
+    def _send_again(self, sessions: sessionmaker[Session]) -> None:
+        with reading(sessions) as session:
+            waiting = jobs_to_send(session=session, older_than_seconds=self._settings.resend_seconds)
+        try:
+            missing = self._without_message(waiting)
+        except BROKER_AWAY as error:
+            logger.warning("the broker is out of reach (%s); %d jobs wait for it", error, len(waiting))
+            return
+        send(self._app, sessions, missing)
+
+    def _deliver_webhooks(self, sessions: sessionmaker[Session]) -> None:
+        secret = self._settings.webhook_secret
+        deliver_webhooks(sessions, self._settings.webhook_urls, None if secret is None else secret.get_secret_value())
 
     def _drop_finished_checkpoints(self, sessions: sessionmaker[Session]) -> None:
         """Those of jobs that failed or were cancelled so long ago that nobody goes on with them; a job that succeeds drops its own."""

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from celery import Celery
+from kombu.exceptions import KombuError
 from pydantic import ValidationError
+from redis.exceptions import RedisError
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
@@ -27,6 +29,9 @@ from worker.supervisor import Launch, Supervisor
 logger = logging.getLogger(__name__)
 
 RUN_JOB = "cliprd.run_job"
+
+BROKER_AWAY = (KombuError, RedisError, OSError)
+"""What is raised when the broker cannot be reached just now: kombu wraps some of its transport's errors, and lets others through."""
 
 
 def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], worker: str, job_id: str) -> None:
@@ -91,7 +96,7 @@ def send(app: Celery, sessions: sessionmaker[Session], queued: Sequence[QueuedJo
     for job_id, queue in queued:
         try:
             app.send_task(RUN_JOB, args=[job_id], queue=queue)
-        except app.connection_for_write().connection_errors as error:
+        except BROKER_AWAY as error:
             logger.warning("the broker is out of reach (%s); the reaper will send %d jobs", error, len(queued) - len(sent))
             break
         sent.append(job_id)

@@ -311,6 +311,19 @@ def test_diverging_names_step_and_term(inputs: Inputs, tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path / "run") == [], "such weights are never saved"
 
 
+def test_a_killed_loader_process_counts_as_lost_not_as_a_fault(inputs: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, inputs.spec(training={"num_data_workers": 1, "epochs": 1000, "log_every_steps": 1}))
+    wait_for_step(run, 2, process)
+    (loader,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(loader), signal.SIGKILL)
+    assert process.wait(TIMEOUT_SECONDS) == 1, (run / "log.txt").read_text()
+    error = read_record(run / ERROR_FILE, ErrorRecord)
+    assert error is not None
+    assert error.reason is ErrorReason.WORKER_LOST, error
+    assert "loads data was killed" in error.message
+
+
 @pytest.mark.parametrize(
     ("changes", "reason", "message"),
     [

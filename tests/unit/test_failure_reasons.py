@@ -93,6 +93,25 @@ def test_lost_contact_with_another_process_says_how_to_go_on(error: Exception) -
     assert str(error).splitlines()[0] in record.message
 
 
+def killed_while_waiting() -> RuntimeError:
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    error.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    return error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), killed_while_waiting()])
+def test_a_killed_loader_process_costs_an_attempt_only(error: Exception) -> None:
+    record = describe_failure(error)
+    assert record.reason is ErrorReason.WORKER_LOST
+    assert "loads data was killed" in record.message
+    assert "`training.num_data_workers`" in record.advice
+
+
+def test_a_loader_process_that_crashed_is_internal() -> None:
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
+    assert describe_failure(error).reason is ErrorReason.INTERNAL
+
+
 def test_other_errors_of_the_process_group_are_internal() -> None:
     assert describe_failure(DistBackendError("NCCL error: invalid usage")).reason is ErrorReason.INTERNAL
     assert describe_failure(RuntimeError("shapes do not match")).reason is ErrorReason.INTERNAL

@@ -19,6 +19,7 @@ from service.store.blobs import BlobStore
 from service.store.jobs import Cancelled, JobState, claim_job, create_job, delete_job, finish_job, get_job, release_job, request_cancel
 from service.store.models import ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
+from tests.process_group import free_port
 from worker.celery_app import create_app
 from worker.reaper import Reaper, num_messages
 from worker.settings import WorkerSettings
@@ -190,3 +191,34 @@ def test_run_directories_go_with_deleted_jobs_only(bench: Bench) -> None:
         session.add(Job(**columns))
     bench.reaper.reap()
     assert {entry.name for entry in root.iterdir()} == {restored, kept, "of-another-database"}
+
+
+def test_nothing_else_stops_while_the_broker_is_away(bench: Bench) -> None:
+    """Redis is asked twice in such a round: for what expired, and for what may have lost its message."""
+    expired, waiting, deleted = bench.submit(age_seconds=0), bench.submit(age_seconds=60), bench.submit(age_seconds=0)
+    bench.expire(expired)
+    with bench.sessions.begin() as session:
+        request_cancel(session=session, job_id=deleted)
+        delete_job(session=session, job_id=deleted)
+    (bench.settings.runs_root / deleted).mkdir(parents=True)
+    away = bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{free_port()}/0"})
+    flag = ShutdownFlag()
+    with create_app(away, flag, "worker-1") as app:
+        Reaper(app, away).reap()
+    flag.close()
+    assert not (bench.settings.runs_root / deleted).exists()
+    for job_id in (expired, waiting):
+        job = bench.job(job_id)
+        assert (job.state, job.sent_at) == (JobState.QUEUED, None), "a later round sends it"
+    bench.reaper.reap()
+    assert bench.num_messages() == 1
+
+
+def test_a_part_that_fails_does_not_stop_the_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("worker.reaper.requeue_expired", fail)
+    bench.submit(age_seconds=60)
+    bench.reaper.reap()
+    assert bench.num_messages() == 1
