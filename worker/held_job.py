@@ -103,7 +103,7 @@ class HeldJob:
 
         A job that succeeded needs its mirrored checkpoints no more; those of jobs that ended otherwise are dropped by the reaper.
         """
-        stored = [(file.name, self._patiently(partial(self.blobs.put_file, file))) for file in export_files]
+        stored = [(file.name, self.patiently(partial(self.blobs.put_file, file))) for file in export_files]
         is_success = isinstance(outcome, ResultRecord)
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
@@ -183,7 +183,7 @@ class HeldJob:
             with reading(self._sessions) as session:
                 return query(session)
 
-        return self._patiently(attempt)
+        return self.patiently(attempt)
 
     def _register(self, session: Session, name: str, blob: StoredBlob, *, kind: ArtifactKind, group: str, step: int | None = None) -> None:
         media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
@@ -208,9 +208,10 @@ class HeldJob:
             with self._sessions.begin() as session:
                 return write(session)
 
-        return self._patiently(attempt)
+        return self.patiently(attempt)
 
-    def _patiently(self, attempt: Callable[[], AnyResult]) -> AnyResult:
+    def patiently(self, attempt: Callable[[], AnyResult]) -> AnyResult:
+        """What `attempt` returns, made again for as long as the store is out of reach and the lease is held."""
         pause = 0.2
         while True:
             if self.is_lost():
