@@ -115,12 +115,16 @@ class HeldJob:
         try:
             queued, dropped = self._persist(write)
         except BaseException:
-            keys = [blob.key for _, blob in stored]
-            if not self._may_be_known(keys):
-                self._delete_blobs(keys)
+            self.discard([blob for _, blob in stored])
             raise
         self._delete_blobs(dropped)
         return queued
+
+    def discard(self, stored: Sequence[StoredBlob]) -> None:
+        """Delete bytes that were stored to be made known, unless they are."""
+        keys = [blob.key for blob in stored]
+        if keys and not self._may_be_known(keys):
+            self._delete_blobs(keys)
 
     def _may_be_known(self, storage_keys: Sequence[str]) -> bool:
         """Whether a commit whose acknowledgement never arrived may have gone through: then the bytes must stay."""
@@ -200,8 +204,12 @@ class HeldJob:
         )
 
     def _delete_blobs(self, keys: Sequence[str]) -> None:
+        """Of bytes that nothing names. What cannot be deleted is logged: it only takes space, and what was written before stands."""
         for key in keys:
-            self.blobs.delete(key)
+            try:
+                self.blobs.delete(key)
+            except OSError as error:
+                logger.warning("job %s: the artifact store keeps %s, which nothing needs any more: %s", self.id, key, error)
 
     def _persist(self, write: Callable[[Session], AnyResult]) -> AnyResult:
         def attempt() -> AnyResult:

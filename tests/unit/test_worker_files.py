@@ -29,7 +29,7 @@ class Failing:
         self._error = error
         self.times_left = times
 
-    def __call__(self, key: str, start: int = 0, num_bytes: int | None = None) -> Iterator[bytes]:
+    def __call__(self, key: str) -> Iterator[bytes]:
         yield next(self._stream(key))[:3]
         if self.times_left:
             self.times_left -= 1
