@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from cliprd_core.run_dir import CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, sync_directory
 from cliprd_core.spec import JobSpec, TeacherSpec
 from service.store.artifacts import get_artifact
-from service.store.blobs import Blobs
 from service.store.jobs import ArtifactNotFoundError
 from service.store.models import Artifact, ArtifactKind
 from worker.held_job import EXPORT_GROUP, HeldJob
@@ -25,11 +26,16 @@ class TeacherGoneError(Exception):
     """The artifacts that should be the teacher are not in the store, or not whole."""
 
 
+class LostBytesError(Exception):
+    """The artifact store no longer holds what was stored there. Fetching it again would not help, unlike after a failure of the store."""
+
+
 def with_fetched_teachers(job: HeldJob, run: Path) -> JobSpec:
     """The job's spec as the trainer can run it: teachers from this service are copied into the run directory.
 
     Raises:
         TeacherGoneError: one cannot be had; the message is for the user.
+        OSError: it cannot be written here, as on a full disk.
     """
     fetched = {field: _fetch_teacher(job, teacher, run / TEACHERS_DIR / field) for field, teacher in job.spec.teacher_fields.items()}
     return job.spec.with_teachers(fetched)
@@ -42,8 +48,8 @@ def _fetch_teacher(job: HeldJob, teacher: TeacherSpec, folder: Path) -> TeacherS
     if not files:
         raise TeacherGoneError(f"Job {teacher.job} has no exported model. Submit this job again with a teacher that has one.")
     try:
-        fetch_files(job.blobs, files, folder)
-    except OSError as error:
+        fetch_files(job, files, folder)
+    except LostBytesError as error:
         raise TeacherGoneError(f"The teacher's files could not be fetched from the artifact store: {error}") from error
     return TeacherSpec(model=f"local-dir:{folder}")
 
@@ -66,6 +72,9 @@ def restore_checkpoint(job: HeldJob, run: Path) -> int | None:
 
     Returns:
         The step restored, or None if nothing was to be done. A damaged mirror is passed over for the next older one.
+
+    Raises:
+        OSError: it cannot be written here, as on a full disk: no reason to train those steps again.
     """
     by_step: dict[int, list[Artifact]] = {}
     for artifact in job.artifacts(job.id, ArtifactKind.CHECKPOINT):
@@ -78,31 +87,50 @@ def restore_checkpoint(job: HeldJob, run: Path) -> int | None:
             return None
         scratch = run / CHECKPOINTS_DIR / f".restoring-{target.name}"
         try:
-            fetch_files(job.blobs, by_step[step], scratch)
-            shutil.rmtree(target, ignore_errors=True)  # an incomplete one
-            scratch.replace(target)
-            sync_directory(target.parent)
-        except OSError as error:
+            fetch_files(job, by_step[step], scratch)
+        except LostBytesError as error:
             logger.warning("job %s: the mirrored checkpoint of step %d cannot be used: %s", job.id, step, error)
-            shutil.rmtree(scratch, ignore_errors=True)
             continue
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete one
+        scratch.replace(target)
+        sync_directory(target.parent)
         return step
     return None
 
 
-def fetch_files(blobs: Blobs, files: Sequence[Artifact], folder: Path) -> None:
-    """Make `folder` hold exactly these artifacts.
+def fetch_files(job: HeldJob, files: Sequence[Artifact], folder: Path) -> None:
+    """Make `folder` hold exactly these artifacts, however long the store is away; after an error there is no such folder.
 
     Raises:
-        OSError: one is missing in the store, or its bytes are not those that were stored.
+        LostBytesError: one is missing in the store, or its bytes are not those that were stored.
+        LeaseLostError: the job is another worker's now.
+        OSError: any other failure, such as a full disk.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for artifact in files:
-        digest = hashlib.sha256()
-        with (folder / artifact.name).open("xb") as target:
-            for chunk in blobs.stream(artifact.storage_key):
-                digest.update(chunk)
-                target.write(chunk)
-        if digest.hexdigest() != artifact.sha256:
-            raise OSError(f"artifact {artifact.id} ({artifact.name}) is damaged: its SHA-256 is not the one recorded")
+    try:
+        for artifact in files:
+            job.patiently(partial(_fetch, job, artifact, folder / artifact.name))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fetch(job: HeldJob, artifact: Artifact, target: Path) -> None:
+    digest = hashlib.sha256()
+    with target.open("wb") as file:
+        for chunk in _stored_bytes(job, artifact):
+            digest.update(chunk)
+            file.write(chunk)
+    if digest.hexdigest() != artifact.sha256:
+        raise LostBytesError(f"artifact {artifact.id} ({artifact.name}) is damaged: its SHA-256 is not the one recorded")
+
+
+def _stored_bytes(job: HeldJob, artifact: Artifact) -> Iterator[bytes]:
+    """An artifact's bytes. Errors in here are the store's, never those of the disk that the bytes are written to."""
+    try:
+        yield from job.blobs.stream(artifact.storage_key)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno == errno.EIO:
+            raise LostBytesError(f"artifact {artifact.id} ({artifact.name}) cannot be read: {error}") from error
+        raise

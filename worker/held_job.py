@@ -103,7 +103,7 @@ class HeldJob:
 
         A job that succeeded needs its mirrored checkpoints no more; those of jobs that ended otherwise are dropped by the reaper.
         """
-        stored = [(file.name, self._patiently(partial(self.blobs.put_file, file))) for file in export_files]
+        stored = [(file.name, self.patiently(partial(self.blobs.put_file, file))) for file in export_files]
         is_success = isinstance(outcome, ResultRecord)
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
@@ -115,12 +115,16 @@ class HeldJob:
         try:
             queued, dropped = self._persist(write)
         except BaseException:
-            keys = [blob.key for _, blob in stored]
-            if not self._may_be_known(keys):
-                self._delete_blobs(keys)
+            self.discard([blob for _, blob in stored])
             raise
         self._delete_blobs(dropped)
         return queued
+
+    def discard(self, stored: Sequence[StoredBlob]) -> None:
+        """Delete bytes that were stored to be made known, unless they are."""
+        keys = [blob.key for blob in stored]
+        if keys and not self._may_be_known(keys):
+            self._delete_blobs(keys)
 
     def _may_be_known(self, storage_keys: Sequence[str]) -> bool:
         """Whether a commit whose acknowledgement never arrived may have gone through: then the bytes must stay."""
@@ -183,7 +187,7 @@ class HeldJob:
             with reading(self._sessions) as session:
                 return query(session)
 
-        return self._patiently(attempt)
+        return self.patiently(attempt)
 
     def _register(self, session: Session, name: str, blob: StoredBlob, *, kind: ArtifactKind, group: str, step: int | None = None) -> None:
         media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
@@ -200,17 +204,22 @@ class HeldJob:
         )
 
     def _delete_blobs(self, keys: Sequence[str]) -> None:
+        """Of bytes that nothing names. What cannot be deleted is logged: it only takes space, and what was written before stands."""
         for key in keys:
-            self.blobs.delete(key)
+            try:
+                self.blobs.delete(key)
+            except OSError as error:
+                logger.warning("job %s: the artifact store keeps %s, which nothing needs any more: %s", self.id, key, error)
 
     def _persist(self, write: Callable[[Session], AnyResult]) -> AnyResult:
         def attempt() -> AnyResult:
             with self._sessions.begin() as session:
                 return write(session)
 
-        return self._patiently(attempt)
+        return self.patiently(attempt)
 
-    def _patiently(self, attempt: Callable[[], AnyResult]) -> AnyResult:
+    def patiently(self, attempt: Callable[[], AnyResult]) -> AnyResult:
+        """What `attempt` returns, made again for as long as the store is out of reach and the lease is held."""
         pause = 0.2
         while True:
             if self.is_lost():

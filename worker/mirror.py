@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 10.0
 
+PutFile = Callable[[Path], StoredBlob]
+
 
 class CheckpointMirror:
     """Uploads the best and then the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
@@ -66,30 +68,31 @@ class CheckpointMirror:
         self._upload()
 
     def mirror_best(self) -> None:
-        """Mirror the best one if that is new, now; errors as of `mirror`."""
+        """Mirror the best one if that is new, now, however long the store is away; errors as of `mirror`."""
         self.wait()
-        self._upload_best()
+        self._upload_best(lambda file: self._job.patiently(partial(self._job.blobs.put_file, file)))
 
     def _upload(self) -> None:
         newest = self._newest()  # before a look at which one is the best, which may change any time
-        self._upload_best()
+        self._upload_best(self._job.blobs.put_file)
         if newest is None:
             return
         self._store(
             newest,
             ArtifactKind.CHECKPOINT,
+            self._job.blobs.put_file,
             lambda step, stored: self._job.add_checkpoint(newest.name, step, stored, self._groups_to_keep(newest.name)),
         )
         self._mirrored = newest.name
 
-    def _upload_best(self) -> None:
+    def _upload_best(self, put_file: PutFile) -> None:
         best = self._best()
         if best is not None:
             add = partial(self._job.add_best_checkpoint, best.name)
-            self._store(best, ArtifactKind.BEST_CHECKPOINT, add)
+            self._store(best, ArtifactKind.BEST_CHECKPOINT, put_file, add)
             self._best_mirrored = best.name
 
-    def _store(self, folder: Path, kind: ArtifactKind, add: Callable[[int, list[tuple[str, StoredBlob]]], None]) -> None:
+    def _store(self, folder: Path, kind: ArtifactKind, put_file: PutFile, add: Callable[[int, list[tuple[str, StoredBlob]]], None]) -> None:
         """Upload a checkpoint's files and make them known by `add`, unless an earlier attempt did."""
         marker = CheckpointMarker.model_validate_json((folder / CHECKPOINT_MARKER).read_bytes())
         known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, kind, folder.name)}
@@ -98,11 +101,10 @@ class CheckpointMirror:
         stored: list[tuple[str, StoredBlob]] = []
         try:
             for name in [*(file.name for file in marker.files), CHECKPOINT_MARKER]:
-                stored.append((name, self._job.blobs.put_file(folder / name)))
+                stored.append((name, put_file(folder / name)))
             add(marker.step, stored)
         except BaseException:
-            for _, blob in stored:
-                self._job.blobs.delete(blob.key)
+            self._job.discard([blob for _, blob in stored])
             raise
 
     def _best(self) -> Path | None:

@@ -4,10 +4,9 @@ import errno
 import json
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,17 @@ import psutil
 import pytest
 from celery import Celery
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import METRICS_FILE, ErrorReason, ErrorRecord, ResultRecord, complete_checkpoints, step_of
+from cliprd_core.run_dir import METRICS_FILE, ErrorReason, ResultRecord, complete_checkpoints, step_of
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.artifacts import remove_finished_checkpoints
-from service.store.blobs import BlobStore
 from service.store.events import list_events
 from service.store.jobs import (
     JobState,
     LeaseLostError,
     QueuedJob,
-    claim_job,
-    create_job,
-    get_job,
     request_cancel,
     request_pause,
     requeue_expired,
@@ -40,84 +35,13 @@ from service.store.jobs import (
 from service.store.logs import read_log
 from service.store.metrics import list_evaluations, series
 from service.store.models import Artifact, ArtifactKind, Job
-from service.store.session import make_engine, make_sessions, migrate, reading
+from service.store.session import reading
 from tests.teacher_store_helpers import make_store
-from worker.held_job import HeldJob
-from worker.process import TrainingProcess, trainer_environment
+from tests.worker_bench import Bench, soon
 from worker.run_dirs import remove_deleted
-from worker.settings import WorkerSettings
-from worker.supervisor import Supervisor
 from worker.tasks import run_job
 
-FAKE_TRAINER = Path(__file__).parents[1] / "fake_trainer.py"
 SLOW = {"steps": "1000", "step_seconds": "0.02"}
-
-
-class Bench:
-    """A store, a blob store and a worker's settings."""
-
-    def __init__(self, folder: Path) -> None:
-        url = f"sqlite:///{folder / 'cliprd.db'}"
-        migrate(url)
-        self.engine = make_engine(url)
-        self.sessions: sessionmaker[Session] = make_sessions(self.engine)
-        self.blobs = BlobStore(folder / "artifacts")
-        self.settings = WorkerSettings(
-            database_url=url,
-            artifacts_root=folder / "artifacts",
-            runs_root=folder / "runs",
-            teacher_store_root=folder / "teacher-stores",
-            lease_seconds=2,
-            heartbeat_seconds=0.2,
-            grace_seconds=5,
-            poll_seconds=0.05,
-        )
-        self.stop = threading.Event()
-        self.process: TrainingProcess | None = None
-
-    def submit(self, labels: dict[str, str], max_attempts: int = 3, **changes: Any) -> str:
-        spec: dict[str, Any] = {
-            "name": "fake",
-            "recipe": "clip",
-            "labels": labels,
-            "student": {"model": "ViT-T-16"},
-            "data": {"train": [{"type": "webdataset", "shards": "none.tar"}]},
-        }
-        with self.sessions.begin() as session:
-            return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes)), max_attempts=max_attempts).id
-
-    def held(self, job_id: str, lease_seconds: float = 2) -> HeldJob:
-        with self.sessions.begin() as session:
-            claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=lease_seconds)
-        assert claim is not None
-        return HeldJob(claim, self.sessions, self.blobs, lease_seconds=lease_seconds)
-
-    def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
-        def launch(run: Path, job: HeldJob, cookie: str) -> TrainingProcess:
-            command = [sys.executable, str(FAKE_TRAINER), str(run / "spec.json")]
-            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1), cookie)
-            return self.process
-
-        return Supervisor(job, settings or self.settings, self.stop.is_set, launch)
-
-    def run(self, job_id: str) -> list[QueuedJob]:
-        return self.supervisor(self.held(job_id)).run()
-
-    def run_dir(self, job_id: str) -> Path:
-        return self.settings.runs_root / job_id
-
-    def job(self, job_id: str) -> Job:
-        with reading(self.sessions) as session:
-            return get_job(session=session, job_id=job_id)
-
-    def artifacts(self, job_id: str, kind: ArtifactKind) -> list[Artifact]:
-        with reading(self.sessions) as session:
-            return list(session.query(Artifact).where(Artifact.job_id == job_id, Artifact.kind == kind).all())
-
-    def error(self, job_id: str) -> ErrorRecord:
-        job = self.job(job_id)
-        assert job.state is JobState.FAILED, job.state
-        return ErrorRecord.model_validate(job.error)
 
 
 @pytest.fixture
@@ -125,21 +49,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
     yield bench
     bench.engine.dispose()
-
-
-def soon(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
-    """Do something, from another thread, once a condition holds: the supervisor has the main thread."""
-
-    def wait_and_act() -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait_and_act, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_a_run_that_ends_well(bench: Bench) -> None:
@@ -340,7 +249,7 @@ def test_a_full_disk_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("worker.supervisor.restore_checkpoint", full)
+    monkeypatch.setattr("worker.supervisor.write_atomically", full)
     assert bench.run(job_id) == []
     assert bench.job(job_id).state is JobState.QUEUED
     bench.run(job_id)

@@ -1,0 +1,91 @@
+"""The mirror of checkpoints: what it says is in the store is there and whole, whatever the store does meanwhile."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from service.store.blobs import BlobsUnreachableError, StoredBlob
+from service.store.jobs import JobState, LeaseLostError
+from service.store.models import ArtifactKind
+from tests.fake_trainer import save
+from tests.worker_bench import Bench
+from worker.mirror import CheckpointMirror
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.engine.dispose()
+
+
+def mirrored_steps(bench: Bench, job_id: str, kind: ArtifactKind = ArtifactKind.CHECKPOINT) -> set[int | None]:
+    """Steps that the store knows; all of their bytes are there."""
+    artifacts = bench.artifacts(job_id, kind)
+    assert all(bench.blobs.path(one.storage_key).is_file() for one in artifacts), "rows without bytes"
+    return {one.step for one in artifacts}
+
+
+def test_old_bytes_that_cannot_be_deleted_cost_no_new_ones(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = bench.submit({})
+    mirror = CheckpointMirror(bench.held(job_id), bench.run_dir(job_id), num_kept=1)
+    save(bench.run_dir(job_id), 5)
+    mirror.mirror()
+    save(bench.run_dir(job_id), 10)
+    delete, failures = bench.blobs.delete, [BlobsUnreachableError("503 Slow Down")]
+
+    def delete_or_fail(key: str) -> None:
+        if failures:
+            raise failures.pop()
+        delete(key)
+
+    monkeypatch.setattr(bench.blobs, "delete", delete_or_fail)
+    mirror.mirror()
+    assert not failures
+    assert mirrored_steps(bench, job_id) == {10}
+    assert "which nothing needs any more" in caplog.text
+
+
+def test_a_commit_whose_acknowledgement_is_lost_keeps_the_checkpoint(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({})
+    job = bench.held(job_id)
+    mirror = CheckpointMirror(job, bench.run_dir(job_id), num_kept=1)
+    save(bench.run_dir(job_id), 5)
+    begin = bench.sessions.begin
+
+    @contextmanager
+    def begin_and_lose_answer_and_lease() -> Iterator[Session]:
+        monkeypatch.setattr(bench.sessions, "begin", begin)
+        with begin() as session:
+            yield session
+        job.is_lost = lambda: True
+        raise OperationalError("COMMIT", {}, ConnectionError("the answer was lost"))
+
+    monkeypatch.setattr(bench.sessions, "begin", begin_and_lose_answer_and_lease)
+    with pytest.raises(LeaseLostError):
+        mirror.mirror()
+    assert mirrored_steps(bench, job_id) == {5}
+
+
+def test_an_artifact_store_that_is_away_at_the_end_delays_the_success(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "20", "best": "20"})
+    put_file, away_until = bench.blobs.put_file, [float("inf")]
+
+    def put_or_fail(path: Path) -> StoredBlob:
+        if (bench.run_dir(job_id) / "result.json").exists():
+            away_until[0] = min(away_until[0], time.monotonic() + 0.5)
+        if path.parent.name == "step-0000000020" and time.monotonic() < away_until[0]:
+            raise BlobsUnreachableError("503 Slow Down")
+        return put_file(path)
+
+    monkeypatch.setattr(bench.blobs, "put_file", put_or_fail)
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {20}

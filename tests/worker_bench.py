@@ -1,0 +1,118 @@
+"""A store, a blob store and supervisors that run the fake trainer, for tests of what a worker does with a job."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from cliprd_core.run_dir import LOG_FILE, ErrorRecord
+from cliprd_core.spec import JobSpec, merge_over
+from service.store.blobs import BlobStore
+from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_job, retry_job
+from service.store.models import Artifact, ArtifactKind, Job
+from service.store.session import make_engine, make_sessions, migrate, reading
+from worker.held_job import HeldJob
+from worker.process import TrainingProcess, trainer_environment
+from worker.settings import WorkerSettings
+from worker.supervisor import Supervisor
+
+FAKE_TRAINER = Path(__file__).parent / "fake_trainer.py"
+
+
+class Bench:
+    """A store, a blob store and a worker's settings."""
+
+    def __init__(self, folder: Path) -> None:
+        url = f"sqlite:///{folder / 'cliprd.db'}"
+        migrate(url)
+        self.engine = make_engine(url)
+        self.sessions: sessionmaker[Session] = make_sessions(self.engine)
+        self.blobs = BlobStore(folder / "artifacts")
+        self.settings = WorkerSettings(
+            database_url=url,
+            artifacts_root=folder / "artifacts",
+            runs_root=folder / "runs",
+            teacher_store_root=folder / "teacher-stores",
+            lease_seconds=2,
+            heartbeat_seconds=0.2,
+            grace_seconds=5,
+            poll_seconds=0.05,
+        )
+        self.stop = threading.Event()
+        self.process: TrainingProcess | None = None
+
+    def submit(self, labels: dict[str, str], max_attempts: int = 3, **changes: Any) -> str:
+        spec: dict[str, Any] = {
+            "name": "fake",
+            "recipe": "clip",
+            "labels": labels,
+            "student": {"model": "ViT-T-16"},
+            "data": {"train": [{"type": "webdataset", "shards": "none.tar"}]},
+        }
+        with self.sessions.begin() as session:
+            return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes)), max_attempts=max_attempts).id
+
+    def held(self, job_id: str, lease_seconds: float = 2) -> HeldJob:
+        with self.sessions.begin() as session:
+            claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=lease_seconds)
+        assert claim is not None
+        return HeldJob(claim, self.sessions, self.blobs, lease_seconds=lease_seconds)
+
+    def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
+        def launch(run: Path, job: HeldJob, cookie: str) -> TrainingProcess:
+            command = [sys.executable, str(FAKE_TRAINER), str(run / "spec.json")]
+            self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1), cookie)
+            return self.process
+
+        return Supervisor(job, settings or self.settings, self.stop.is_set, launch)
+
+    def run(self, job_id: str) -> list[QueuedJob]:
+        return self.supervisor(self.held(job_id)).run()
+
+    def run_dir(self, job_id: str) -> Path:
+        return self.settings.runs_root / job_id
+
+    def job(self, job_id: str) -> Job:
+        with reading(self.sessions) as session:
+            return get_job(session=session, job_id=job_id)
+
+    def artifacts(self, job_id: str, kind: ArtifactKind) -> list[Artifact]:
+        with reading(self.sessions) as session:
+            return list(session.query(Artifact).where(Artifact.job_id == job_id, Artifact.kind == kind).all())
+
+    def retry(self, job_id: str, labels: dict[str, str]) -> None:
+        """Queue a failed job again, with other labels for the fake trainer."""
+        with self.sessions.begin() as session:
+            job = session.get_one(Job, job_id)
+            job.spec = {**job.spec, "labels": labels}
+            retry_job(session=session, job_id=job_id)
+
+    def log(self, job_id: str) -> str:
+        """What the training processes printed on this machine."""
+        return (self.run_dir(job_id) / LOG_FILE).read_text()
+
+    def error(self, job_id: str) -> ErrorRecord:
+        job = self.job(job_id)
+        assert job.state is JobState.FAILED, job.state
+        return ErrorRecord.model_validate(job.error)
+
+
+def soon(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Do something, from another thread, once a condition holds: the supervisor has the main thread."""
+
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait_and_act, daemon=True)
+    thread.start()
+    return thread
