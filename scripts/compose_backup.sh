@@ -10,7 +10,7 @@ fail() { echo "$0: $1" >&2; exit 1; }
 
 # A stack that uses another database or store still has its own, and those are empty or old.
 config=$(docker compose config)
-elsewhere=$(echo "$config" | sed -nE '/: (""|null|\/run\/secrets\/cliprd\/database_url)$/d
+elsewhere=$(printf '%s\n' "$config" | sed -nE '/: (""|null|\/run\/secrets\/cliprd\/database_url)$/d
     s/^ +(CLIPRD_(DATABASE_URL|ARTIFACTS_URL)(_FILE)?): .*/\1/p' | sort -u | paste -s -d' ' -)
 [ -z "$elsewhere" ] || fail "the stack uses what is not its own ($elsewhere); back up that database or store with its own tools"
 
