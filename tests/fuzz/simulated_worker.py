@@ -48,22 +48,27 @@ class SimulatedWorker(threading.Thread):
     def run(self) -> None:
         try:
             while not self._stopped.wait(SECONDS_PER_STEP):
-                claim = self._claim()
+                claim = self.claim()
                 if claim is not None:
                     try:
-                        self._run(claim)
+                        self.see_through(claim)
                     except LeaseLostError:
                         continue
         except BaseException as error:
             self.error = error
 
-    def _claim(self) -> jobs.Claim | None:
+    def claim(self) -> jobs.Claim | None:
+        """A queued job, where there is one."""
         with self._sessions.begin() as session:
             requeue_expired(session=session)
             queued = session.scalars(select(Job.id).where(Job.state == JobState.QUEUED).limit(1)).first()
             return None if queued is None else jobs.claim_next(session=session, job_id=queued, worker=self.name, lease_seconds=5)
 
-    def _run(self, claim: jobs.Claim) -> None:
+    def see_through(self, claim: jobs.Claim) -> None:
+        """
+        Raises:
+            LeaseLostError: another has the job.
+        """
         held = {"job_id": claim.job.id, "lease_token": claim.lease_token}
         attempt = claim.attempt
         with self._sessions.begin() as session:
