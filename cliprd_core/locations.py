@@ -19,6 +19,9 @@ DATA_ROOTS_VARIABLE = "CLIPRD_DATA_ROOTS"
 REMOTE_HOSTS_VARIABLE = "CLIPRD_REMOTE_HOSTS"
 """Environment variable: what jobs may read from elsewhere: `HOST`, `HOST:PORT` or `s3://BUCKET`, separated by commas; `*`: anything."""
 
+HOME_VARIABLE = "CLIPRD_HOME"
+"""Environment variable: folder of the service's own files, of which jobs read nothing, also where it lies in a folder they may read."""
+
 ANY_HOST = "*"
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -26,6 +29,10 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 class ForbiddenLocationError(ValueError):
     """A job may not read from there; the message says from where it may."""
+
+
+class ServiceFileError(ForbiddenLocationError):
+    """It belongs to the service itself: its broker's password, its database, other jobs' files."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +43,24 @@ class Locations:
     """Folders, as real paths. None: any."""
     hosts: tuple[str, ...] | None = None
     """Lower-case entries as in REMOTE_HOSTS_VARIABLE. None: any."""
+    home: str | None = None
+    """The service's own folder, as a real path: inside a root it is none of it, but a root inside it is one. None: there is none."""
 
     @classmethod
-    def of(cls, roots: Iterable[str | Path], hosts: Iterable[str]) -> Locations:
-        """From what an operator writes; relative roots start in the current directory."""
-        return cls(tuple(os.path.realpath(root) for root in roots), tuple(host.lower() for host in hosts))
+    def of(cls, roots: Iterable[str | Path], hosts: Iterable[str], *, home: str | Path | None = None) -> Locations:
+        """From what an operator writes; relative folders start in the current directory."""
+        real_home = None if home is None else os.path.realpath(home)
+        return cls(tuple(os.path.realpath(root) for root in roots), tuple(host.lower() for host in hosts), real_home)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Locations:
         """What the worker tells its trainer; anywhere, where nobody says anything."""
         roots, hosts = environment.get(DATA_ROOTS_VARIABLE), environment.get(REMOTE_HOSTS_VARIABLE)
+        home = environment.get(HOME_VARIABLE)
         return cls(
             None if roots is None else tuple(os.path.realpath(root) for root in split_roots(roots)),
             None if hosts is None else split_hosts(hosts),
+            os.path.realpath(home) if home else None,
         )
 
     def environment(self) -> dict[str, str]:
@@ -56,19 +68,24 @@ class Locations:
         return {
             **({} if self.roots is None else {DATA_ROOTS_VARIABLE: os.pathsep.join(self.roots)}),
             **({} if self.hosts is None else {REMOTE_HOSTS_VARIABLE: ",".join(self.hosts)}),
+            **({} if self.home is None else {HOME_VARIABLE: self.home}),
         }
 
     def check_path(self, path: str | Path) -> None:
         """
         Raises:
             ForbiddenLocationError: what it leads to is under no root.
+            ServiceFileError: it is the service's own.
         """
         if self.roots is None:
             return
         real = os.path.realpath(path)
-        if not any(real == root or real.startswith(root.rstrip("/") + "/") for root in self.roots):
-            leads = "" if real == os.path.normpath(path) else f" (it leads to {real})"
+        leads = "" if real == os.path.normpath(path) else f" (it leads to {real})"
+        found = [root for root in self.roots if _holds(root, real)]
+        if not found:
             raise ForbiddenLocationError(f"{path}{leads} is outside the folders that jobs may read: {', '.join(self.roots) or 'none'}")
+        if self.home is not None and _holds(self.home, real) and not any(_holds(self.home, root) and root != self.home for root in found):
+            raise ServiceFileError(f"{path}{leads} is in {self.home}, where the service keeps its own files, which no job may read as data")
 
     def check_url(self, url: str) -> None:
         """
@@ -107,6 +124,11 @@ class Locations:
 
     def _lists(self, url: str) -> bool:
         return self.hosts is not None and not set(_names(url)).isdisjoint(self.hosts)
+
+
+def _holds(folder: str, path: str) -> bool:
+    """Whether a path is the folder or below it; both are real paths."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _names(url: str) -> tuple[str, ...]:

@@ -194,7 +194,7 @@ def _check_allowed(field: str, path: Path) -> None:
     try:
         Locations.from_environment().check_path(path)
     except ForbiddenLocationError as error:
-        raise ValueError(f"`{field}`: {error}; move it there") from error
+        raise ValueError(f"`{field}`: {error}") from error
 
 
 def _weights_path(role: str, pretrained: str, name: str | None = None) -> Path:

@@ -128,6 +128,7 @@ class EmbeddedStack:
         broker_url = self._start_redis(cleanup)
         self._environment = {
             **os.environ,
+            "CLIPRD_HOME": str(self.home),
             "CLIPRD_DATABASE_URL": f"sqlite:///{self.home / 'cliprd.db'}",
             "CLIPRD_BROKER_URL": broker_url,
             "CLIPRD_ARTIFACTS_ROOT": str(self.home / "artifacts"),

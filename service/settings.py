@@ -38,6 +38,11 @@ class Settings(EnvironmentSettings):
         default=Path(".cliprd/teacher-stores"),
         description="Folder of the teacher stores, as the workers'. The API lists and deletes those it can see there.",
     )
+    home: Path = Field(
+        default=Path(".cliprd"),
+        description="Folder of the service's own files: jobs read nothing of it as data, also where it lies in one of `data_roots`. With"
+        " `cliprd up`: where everything is kept.",
+    )
     data_root: Path = Field(default=Path(), description="Folder that relative paths in specs start from. Default: the current directory.")
 
     data_roots: Roots = Field(
@@ -80,4 +85,4 @@ class Settings(EnvironmentSettings):
     @property
     def locations(self) -> Locations:
         """Where jobs may read from."""
-        return Locations.of(self.data_roots or (self.data_root,), self.remote_hosts)
+        return Locations.of(self.data_roots or (self.data_root,), self.remote_hosts, home=self.home)

@@ -10,12 +10,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cliprd_core.locations import ForbiddenLocationError, Locations
+from cliprd_core.locations import ForbiddenLocationError, Locations, ServiceFileError
 from cliprd_core.spec import DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service import data_files, model_names
 from service.pair_counts import known_num_pairs, num_steps_of
@@ -213,7 +214,9 @@ class _Check:
         """The folders in which globs look are checked first, so that none looks where it may not; then what was found."""
         found = data_files.pattern_problem(pattern) or location_problem(self.locations.check_path, data_files.expand_folders(pattern))
         if found is None and self.check_files:
-            found = data_files.shards_problem(pattern) or location_problem(self.locations.check_path, data_files.expand_shards(pattern))
+            with suppress(FileNotFoundError):
+                found = location_problem(self.locations.check_path, data_files.expand_shards(pattern))  # before a look at any of them
+            found = found or data_files.shards_problem(pattern)
         if found is not None:
             self._add(field, *found)
 
@@ -229,6 +232,9 @@ def location_problem(check: Callable[[str], None], places: Iterable[str | Path])
     for place in places:
         try:
             check(str(place))
+        except ServiceFileError as error:
+            remedy = 'Keep data elsewhere; a trained model is named by {"job": ID} or {"artifact": ID}.'
+            return str(error), remedy
         except ForbiddenLocationError as error:
             return str(error), "Move the data there, or ask the service's operator to allow it (CLIPRD_DATA_ROOTS, CLIPRD_REMOTE_HOSTS)."
     return None

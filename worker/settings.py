@@ -34,6 +34,7 @@ class WorkerSettings(EnvironmentSettings):
         ge=0,
         description="Before each job, stores are deleted until all together take at most this on disk; the longest unused first.",
     )
+    home: Path = Field(default=Path(".cliprd"), description="As the API's.")
     data_root: Path = Field(default=Path(), description="As the API's; only `data_roots` falls back on it.")
     data_roots: Roots = Field(default=(), description="As the API's: the trainer looks again at what it opens.")
     remote_hosts: Hosts = Field(default=(), description="As the API's.")
@@ -62,7 +63,7 @@ class WorkerSettings(EnvironmentSettings):
 
     def locations_of(self, run: Path) -> Locations:
         """Where a job may read from: as the API says, and its own run directory, where fetched teachers are."""
-        return Locations.of([*(self.data_roots or (self.data_root,)), run], self.remote_hosts)
+        return Locations.of([*(self.data_roots or (self.data_root,)), run], self.remote_hosts, home=self.home)
 
     @property
     def trainer_environment(self) -> dict[str, str]:

@@ -70,7 +70,8 @@ def test_the_process_is_up_while_all_its_threads_wait(settings: Settings) -> Non
     async def answer() -> int:
         limiter = anyio.to_thread.current_default_thread_limiter()
         limiter.total_tokens = 1
-        async with limiter, httpx.AsyncClient(transport=httpx.ASGITransport(create_app(settings)), base_url="http://127.0.0.1") as client:
+        limiter.acquire_on_behalf_of_nowait("a request that waits")
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(settings)), base_url="http://127.0.0.1") as client:
             with anyio.fail_after(10):
                 return (await client.get("/healthz")).status_code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
 from cliprd_core.data.sources import expand_shards, open_sources
 from cliprd_core.evaluation.datasets import load_classification_set
-from cliprd_core.locations import DATA_ROOTS_VARIABLE, REMOTE_HOSTS_VARIABLE, ForbiddenLocationError, Locations
+from cliprd_core.locations import DATA_ROOTS_VARIABLE, REMOTE_HOSTS_VARIABLE, ForbiddenLocationError, Locations, ServiceFileError
 from cliprd_core.models import load_student, load_teacher
 from cliprd_core.spec import CsvSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service.problems import FieldProblem, SpecError
@@ -178,16 +179,60 @@ def test_a_row_of_a_table_does_not_lead_out(root: Path, monkeypatch: pytest.Monk
     assert pairs.fingerprint
 
 
+@pytest.mark.parametrize(("field", "changes"), CASES)
+def test_the_services_own_files_are_no_data(root: Path, field: str, changes: Callable[[str], dict[str, Any]]) -> None:
+    home = root / ".cliprd"
+    shutil.copytree(root.parent / "outside", home)
+    (root / "way").symlink_to(home)
+    locations = Locations.of([root], (), home=home)
+    for folder in (".cliprd", str(home), "way"):
+        with pytest.raises(SpecError) as error:
+            check_spec(JobSpec.model_validate(spec_dict(**changes(folder))), data_root=root, locations=locations)
+        assert [one.field for one in error.value.problems] == [field]
+        assert f"is in {home}, where the service keeps its own files" in error.value.problems[0].problem
+        assert "CLIPRD_DATA_ROOTS" not in error.value.problems[0].remedy
+    check_spec(JobSpec.model_validate(spec_dict(**changes("."))), data_root=root, locations=locations)
+    within = Locations.of([root, home / "set", home], (), home=home)  # a run directory, say
+    within.check_path(home / "set" / "classnames.txt")
+    for private in (home, home / "0.tar"):
+        with pytest.raises(ServiceFileError):
+            within.check_path(private)
+
+
+def test_a_glob_tells_nothing_of_the_services_own_files(root: Path) -> None:
+    (root / ".cliprd" / "redis").mkdir(parents=True)
+    (root / ".cliprd" / "redis" / "redis.conf").write_text("requirepass secret")
+    locations = Locations.of([root], (), home=root / ".cliprd")
+    with pytest.raises(SpecError) as error:
+        check_spec(JobSpec.model_validate(spec_dict(**shards(".c*/redis/*.conf"))), data_root=root, locations=locations)
+    assert "the service keeps its own files" in error.value.problems[0].problem, "not: it is no tar"
+
+
+def test_the_trainer_reads_none_of_the_services_own_files(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor through a link or a table's row."""
+    home = root / ".cliprd"
+    shutil.copytree(root.parent / "outside", home)
+    for name, value in Locations.of([root], (), home=home).environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidDataError, match="the service keeps its own files"):
+        open_sources([CsvSource(type="csv", path=str(home / "pairs.tsv"))], tmp_path)
+    (root / "rows.tsv").write_text(f"filepath\ttitle\n{home}/weights.pt\ta\n")
+    pairs = open_sources([CsvSource(type="csv", path=str(root / "rows.tsv"))], tmp_path)
+    with pytest.raises(CorruptSampleError, match="the service keeps its own files"):
+        pairs.read(0)
+
+
 def test_settings_of_service_and_worker_say_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1"
     monkeypatch.chdir(tmp_path)
-    assert Settings().locations == Locations((str(tmp_path),), ())
-    assert WorkerSettings().locations_of(run) == Locations((str(tmp_path), str(run)), ())
+    home = str(tmp_path / ".cliprd")
+    assert Settings().locations == Locations((str(tmp_path),), (), home)
+    assert WorkerSettings().locations_of(run) == Locations((str(tmp_path), str(run)), (), home)
     monkeypatch.setenv("CLIPRD_DATA_ROOT", "data")
     assert Settings().locations.roots == (f"{tmp_path}/data",)
     monkeypatch.setenv(DATA_ROOTS_VARIABLE, f"/data{os.pathsep}more")
     monkeypatch.setenv(REMOTE_HOSTS_VARIABLE, "Data.Example, s3://Bucket")
-    assert Settings().locations == Locations(("/data", f"{tmp_path}/more"), ("data.example", "s3://bucket"))
+    assert Settings().locations == Locations(("/data", f"{tmp_path}/more"), ("data.example", "s3://bucket"), home)
     told = WorkerSettings().locations_of(run)
     assert told.roots == ("/data", f"{tmp_path}/more", str(run))
     assert Locations.from_environment(told.environment()) == told
