@@ -22,6 +22,7 @@ from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
 from cliprd_core.data.transforms import Normalise
+from cliprd_core.divergence import DivergenceWatch
 from cliprd_core.evaluation.run import check_evaluation_sets
 from cliprd_core.failures import InvalidSpecError
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
@@ -63,6 +64,7 @@ class Run:
     control: ControlGroup
     metrics: MetricsLog
     best: BestSoFar
+    divergence: DivergenceWatch
     stopwatch: Stopwatch
     num_steps: int
     start_step: int
@@ -197,6 +199,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         control=control,
         metrics=metrics,
         best=BestSoFar.at_start(run_dir, spec.training.keep_checkpoints.best, best_before, start_step),
+        divergence=DivergenceWatch(is_scaled=scaler.is_enabled()),
         stopwatch=Stopwatch(),
         num_steps=num_steps,
         start_step=start_step,

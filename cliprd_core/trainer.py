@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cliprd_core import distributed
 from cliprd_core.checkpoint import prune_checkpoints, save_checkpoint
 from cliprd_core.data.batch import Batch
+from cliprd_core.divergence import GRAD_NORM, LOSS, TERM_PREFIX
 from cliprd_core.evaluation.run import evaluate
 from cliprd_core.export import export_model
-from cliprd_core.failures import DivergedError
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
 from cliprd_core.run_dir import BEST_FILE, EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
@@ -50,8 +50,8 @@ class Outcome(Enum):
 class StepOutput:
     """What one step measured, still on the device: reading it waits for the step to finish."""
 
-    losses: StepLosses
-    grad_norm: Tensor  # 0-d, global L2 norm before clipping
+    names: tuple[str, ...]  # of the numbers, the same in every step
+    numbers: Tensor  # (numbers,), equal on every rank
     learning_rate: float
 
 
@@ -102,7 +102,9 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     run.optimizer.zero_grad()
     _clamp_logit_scale(run.student.model)
     run.teacher_features.flush()
-    return StepOutput(losses, grad_norm, learning_rate)
+    measured = _measured(run, losses, grad_norm)
+    numbers = torch.stack([value.detach().float().to(run.device) for value in measured.values()])
+    return StepOutput(tuple(measured), numbers, learning_rate)
 
 
 def _clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -135,6 +137,7 @@ def _train_epochs(run: Run, stop: StopRequest) -> bool:
         for batch in run.stopwatch.waiting_for(iter(batches)):
             output = train_step(run, batch, step)
             step += 1
+            run.divergence.observe(output.names, output.numbers, step)
             is_stopping = run.control.any(stop.requested)
             _record_and_save(run, output, step, is_stopping=is_stopping)
             if is_stopping and step < run.num_steps:
@@ -152,9 +155,9 @@ def _record_and_save(run: Run, output: StepOutput, step: int, *, is_stopping: bo
     is_save_due = is_stopping or step % training.checkpoint_every_steps == 0 or _is_evaluation_due(run, step)
     if not (is_log_due or is_save_due):
         return
-    values = _read_values(run, output)
-    _check_finite(values, step, is_scaled=run.scaler.is_enabled())
+    run.divergence.check()
     if is_log_due and distributed.is_main():
+        values = {**dict(zip(output.names, output.numbers.tolist(), strict=True)), "train/learning_rate": output.learning_rate}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}  # fp16 skips steps of infinite gradient
         run.metrics.training(step, finite, run.stopwatch.lap())
     if is_save_due and distributed.is_main():
@@ -162,39 +165,13 @@ def _record_and_save(run: Run, output: StepOutput, step: int, *, is_stopping: bo
             save_checkpoint(run.run_dir, run.state_at(step), run.parts, training.keep_checkpoints)
 
 
-def _read_values(run: Run, output: StepOutput) -> dict[str, float]:
-    """All measurements of a step as numbers, by one copy from the device."""
-    losses = output.losses
-    tensors = {"train/loss": losses["total"], "train/grad_norm": output.grad_norm}
-    tensors |= {f"train/term/{name}": value for name, value in losses["terms"].items()}
+def _measured(run: Run, losses: StepLosses, grad_norm: Tensor) -> dict[str, Tensor]:
+    """All measurements of a step by name, 0-d; `grad_norm` is the global L2 norm before clipping."""
+    tensors = {LOSS: losses["total"], GRAD_NORM: grad_norm}
+    tensors |= {f"{TERM_PREFIX}{name}": value for name, value in losses["terms"].items()}
     tensors |= {f"train/weighted/{name}": value for name, value in losses["weighted"].items()}
     tensors["train/logit_scale"] = run.student.model.logit_scale.detach().exp().reshape(())
-    tensors |= {f"train/scale/{name}": torch.as_tensor(value, device=run.device) for name, value in run.objective.scales().items()}
-    numbers = torch.stack([value.detach().float().to(run.device) for value in tensors.values()]).tolist()
-    return {**dict(zip(tensors, numbers, strict=True)), "train/learning_rate": output.learning_rate}
-
-
-def _check_finite(values: dict[str, float], step: int, *, is_scaled: bool) -> None:
-    """Raise where training has left the finite numbers. With a gradient scaler an infinite gradient is normal: it skips the step."""
-    broken = [name for name, value in values.items() if not math.isfinite(value) and not (is_scaled and name == "train/grad_norm")]
-    if not broken:
-        return
-    terms = [name.rsplit("/", 1)[1] for name in broken if name.startswith("train/term/")]
-    culprit = (
-        f"loss term `{terms[0]}`"
-        if terms
-        else "loss"
-        if "train/loss" in broken
-        else "gradient"
-        if "train/grad_norm" in broken
-        else broken[0]
-    )
-    weight = f" or `objective.{terms[0]}`" if terms else ""
-    raise DivergedError(
-        f"The {culprit} was no longer a finite number at step {step}.",
-        f"It broke in the {culprit} at step {step}: lower `training.learning_rate`{weight}, raise `training.warmup_steps`, or set"
-        " `training.grad_clip_norm`; with `training.precision` fp16, try bf16.",
-    )
+    return tensors | {f"train/scale/{name}": value for name, value in run.objective.scales().items()}
 
 
 def _is_evaluation_due(run: Run, step: int) -> bool:

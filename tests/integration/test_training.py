@@ -5,6 +5,7 @@ Where signals matter the run is a process of its own; elsewhere `train.main` is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from cliprd_core import precision, train
 from cliprd_core.checkpoint import read_state
 from cliprd_core.models import load_student
+from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.retention import BestCheckpoint
 from cliprd_core.run_dir import (
     BEST_FILE,
@@ -309,6 +312,28 @@ def test_diverging_names_step_and_term(inputs: Inputs, tmp_path: Path) -> None:
     assert "loss term `task`" in error.message
     assert "at step 1" in error.message
     assert complete_checkpoints(tmp_path / "run") == [], "such weights are never saved"
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_term_that_breaks_between_two_records_is_named(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int | None
+) -> None:
+    forward, calls = Objective.forward, itertools.count(1)
+
+    def breaking(self: Objective, **features: Any) -> ObjectiveOutput:
+        output = forward(self, **features)
+        if next(calls) != 3:
+            return output
+        terms = output.terms | {"fd": output.terms["fd"] * math.nan}
+        return replace(output, loss=output.loss * math.nan, total=output.total * math.nan, terms=terms)
+
+    monkeypatch.setattr(Objective, "forward", breaking)
+    training = {"log_every_steps": 100, "checkpoint_every_steps": 100, "micro_batch_size": micro_batch_size}
+    error = failure(tmp_path / "run", inputs.spec(training=training))
+    assert error.reason is ErrorReason.DIVERGED
+    assert error.message == "The loss term `fd` was no longer a finite number at step 3."
+    assert [record.step for record in metrics(tmp_path / "run")] == [1]
+    assert complete_checkpoints(tmp_path / "run") == []
 
 
 def test_a_killed_loader_process_counts_as_lost_not_as_a_fault(inputs: Inputs, tmp_path: Path) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import math
 from typing import Any
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError
 
-from cliprd_core.failures import DivergedError, describe_failure
+from cliprd_core.failures import describe_failure
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec, merge_over
-from cliprd_core.trainer import _check_finite
 from service.store.failure_policy import FAILURE_POLICIES, what_to_do
 from tests.store_helpers import spec_dict
 
@@ -37,16 +35,6 @@ def test_out_of_memory_suggests_half_of_what_went_through_at_once(spec: JobSpec,
     assert record.advice.startswith(advice)
     assert "too much" in record.message
     assert what_to_do(record) == f"{record.advice} {FAILURE_POLICIES[ErrorReason.OUT_OF_MEMORY].what_to_do}"
-
-
-def test_divergence_names_step_and_term() -> None:
-    values = {"train/loss": math.nan, "train/term/fd": math.nan, "train/term/task": 1.0, "train/grad_norm": math.nan}
-    with pytest.raises(DivergedError) as raised:
-        _check_finite(values, 12, is_scaled=False)
-    record = describe_failure(raised.value)
-    assert record.reason is ErrorReason.DIVERGED
-    assert "`fd`" in record.message
-    assert record.advice.startswith("It broke in the loss term `fd` at step 12: lower `training.learning_rate` or `objective.fd`,")
 
 
 @pytest.mark.parametrize("reason", list(ErrorReason))
