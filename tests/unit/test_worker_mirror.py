@@ -89,3 +89,19 @@ def test_an_artifact_store_that_is_away_at_the_end_delays_the_success(bench: Ben
     bench.run(job_id)
     assert bench.job(job_id).state is JobState.SUCCEEDED
     assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {20}
+
+
+def test_a_worker_that_gets_the_job_back_does_not_replace_a_better_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "30", "best": "5", "error": "diverged"})
+    here = bench.settings
+    bench.run(job_id)
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {5}
+    bench.retry(job_id, {"steps": "60", "best": "20", "error": "timeout"})
+    bench.settings = here.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {20}
+    bench.retry(job_id, {"steps": "60", "step_seconds": "0.05"})
+    bench.settings = here
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {20}
