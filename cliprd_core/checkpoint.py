@@ -14,7 +14,6 @@ number of processes. Rank 0 alone writes; every rank reads.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import time
@@ -28,6 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cliprd_core.checkpoint_files import latest_whole
+from cliprd_core.hashes import file_sha256
 from cliprd_core.retention import BestCheckpoint, CheckpointsToKeep, steps_to_keep
 from cliprd_core.run_dir import (
     CHECKPOINT_MARKER,
@@ -37,15 +38,11 @@ from cliprd_core.run_dir import (
     Record,
     checkpoint_dir,
     complete_checkpoints,
-    read_record,
     step_of,
     sync_directory,
     write_atomically,
 )
 from cliprd_core.spec import JobSpec
-from cliprd_core.weights import file_sha256
-
-logger = logging.getLogger(__name__)
 
 STUDENT_FILE = "student.safetensors"
 TRAINING_FILE = "training.safetensors"
@@ -112,13 +109,8 @@ def save_checkpoint(run: Path, state: TrainingState, parts: TrainedParts, keep: 
 
 
 def latest_valid(run: Path) -> Path | None:
-    """Folder of the newest checkpoint whose files all match its marker; damaged ones are passed over with a warning."""
-    for folder in reversed(complete_checkpoints(run)):
-        fault = _find_fault(folder)
-        if fault is None:
-            return folder
-        logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder.name, fault)
-    return None
+    """Folder of the newest checkpoint that can be resumed from. Damaged newer ones are disowned, with a warning."""
+    return latest_whole(run, {STUDENT_FILE, TRAINING_FILE, STATE_FILE})
 
 
 def marker_digest(folder: Path) -> str | None:
@@ -205,27 +197,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _describe(path: Path) -> CheckpointFile:
     return CheckpointFile(name=path.name, num_bytes=path.stat().st_size, sha256=file_sha256(path))
-
-
-def _find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that claims to be complete, or None."""
-    try:
-        marker = read_record(folder / CHECKPOINT_MARKER, CheckpointMarker)
-    except ValueError:
-        return f"{CHECKPOINT_MARKER} is not readable"
-    assert marker is not None
-    missing = {STUDENT_FILE, TRAINING_FILE, STATE_FILE} - {file.name for file in marker.files}
-    if missing:
-        return f"{CHECKPOINT_MARKER} does not list {sorted(missing)}"
-    for file in marker.files:
-        path = folder / file.name
-        if not path.is_file():
-            return f"{file.name} is missing"
-        if path.stat().st_size != file.num_bytes:
-            return f"{file.name} has {path.stat().st_size} bytes instead of {file.num_bytes}"
-        if file_sha256(path) != file.sha256:
-            return f"{file.name} does not match its hash"
-    return None
 
 
 def prune_checkpoints(run: Path, keep: CheckpointsToKeep, best: BestCheckpoint | None, *, also: Path | None = None) -> None:

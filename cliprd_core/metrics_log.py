@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,18 +104,19 @@ class MetricsLog:
         )
 
     def evaluation(self, records: list[EvaluationRecord], step: int) -> None:
-        """Record one evaluation: a line per data set, and its values among the metrics."""
+        """Record one evaluation: its values among the metrics, then a line per data set, which say that it is whole."""
+        values = {f"evaluation/{record.dataset}/{name}": value for record in records for name, value in record.metrics.items()}
+        if values:
+            self._append(step, values)
         for record in records:
             append_record(self._run / EVALUATIONS_FILE, record)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
             logger.info("step %d  %s %s (%d)  %s", step, record.task, record.dataset, record.num_samples, shown)
-        values = {f"evaluation/{record.dataset}/{name}": value for record in records for name, value in record.metrics.items()}
-        if values:
-            self._append(step, values)
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether an evaluation at `step` is on record, from this attempt or an earlier one."""
-        return any(record.step == step for record, _ in read_records(self._run / EVALUATIONS_FILE, EvaluationRecord))
+    def has_evaluations(self, step: int, sets: Set[tuple[str, str]]) -> bool:
+        """Whether evaluations at `step` on all these sets (task and name) are on record, from this attempt or earlier ones."""
+        records = (record for record, _ in read_records(self._run / EVALUATIONS_FILE, EvaluationRecord))
+        return sets <= {(record.task, record.dataset) for record in records if record.step == step}
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         assert all(math.isfinite(value) for value in values.values()), values

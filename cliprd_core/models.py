@@ -21,9 +21,10 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
 from cliprd_core.data.batch import ModelInput, Preprocess, Tokenizer
+from cliprd_core.hashes import file_sha256
 from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.spec import StudentSpec, TeacherSpec, check_model_config
-from cliprd_core.weights import file_sha256, load_weights, read_state_dict
+from cliprd_core.weights import load_weights, read_state_dict
 
 logger = logging.getLogger(__name__)
 

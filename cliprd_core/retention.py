@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field, StrictInt
 
-from cliprd_core.run_dir import EVALUATIONS_FILE, EvaluationRecord, Record, read_records
+from cliprd_core.run_dir import BEST_FILE, EVALUATIONS_FILE, EvaluationRecord, Record, read_records, write_atomically
 from cliprd_core.spec_model import SpecModel
 
 ZERO_SHOT_METRICS = ("zero_shot_top1", "zero_shot_top5", "zero_shot_mean_per_class_recall")
@@ -70,6 +70,13 @@ class BestSoFar:
             if value is not None and (self.checkpoint is None or value > self.checkpoint.value):
                 self.checkpoint = BestCheckpoint(step=record.step, value=value)
         return self.checkpoint != before
+
+    def write(self, run: Path) -> None:
+        """Make BEST_FILE say which it is; without any there is no such file, whatever an earlier attempt said."""
+        if self.checkpoint is None:
+            (run / BEST_FILE).unlink(missing_ok=True)
+        else:
+            write_atomically(run / BEST_FILE, self.checkpoint.model_dump_json(indent=1))
 
 
 def steps_to_keep(steps: Iterable[int], keep: CheckpointsToKeep, best: BestCheckpoint | None) -> set[int]:

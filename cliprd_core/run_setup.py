@@ -181,6 +181,9 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         start_step=start_step,
         device=_device_name(device),
     )
+    best = BestSoFar.at_start(run_dir, spec.training.keep_checkpoints.best, best_before, start_step)
+    if distributed.is_main():
+        best.write(run_dir)  # an attempt on another machine, or one that was killed before it could say so, may have found another one
     run = Run(
         spec=spec,
         run_dir=run_dir,
@@ -198,7 +201,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         validation=validation,
         control=control,
         metrics=metrics,
-        best=BestSoFar.at_start(run_dir, spec.training.keep_checkpoints.best, best_before, start_step),
+        best=best,
         divergence=DivergenceWatch(is_scaled=scaler.is_enabled()),
         stopwatch=Stopwatch(),
         num_steps=num_steps,

@@ -21,11 +21,11 @@ from cliprd_core import distributed
 from cliprd_core.checkpoint import prune_checkpoints, save_checkpoint
 from cliprd_core.data.batch import Batch
 from cliprd_core.divergence import GRAD_NORM, LOSS, TERM_PREFIX
-from cliprd_core.evaluation.run import evaluate
+from cliprd_core.evaluation.run import evaluate, evaluated_sets
 from cliprd_core.export import export_model
 from cliprd_core.models import ClipModel, num_parameters
 from cliprd_core.optim import lr_at, set_learning_rate
-from cliprd_core.run_dir import BEST_FILE, EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
+from cliprd_core.run_dir import EXPORT_DIR, RESULT_FILE, EvaluationRecord, ResultRecord, cache_dir, write_atomically
 from cliprd_core.run_setup import Run, prepare_run
 from cliprd_core.spec import JobSpec
 from cliprd_core.step_module import StepLosses
@@ -130,8 +130,8 @@ def _train_epochs(run: Run, stop: StopRequest) -> bool:
     step = run.start_step
     if run.control.any(stop.requested):
         return False
-    if step > 0 and step % run.num_steps_per_epoch == 0 and not run.control.any(run.metrics.has_evaluation(step)):
-        _evaluate_if_due(run, step)  # the run ended between the epoch's checkpoint and its evaluation
+    if step > 0 and step % run.num_steps_per_epoch == 0 and not run.control.any(_is_evaluated(run, step)):
+        _evaluate_if_due(run, step)  # the run ended between the epoch's checkpoint and the end of its evaluation
     for epoch in range(step // run.num_steps_per_epoch, run.spec.training.epochs):
         batches = run.loader.epoch(epoch, start_step=step - epoch * run.num_steps_per_epoch)
         for batch in run.stopwatch.waiting_for(iter(batches)):
@@ -179,6 +179,11 @@ def _is_evaluation_due(run: Run, step: int) -> bool:
     return step == run.num_steps or step % (run.num_steps_per_epoch * run.spec.evaluation.every_epochs) == 0
 
 
+def _is_evaluated(run: Run, step: int) -> bool:
+    """Whether every set's evaluation at `step` is on record."""
+    return run.metrics.has_evaluations(step, evaluated_sets(run.spec.evaluation, has_validation=run.validation is not None))
+
+
 def _evaluate_if_due(run: Run, step: int) -> None:
     """All ranks evaluate the student as it will be deployed, each a share; rank 0 adds up and records."""
     if not _is_evaluation_due(run, step):
@@ -195,8 +200,7 @@ def _evaluate_if_due(run: Run, step: int) -> None:
 
 def _keep_best(run: Run) -> None:
     """Say which checkpoint is the best now, and remove the one that was, if nothing else keeps it. Steps that are evaluated are saved."""
-    assert run.best.checkpoint is not None
-    write_atomically(run.run_dir / BEST_FILE, run.best.checkpoint.model_dump_json(indent=1))
+    run.best.write(run.run_dir)
     prune_checkpoints(run.run_dir, run.spec.training.keep_checkpoints, run.best.checkpoint)
 
 

@@ -5,7 +5,6 @@ Knows file formats and the wrappers CLIP checkpoints come in; what model the wei
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -21,12 +20,6 @@ logger = logging.getLogger(__name__)
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 NUM_NAMED_KEYS = 3
 """How many of the keys at fault an error message names."""
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

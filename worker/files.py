@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from cliprd_core.run_dir import CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, sync_directory
+from cliprd_core.checkpoint_files import find_fault, latest_whole
+from cliprd_core.run_dir import CHECKPOINTS_DIR, checkpoint_dir, sync_directory
 from cliprd_core.spec import JobSpec, TeacherSpec
 from service.store.artifacts import get_artifact
 from service.store.jobs import ArtifactNotFoundError
@@ -68,7 +69,7 @@ def _teacher_files(job: HeldJob, teacher: TeacherSpec) -> list[Artifact]:
 
 
 def restore_checkpoint(job: HeldJob, run: Path) -> int | None:
-    """Bring the newest mirrored checkpoint into the run directory where that has none as new.
+    """Bring the newest mirrored checkpoint into the run directory where that has none as new that is whole.
 
     Returns:
         The step restored, or None if nothing was to be done. A damaged mirror is passed over for the next older one.
@@ -80,22 +81,31 @@ def restore_checkpoint(job: HeldJob, run: Path) -> int | None:
     for artifact in job.artifacts(job.id, ArtifactKind.CHECKPOINT):
         assert artifact.step is not None, "checkpoints carry their step"
         by_step.setdefault(artifact.step, []).append(artifact)
-    local = complete_checkpoints(run)
+    local = latest_whole(run) if by_step else None
     for step in sorted(by_step, reverse=True):
         target = checkpoint_dir(run, step)
-        if local and local[-1].name >= target.name:
+        if local is not None and local.name >= target.name:
             return None
         scratch = run / CHECKPOINTS_DIR / f".restoring-{target.name}"
         try:
-            fetch_files(job, by_step[step], scratch)
+            _fetch_checkpoint(job, by_step[step], scratch)
         except LostBytesError as error:
             logger.warning("job %s: the mirrored checkpoint of step %d cannot be used: %s", job.id, step, error)
             continue
-        shutil.rmtree(target, ignore_errors=True)  # an incomplete one
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete or damaged one
         scratch.replace(target)
         sync_directory(target.parent)
         return step
     return None
+
+
+def _fetch_checkpoint(job: HeldJob, files: Sequence[Artifact], folder: Path) -> None:
+    """As `fetch_files`; a checkpoint that was damaged already when it was stored is lost too."""
+    fetch_files(job, files, folder)
+    fault = find_fault(folder)
+    if fault is not None:
+        shutil.rmtree(folder)
+        raise LostBytesError(fault)
 
 
 def fetch_files(job: HeldJob, files: Sequence[Artifact], folder: Path) -> None:

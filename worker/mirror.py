@@ -10,8 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from cliprd_core.checkpoint_files import disown
 from cliprd_core.retention import BestCheckpoint
-from cliprd_core.run_dir import BEST_FILE, CHECKPOINT_MARKER, CheckpointMarker, checkpoint_dir, complete_checkpoints, read_record
+from cliprd_core.run_dir import (
+    BEST_FILE,
+    CHECKPOINT_MARKER,
+    CheckpointFile,
+    CheckpointMarker,
+    checkpoint_dir,
+    complete_checkpoints,
+    read_record,
+)
 from service.store.blobs import StoredBlob
 from service.store.jobs import LeaseLostError
 from service.store.models import ArtifactKind
@@ -24,8 +33,18 @@ RETRY_SECONDS = 10.0
 PutFile = Callable[[Path], StoredBlob]
 
 
+class DamagedCheckpointError(Exception):
+    """A checkpoint is not what its marker says."""
+
+    def __init__(self, folder: Path, fault: str) -> None:
+        super().__init__(f"{folder.name}: {fault}")
+        self.folder = folder
+        self.fault = fault
+
+
 class CheckpointMirror:
     """Uploads the best and then the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
+    One that is found damaged is disowned, and the one before takes its place.
 
     The best goes first: whoever resumes from the newest knows which one was the best before it, and must find that in the store.
 
@@ -65,12 +84,22 @@ class CheckpointMirror:
             OSError: a file could not be copied.
         """
         self.wait()
-        self._upload()
+        self._passing_over_damage(self._upload)
 
     def mirror_best(self) -> None:
         """Mirror the best one if that is new, now, however long the store is away; errors as of `mirror`."""
         self.wait()
-        self._upload_best(lambda file: self._job.patiently(partial(self._job.blobs.put_file, file)))
+        self._passing_over_damage(partial(self._upload_best, lambda file: self._job.patiently(partial(self._job.blobs.put_file, file))))
+
+    def _passing_over_damage(self, upload: Callable[[], None]) -> None:
+        """Upload, once more after each checkpoint that is found damaged."""
+        while True:
+            try:
+                upload()
+            except DamagedCheckpointError as error:
+                disown(error.folder, error.fault)
+            else:
+                return
 
     def _upload(self) -> None:
         newest = self._newest()  # before a look at which one is the best, which may change any time
@@ -93,15 +122,21 @@ class CheckpointMirror:
             self._best_mirrored = best.name
 
     def _store(self, folder: Path, kind: ArtifactKind, put_file: PutFile, add: Callable[[int, list[tuple[str, StoredBlob]]], None]) -> None:
-        """Upload a checkpoint's files and make them known by `add`, unless an earlier attempt did."""
-        marker = CheckpointMarker.model_validate_json((folder / CHECKPOINT_MARKER).read_bytes())
+        """Upload a checkpoint's files and make them known by `add`, unless an earlier attempt did.
+
+        Raises:
+            DamagedCheckpointError: it is not what its marker says; nothing of it is known.
+        """
+        marker = _read_marker(folder)
         known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, kind, folder.name)}
         if all(known.get(file.name) == file.sha256 for file in marker.files):
             return
         stored: list[tuple[str, StoredBlob]] = []
         try:
-            for name in [*(file.name for file in marker.files), CHECKPOINT_MARKER]:
-                stored.append((name, put_file(folder / name)))
+            for file in marker.files:
+                stored.append((file.name, put_file(folder / file.name)))
+                _check_hash(folder, file, stored[-1][1])
+            stored.append((CHECKPOINT_MARKER, put_file(folder / CHECKPOINT_MARKER)))
             add(marker.step, stored)
         except BaseException:
             self._job.discard([blob for _, blob in stored])
@@ -109,7 +144,12 @@ class CheckpointMirror:
 
     def _best(self) -> Path | None:
         """The best complete checkpoint, if it is not in the store yet and still here (an earlier attempt's was on another machine)."""
-        best = read_record(self._run / BEST_FILE, BestCheckpoint)
+        try:
+            best = read_record(self._run / BEST_FILE, BestCheckpoint)
+        except ValueError as error:
+            logger.warning("job %s: %s is damaged, and removed until the next best checkpoint: %s", self._job.id, BEST_FILE, error)
+            (self._run / BEST_FILE).unlink(missing_ok=True)
+            return None
         if best is None:
             return None
         folder = checkpoint_dir(self._run, best.step)
@@ -126,9 +166,26 @@ class CheckpointMirror:
 
     def _try_mirror(self) -> None:
         try:
-            self._upload()
+            self._passing_over_damage(self._upload)
         except LeaseLostError:
             logger.info("job %s: lost while mirroring a checkpoint", self._job.id)
         except OSError as error:  # the trainer may have removed it meanwhile; the next one comes
             logger.warning("job %s: a checkpoint was not mirrored: %s", self._job.id, error)
             self._not_before = time.monotonic() + RETRY_SECONDS
+
+
+def _read_marker(folder: Path) -> CheckpointMarker:
+    path = folder / CHECKPOINT_MARKER
+    try:
+        marker = CheckpointMarker.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise DamagedCheckpointError(folder, f"{CHECKPOINT_MARKER} is not readable") from error
+    missing = [file.name for file in marker.files if not (folder / file.name).is_file()]
+    if missing and path.is_file():  # else the trainer is removing it, the marker first
+        raise DamagedCheckpointError(folder, f"{', '.join(missing)} missing")
+    return marker
+
+
+def _check_hash(folder: Path, file: CheckpointFile, blob: StoredBlob) -> None:
+    if blob.sha256 != file.sha256:
+        raise DamagedCheckpointError(folder, f"{file.name} does not match its hash")

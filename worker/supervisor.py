@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cliprd_core.run_dir import (
+    BEST_FILE,
     CHECKPOINTS_DIR,
     DISK_FULL_ERRNOS,
     ERROR_FILE,
@@ -132,8 +133,11 @@ class Supervisor:
         return self._release() if outcome is None else self._finish(outcome)
 
     def _prepare(self) -> None:
-        """Make the run directory ready; what an earlier attempt left in it stays, but for its verdict."""
-        for name in (RESULT_FILE, ERROR_FILE):
+        """Make the run directory ready; what an earlier attempt left in it stays, but for its verdicts.
+
+        Which checkpoint is the best, the trainer says anew: attempts on other machines may have found a better one since.
+        """
+        for name in (RESULT_FILE, ERROR_FILE, BEST_FILE):
             (self._run / name).unlink(missing_ok=True)
         spec = with_fetched_teachers(self._job, self._run)
         write_atomically(self._run / SPEC_FILE, spec.model_dump_json(indent=2))

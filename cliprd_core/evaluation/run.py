@@ -61,6 +61,12 @@ def evaluate(
     return [result for result in results if result is not None]
 
 
+def evaluated_sets(spec: EvaluationSpec, *, has_validation: bool) -> set[tuple[str, str]]:
+    """Task and name of each result that `evaluate` returns."""
+    sets = {("zero_shot", one.name) for one in spec.zero_shot} | {("retrieval", one.name) for one in spec.retrieval}
+    return sets | ({("validation", VALIDATION)} if has_validation else set())
+
+
 def check_evaluation_sets(spec: EvaluationSpec, cache_dir: Path | None = None) -> None:
     """Open every set without evaluating it, so that a missing file shows before the training and not after its first epoch.
 

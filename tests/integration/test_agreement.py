@@ -9,8 +9,8 @@ import pytest
 from cliprd_core import distributed
 from cliprd_core.agreement import agreed_checkpoint, check_agreement, check_run_dir_is_shared
 from cliprd_core.control import ControlGroup
+from cliprd_core.hashes import file_sha256
 from cliprd_core.run_dir import CHECKPOINT_MARKER, CheckpointFile, CheckpointMarker, checkpoint_dir
-from cliprd_core.weights import file_sha256
 from tests.process_group import join_group, run_processes
 
 PARTS = ("student.safetensors", "training.safetensors", "state.json")

@@ -63,6 +63,8 @@ from tests.training_runs import (
     wait_for_step,
 )
 
+EMOJI_RETRIEVAL = Path(__file__).parents[2] / "examples" / "emoji" / "wds" / "emoji_twemoji_retrieval"
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
@@ -251,7 +253,29 @@ def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_resumes_elsewhere(i
     assert saved == read_state(complete_checkpoints(run)[-1]).best
     before = read_state(elsewhere / CHECKPOINTS_DIR / "step-0000000006").best
     assert before == BestCheckpoint(step=4, value=values[4])
-    assert read_record(elsewhere / BEST_FILE, BestCheckpoint) == (best if best.step > 4 else None)
+    assert read_record(elsewhere / BEST_FILE, BestCheckpoint) == best
+
+
+def test_an_interrupted_evaluation_is_made_whole_and_the_best_is_told(inputs: Inputs, tmp_path: Path) -> None:
+    metric = "image_to_text_R@1"
+    spec = inputs.spec(
+        data={"validation": [inputs.source]},
+        evaluation={"retrieval": [str(EMOJI_RETRIEVAL)], "every_epochs": 2},
+        training={"keep_checkpoints": {"best": f"validation/{metric}"}},
+    )
+    assert run_here(tmp_path, spec) == 0
+    first, second = (record for record, _ in read_records(tmp_path / EVALUATIONS_FILE, EvaluationRecord))
+    assert (first.task, second.task) == ("retrieval", "validation")
+    best = BestCheckpoint(step=NUM_STEPS, value=second.metrics[metric])
+
+    for records_left in ([first], [first, second]):  # killed between the two, or before it was told which checkpoint is the best
+        (tmp_path / EVALUATIONS_FILE).write_text("".join(f"{record.model_dump_json()}\n" for record in records_left))
+        for name in (RESULT_FILE, BEST_FILE):
+            (tmp_path / name).unlink()
+        assert train.main([str(tmp_path / SPEC_FILE)]) == 0
+        found = [record for record, _ in read_records(tmp_path / EVALUATIONS_FILE, EvaluationRecord)]
+        assert {(record.step, record.task) for record in found} == {(NUM_STEPS, "retrieval"), (NUM_STEPS, "validation")}
+        assert read_record(tmp_path / BEST_FILE, BestCheckpoint) == best
 
 
 def test_a_run_that_only_lacks_its_export_trains_nothing(straight: Path, tmp_path: Path) -> None:

@@ -155,6 +155,16 @@ def test_only_the_last_two_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     assert [path.name for path in sorted((tmp_path / CHECKPOINTS_DIR).iterdir())] == ["step-0000000004", "step-0000000005"]
 
 
+def test_damaged_ones_take_no_place_among_those_kept(tmp_path: Path) -> None:
+    parts = make_parts(0)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, make_state(step), parts, CheckpointsToKeep())
+    (checkpoint_dir(tmp_path, 3) / STATE_FILE).write_text("{}")
+    assert latest_valid(tmp_path) == checkpoint_dir(tmp_path, 2)
+    prune_checkpoints(tmp_path, CheckpointsToKeep(newest=1), None)
+    assert complete_checkpoints(tmp_path) == [checkpoint_dir(tmp_path, 2)]
+
+
 def test_what_the_spec_wants_is_kept_and_the_saved_one_always(tmp_path: Path) -> None:
     parts = make_parts(0)
     keep = CheckpointsToKeep(newest=1, every_steps=4, best="validation/image_to_text_R@1")

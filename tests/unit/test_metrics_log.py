@@ -72,10 +72,12 @@ def test_evaluations_are_recorded_in_both_files(tmp_path: Path) -> None:
         metrics={"top1": 0.5},
         chance={"top1": 0.1},
     )
-    assert not log.has_evaluation(20)
+    sets = {("zero_shot", "emoji")}
+    assert not log.has_evaluations(20, sets)
     log.evaluation([record], 20)
-    assert log.has_evaluation(20)
-    assert not log.has_evaluation(40)
+    assert log.has_evaluations(20, sets)
+    assert not log.has_evaluations(20, {*sets, ("retrieval", "emoji")}), "one of two sets is no whole evaluation"
+    assert not log.has_evaluations(40, sets)
     assert [one for one, _ in read_records(tmp_path / EVALUATIONS_FILE, EvaluationRecord)] == [record]
     assert records(tmp_path)[0].values == {"evaluation/emoji/top1": 0.5}
 

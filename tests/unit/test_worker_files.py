@@ -1,16 +1,17 @@
 """What a run needs from the artifact store: an absent store is waited for, a full disk is one, and only lost bytes are passed over."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cliprd_core.run_dir import ErrorReason, complete_checkpoints
+from cliprd_core.run_dir import ErrorReason, complete_checkpoints, step_of
 from service.store.blobs import BlobsUnreachableError
 from service.store.jobs import JobState
-from service.store.models import ArtifactKind
+from service.store.models import Artifact, ArtifactKind
 from tests.worker_bench import Bench
 
 
@@ -101,3 +102,24 @@ def test_a_disk_too_full_for_the_teacher_is_waited_for(bench: Bench, monkeypatch
     assert bench.job(student_id).state is JobState.QUEUED
     bench.run(student_id)
     assert bench.error(student_id).reason is ErrorReason.DISK_FULL
+
+
+def test_a_damaged_local_checkpoint_does_not_hide_its_intact_mirror(bench: Bench) -> None:
+    job_id = bench.submit({"steps": "40", "error": "timeout"})
+    bench.run(job_id)
+    bench.retry(job_id, {"steps": "40"})
+    newest = complete_checkpoints(bench.run_dir(job_id))[-1]
+    (newest / "state.json").write_text('{"step": 1}')
+    bench.run(job_id)
+    assert start_of(bench, job_id, 2) == step_of(newest) > 1
+
+
+def test_a_mirror_of_a_damaged_checkpoint_is_passed_over(bench: Bench, tmp_path: Path) -> None:
+    job_id, step = interrupted(bench, tmp_path)
+    (state,) = [one for one in bench.artifacts(job_id, ArtifactKind.CHECKPOINT) if one.step == step and one.name == "state.json"]
+    bench.blobs.path(state.storage_key).write_bytes(b"stored like this")
+    with bench.sessions.begin() as session:
+        session.get_one(Artifact, state.id).sha256 = hashlib.sha256(b"stored like this").hexdigest()
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert start_of(bench, job_id, 2) < step

@@ -9,11 +9,13 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from cliprd_core.retention import BestCheckpoint
+from cliprd_core.run_dir import BEST_FILE, CHECKPOINT_MARKER, checkpoint_dir, complete_checkpoints, step_of
 from service.store.blobs import BlobsUnreachableError, StoredBlob
-from service.store.jobs import JobState, LeaseLostError
+from service.store.jobs import JobState, LeaseLostError, QueuedJob
 from service.store.models import ArtifactKind
 from tests.fake_trainer import save
-from tests.worker_bench import Bench
+from tests.worker_bench import Bench, soon
 from worker.mirror import CheckpointMirror
 
 
@@ -89,3 +91,70 @@ def test_an_artifact_store_that_is_away_at_the_end_delays_the_success(bench: Ben
     bench.run(job_id)
     assert bench.job(job_id).state is JobState.SUCCEEDED
     assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {20}
+
+
+def test_a_worker_that_gets_the_job_back_does_not_replace_a_better_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit({"steps": "30", "best": "5", "error": "diverged"})
+    here = bench.settings
+    bench.run(job_id)
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {5}
+    bench.retry(job_id, {"steps": "60", "best": "20", "error": "timeout"})
+    bench.settings = here.model_copy(update={"runs_root": tmp_path / "another machine"})
+    bench.run(job_id)
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {20}
+    bench.retry(job_id, {"steps": "60", "step_seconds": "0.05"})
+    bench.settings = here
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {20}
+
+
+def test_a_damaged_checkpoint_is_not_mirrored_but_the_one_before(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    job_id = bench.submit({})
+    run = bench.run_dir(job_id)
+    mirror = CheckpointMirror(bench.held(job_id), run, num_kept=2)
+    for step in (5, 10, 15, 20):
+        save(run, step)
+    (checkpoint_dir(run, 20) / "state.json").unlink()
+    (checkpoint_dir(run, 15) / "state.json").write_text('{"step": 16}')
+    (checkpoint_dir(run, 10) / CHECKPOINT_MARKER).write_text("{")
+    mirror.mirror()
+    assert mirrored_steps(bench, job_id) == {5}
+    assert complete_checkpoints(run) == [checkpoint_dir(run, 5)]
+    assert len([path for path in bench.blobs.root.rglob("*") if path.is_file()]) == 2, "bytes that nothing names"
+    assert "step-0000000020 is damaged (state.json missing)" in caplog.text
+    assert "step-0000000015 is damaged (state.json does not match its hash)" in caplog.text
+    assert "step-0000000010 is damaged (COMPLETE.json is not readable)" in caplog.text
+
+
+def test_a_damaged_best_checkpoint_leaves_the_one_that_is_stored(bench: Bench) -> None:
+    job_id = bench.submit({})
+    run = bench.run_dir(job_id)
+    mirror = CheckpointMirror(bench.held(job_id), run, num_kept=2)
+    for step in (5, 10):
+        save(run, step)
+        (run / BEST_FILE).write_text(BestCheckpoint(step=step, value=step / 100).model_dump_json())
+        if step == 10:
+            (checkpoint_dir(run, step) / "state.json").write_text('{"step": 11}')
+        mirror.mirror_best()
+    assert mirrored_steps(bench, job_id, ArtifactKind.BEST_CHECKPOINT) == {5}
+    (run / BEST_FILE).write_text("{")
+    mirror.mirror_best()
+    assert not (run / BEST_FILE).exists()
+
+
+def test_an_unreadable_marker_does_not_keep_a_job_from_being_given_back(bench: Bench) -> None:
+    job_id = bench.submit({"steps": "1000", "step_seconds": "0.02"})
+    run = bench.run_dir(job_id)
+
+    def damage_and_stop() -> None:
+        checkpoint_dir(run, 9000).mkdir()
+        (checkpoint_dir(run, 9000) / CHECKPOINT_MARKER).write_text("{")
+        bench.stop.set()
+
+    soon(lambda: bool(complete_checkpoints(run)), damage_and_stop)
+    assert bench.run(job_id) == [QueuedJob(job_id, "default")]
+    assert bench.job(job_id).state is JobState.QUEUED
+    newest = complete_checkpoints(run)[-1]
+    assert step_of(newest) < 1000
+    assert step_of(newest) in mirrored_steps(bench, job_id)
