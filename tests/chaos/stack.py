@@ -167,7 +167,7 @@ class Stack:
     def is_ready(self) -> bool:
         """Whether the API reaches database, broker and artifact store."""
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5.0, trust_env=False).is_success
+            return httpx.get(f"{self.url}/readyz", timeout=30.0, trust_env=False).is_success
         except httpx.TransportError:
             return False
 

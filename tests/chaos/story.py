@@ -8,7 +8,7 @@ from tests.chaos.lab import Lab
 
 ENDS = {
     EventKind.LEASE_LOST: "lost",
-    EventKind.QUEUED: "given back",
+    EventKind.QUEUED: "queued again",
     EventKind.PAUSED: "paused",
     EventKind.SUCCEEDED: "succeeded",
     EventKind.FAILED: "failed",
@@ -25,7 +25,7 @@ def story_of(lab: Lab, job_id: str) -> str:
     parts = []
     for attempt in range(1, lab.client.job(job_id).attempt + 1):
         step = first_steps.get(attempt)
-        start = "before its first step" if step is None else f"from step {step}" if step > 1 else ""
+        start = "without a step" if step is None else f"from step {step}" if step > 1 else ""
         parts.append(" ".join(part for part in (f"{attempt}", start, end_of(events, attempt)) if part))
     return f"attempt {'; '.join(parts)}"
 

@@ -125,7 +125,7 @@ class Follower:
             if self.events:
                 headers["Last-Event-ID"] = str(self.events[-1][0])
             try:
-                with httpx.stream("GET", self.url, headers=headers, timeout=5.0, trust_env=False) as response:
+                with httpx.stream("GET", self.url, headers=headers, timeout=30.0, trust_env=False) as response:
                     response.raise_for_status()
                     self.num_connections += 1
                     if response.status_code == HTTPStatus.NO_CONTENT:  # it has ended, and nothing is new

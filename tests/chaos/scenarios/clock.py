@@ -74,7 +74,7 @@ def database_clock(bench: Bench, _home: Path) -> Iterator[None]:
 
 def api_clock(lab: Lab) -> float:
     """What time it is for the API, in Unix seconds."""
-    return parsedate_to_datetime(httpx.get(f"{lab.stack.url}/healthz", trust_env=False).headers["Date"]).timestamp()
+    return parsedate_to_datetime(httpx.get(f"{lab.stack.url}/healthz", timeout=30.0, trust_env=False).headers["Date"]).timestamp()
 
 
 def postgres_clock(lab: Lab) -> float:
