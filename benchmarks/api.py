@@ -77,7 +77,7 @@ def main() -> int:
                     add_row(table, what, [timed(lambda path=path: client.get(path).raise_for_status()) for _ in range(count)])
                 before = count_jobs(client)
             seconds, ids = asyncio.run(submit_all(url, given.submissions))
-            add_row(table, f"submissions over {given.submissions:,} connections", seconds)
+            add_row(table, f"{given.submissions:,} submissions at once", seconds)
             with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
                 stored = count_jobs(client) - before
     finally:
