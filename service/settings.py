@@ -25,8 +25,8 @@ class Settings(EnvironmentSettings):
 
     database_url: str = Field(
         default="sqlite:///.cliprd/cliprd.db",
-        description="`sqlite:///FILE` for one machine, `postgresql://USER:PASSWORD@HOST/DATABASE` for several; libpq's parameters may follow"
-        " and override ours, as in `?tcp_user_timeout=60000` (milliseconds until a silent server is given up; ours is 25000).",
+        description="`sqlite:///FILE` for one machine, `postgresql://USER:PASSWORD@HOST/DATABASE` for several; libpq's parameters may"
+        " follow and override ours, as in `?tcp_user_timeout=60000` (milliseconds until a silent server is given up; ours is 25000).",
     )
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Celery broker that carries the jobs' messages to the workers.")
     artifacts_root: Path = Field(
