@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Generic
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 500
 MAX_LOG_CHUNK_BYTES = 64 * 1024
 LOG_PAUSE_SECONDS = 1.0
+LOG_OFFSET_SUFFIX = ".pumped"
+"""Of the file beside the log that says how many of its bytes are in the store."""
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 10.0
 
@@ -85,7 +88,9 @@ class RecordPump(Generic[AnyRecord]):
 
 
 class LogPump:
-    """A run's log, in whole lines, from where it ends now: what earlier attempts printed on this machine is in the store already.
+    """A run's log, in whole lines, from where the last attempt on this machine left off, in a file beside it.
+
+    Every byte gets to the store. A worker that is killed between writing there and taking a note of it has a chunk written twice.
 
     Args:
         path: The file, which need not exist yet.
@@ -96,7 +101,8 @@ class LogPump:
     def __init__(self, path: Path, write: Callable[[str], None], retriable: tuple[type[Exception], ...]) -> None:
         self._path = path
         self._write = write
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._offset_path = path.with_name(path.name + LOG_OFFSET_SUFFIX)
+        self._offset: int | None = None  # not before the first look, when no other attempt pumps it any more
         self._retry = Retry(retriable)
         self._pumped_at = 0.0
 
@@ -114,18 +120,34 @@ class LogPump:
         if not self._retry.is_due():
             return True
         self._pumped_at = time.monotonic()
-        chunk = self._next_chunk(is_final)
+        if self._offset is None:
+            self._offset = self._read_offset()
+        chunk = self._next_chunk(self._offset, is_final)
         if not chunk:
             return False
         if self._retry.run(lambda: self._write(chunk.decode(errors="replace"))):
             self._offset += len(chunk)
+            self._note_offset(self._offset)
         return True
 
-    def _next_chunk(self, is_final: bool) -> bytes:
+    def _next_chunk(self, offset: int, is_final: bool) -> bytes:
         if not self._path.exists():
             return b""
         with self._path.open("rb") as log:
-            log.seek(self._offset)
+            log.seek(offset)
             chunk = log.read(MAX_LOG_CHUNK_BYTES)
         whole_lines = chunk[: chunk.rfind(b"\n") + 1]
         return whole_lines or (chunk if is_final or len(chunk) == MAX_LOG_CHUNK_BYTES else b"")
+
+    def _read_offset(self) -> int:
+        try:
+            return int(self._offset_path.read_text())
+        except (FileNotFoundError, ValueError):  # unreadable after a power failure: better twice than never
+            return 0
+
+    def _note_offset(self, offset: int) -> None:
+        """Not flushed to the disk, as it need not outlive the machine's crash; and a full disk is no reason to stop the run."""
+        temporary = self._offset_path.with_name(f".{self._offset_path.name}.tmp")
+        with suppress(OSError):
+            temporary.write_text(str(offset))
+            temporary.replace(self._offset_path)

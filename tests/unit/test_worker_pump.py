@@ -79,7 +79,6 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 def test_the_log_is_copied_in_whole_lines_and_at_the_end_to_the_last_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.pump.LOG_PAUSE_SECONDS", 0)
     log = tmp_path / "log.txt"
-    log.write_text("of an earlier attempt\n")
     copied: list[str] = []
     pump = LogPump(log, copied.append, (ConnectionError,))
     with log.open("a") as file:
@@ -112,3 +111,26 @@ def test_the_log_waits_for_a_store_that_is_out_of_reach(tmp_path: Path, monkeypa
         assert time.monotonic() < deadline
     assert "".join(copied) == "x" * 100_000 + "\ufffd\n"
     assert len(copied) == 2
+
+
+def test_what_a_killed_worker_left_of_the_log_comes_with_the_next_attempt(tmp_path: Path) -> None:
+    log, copied = tmp_path / "log.txt", list[str]()
+
+    def refuse(_text: str) -> None:
+        raise ConnectionError("store away")
+
+    log.write_text("never pumped\n")
+    LogPump(log, refuse, (ConnectionError,)).pump()
+    for printed in ("", "pumped\n", "killed in the mid", "dle of a line\n"):
+        with log.open("a") as file:
+            file.write(printed)
+        LogPump(log, copied.append, (ConnectionError,)).pump()
+    assert copied == ["never pumped\n", "pumped\n", "killed in the middle of a line\n"]
+
+
+def test_a_log_whose_note_is_damaged_is_copied_again(tmp_path: Path) -> None:
+    log, copied = tmp_path / "log.txt", list[str]()
+    log.write_text("one\n")
+    (tmp_path / "log.txt.pumped").write_text("")
+    LogPump(log, copied.append, (ConnectionError,)).pump()
+    assert copied == ["one\n"]
