@@ -9,6 +9,7 @@ from enum import Enum, auto
 from pathlib import Path
 
 from cliprd_core.run_dir import ERROR_FILE, RESULT_FILE, ErrorReason, ErrorRecord, ResultRecord, read_record
+from service.store.failure_policy import FAILURE_POLICIES
 from service.store.jobs import Cancelled, Outcome
 from worker.process import ExitReport
 
@@ -26,36 +27,46 @@ class StopCause(Enum):
     """The worker was told to stop; another one shall go on with the job."""
 
 
-OUTCOMES: dict[StopCause, Outcome | None] = {
-    StopCause.CANCEL: Cancelled(),
-    StopCause.PAUSE: None,
-    StopCause.SHUTDOWN: None,
-    StopCause.TIMEOUT: ErrorRecord(
-        reason=ErrorReason.TIMEOUT,
-        message="The job ran for `resources.max_hours` and was stopped after saving a checkpoint. Retry it, and it goes on there for as"
-        " long again; or clone it with a higher limit.",
-    ),
-}
-"""How a job ended whose run stopped when it was asked to; None: it did not, and is given back."""
-
-
 def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | None:
     """How the job ended, or None if it did not and is to be given back.
 
-    A result counts even if the run had been asked to stop: it came too late. A run that ended in good order after a SIGTERM which
+    A result counts even if the run had been asked to stop: it came too late. So does, on a pause or a timeout, an error that another
+    attempt would meet again. A run that ended in good order after a SIGTERM which
     did not come from us (a system that shuts down sends it to everyone) is given back too.
     """
     result = read_record(run / RESULT_FILE, ResultRecord)
     if result is not None:
         return result
-    if cause is not None:
-        return OUTCOMES[cause]
     error = read_record(run / ERROR_FILE, ErrorRecord)
+    if cause is not None:
+        return _of_stopped(cause, report, error)
     if error is not None and not _is_of_a_killed_neighbour(error, report):
         return error
     if report.was_stopped:
         return None
     return explain(report)
+
+
+def _of_stopped(cause: StopCause, report: ExitReport, error: ErrorRecord | None) -> Outcome | None:
+    """How a job ended whose run was asked to stop and has no result. On a shutdown, another worker shall find out."""
+    if cause is StopCause.CANCEL:
+        return Cancelled()
+    if cause is StopCause.SHUTDOWN:
+        return None
+    if error is not None and not FAILURE_POLICIES[error.reason].is_retried:
+        return error
+    return None if cause is StopCause.PAUSE else _timeout(report)
+
+
+def _timeout(report: ExitReport) -> ErrorRecord:
+    how = "was stopped"
+    if report.signal_number == signal.SIGKILL:
+        how = "was killed before it had stopped, most likely as saving takes longer than the worker's `CLIPRD_GRACE_SECONDS`"
+    message = (
+        f"The job ran for `resources.max_hours` and {how}. Retry it, and it goes on from its newest checkpoint for as long again; or clone"
+        " it with a higher limit."
+    )
+    return ErrorRecord(reason=ErrorReason.TIMEOUT, message=message, detail=report.last_lines)
 
 
 def _is_of_a_killed_neighbour(error: ErrorRecord, report: ExitReport) -> bool:

@@ -9,7 +9,8 @@ import pytest
 
 from cliprd_core.failures import write_failure
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
-from worker.outcome import decide
+from service.store.jobs import Cancelled
+from worker.outcome import StopCause, decide
 from worker.process import ExitReport
 
 
@@ -36,3 +37,32 @@ def test_how_a_process_was_killed_says_more_than_that_it_is_missed(tmp_path: Pat
 )
 def test_otherwise_the_word_of_the_process_counts(tmp_path: Path, left: ErrorReason, signal_number: int | None) -> None:
     assert decided(tmp_path, left, signal_number) == ErrorRecord(reason=left, message="left by a process of the run")
+
+
+def stopped(run: Path, cause: StopCause, signal_number: int | None = None) -> object:
+    return decide(run, ExitReport(exit_code=1, signal_number=signal_number, was_stopped=True, last_lines="last lines"), cause)
+
+
+def test_an_error_that_comes_again_counts_on_a_pause_and_a_timeout(tmp_path: Path) -> None:
+    error = ErrorRecord(reason=ErrorReason.DIVERGED, message="NaN at step 7")
+    write_failure(tmp_path, error)
+    assert stopped(tmp_path, StopCause.PAUSE) == error
+    assert stopped(tmp_path, StopCause.TIMEOUT) == error
+    assert stopped(tmp_path, StopCause.CANCEL) == Cancelled()
+    assert stopped(tmp_path, StopCause.SHUTDOWN) is None
+
+
+def test_an_error_that_may_pass_does_not(tmp_path: Path) -> None:
+    write_failure(tmp_path, ErrorRecord(reason=ErrorReason.WORKER_LOST, message="a process is gone"))
+    assert stopped(tmp_path, StopCause.PAUSE) is None
+    timeout = stopped(tmp_path, StopCause.TIMEOUT)
+    assert isinstance(timeout, ErrorRecord)
+    assert timeout.reason is ErrorReason.TIMEOUT
+
+
+@pytest.mark.parametrize(("signal_number", "how"), [(None, "and was stopped. Retry"), (signal.SIGKILL, "and was killed before it")])
+def test_a_timeout_says_how_the_run_ended(tmp_path: Path, signal_number: int | None, how: str) -> None:
+    timeout = stopped(tmp_path, StopCause.TIMEOUT, signal_number)
+    assert isinstance(timeout, ErrorRecord)
+    assert how in timeout.message
+    assert "newest checkpoint" in timeout.message
