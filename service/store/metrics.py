@@ -36,7 +36,8 @@ class Series:
 def record_metrics(*, session: Session, job_id: str, lease_token: str, records: Sequence[MetricsRecord]) -> None:
     """Store records in the order they were made; the last one's progress, and every name's last value, show on the job.
 
-    Replaying records changes nothing. Where attempts overlap, the latest attempt's value stays.
+    Replaying records changes nothing. Where attempts overlap, the latest attempt's value stays. Those of an attempt before the running
+    one, which its worker's files still hold, complete the series; what the job shows of itself they set only where there is nothing.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
@@ -55,13 +56,14 @@ def record_metrics(*, session: Session, job_id: str, lease_token: str, records: 
             earlier = rows.get((name, record.step))
             if earlier is None or record.attempt >= earlier["attempt"]:
                 rows[name, record.step] = row
-        latest.update(record.values)
+        latest = {**latest, **record.values} if record.attempt >= job.attempt else {**record.values, **latest}
     _upsert(session, Metric, list(rows.values()), replace=("attempt", "value"))
     if rows:
         names, steps = {name for name, _ in rows}, [step for _, step in rows]
         update_rollups(session=session, job_id=job_id, names=names, first_step=min(steps), last_step=max(steps))
     job.metrics = latest
-    job.progress = records[-1].progress.model_dump(mode="json")
+    if job.progress is None or records[-1].attempt >= job.attempt:
+        job.progress = records[-1].progress.model_dump(mode="json")
 
 
 def record_evaluations(*, session: Session, job_id: str, lease_token: str, records: Sequence[EvaluationRecord]) -> None:

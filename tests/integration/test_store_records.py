@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, MetricsRecord
 from service.store import artifacts, jobs, metrics
 from service.store.blobs import BlobStore
 from service.store.cursors import Page
@@ -51,6 +51,22 @@ def test_replayed_records_change_nothing_and_the_latest_attempt_wins(sessions: S
     record(sessions, claimed, *first)
     record(sessions, claimed, measured(3, attempt=2, train_loss=30.0), measured(3, attempt=1, train_loss=3.0))
     assert series(sessions, claimed.job.id) == {"train/loss": metrics.Series([1, 2, 3], [1.0, 20.0, 30.0])}
+
+
+def test_what_a_job_shows_never_goes_back_as_an_earlier_attempt_is_copied_again(sessions: Sessions, claimed: jobs.Claim) -> None:
+    record(sessions, claimed, *(measured(step, train_loss=float(step)) for step in (1, 2, 4)))
+    finish(sessions, claimed, ErrorRecord(reason=ErrorReason.WORKER_LOST, message="gone"))
+    again = claim(sessions, claimed.job.id)
+    assert again.attempt == 2
+    record(sessions, again, measured(1, train_loss=1.0), measured(5, train_loss=5.0, train_late=7.0))
+    job = read(sessions, again.job.id)
+    assert job.progress == progress_at(4).model_dump(mode="json")
+    assert job.metrics == {"train/loss": 4.0, "train/late": 7.0}
+    assert series(sessions, job.id)["train/loss"].steps == [1, 2, 4, 5]
+    record(sessions, again, measured(3, attempt=2, train_loss=30.0))
+    job = read(sessions, again.job.id)
+    assert job.progress == progress_at(3).model_dump(mode="json"), "it goes on from an older checkpoint"
+    assert job.metrics == {"train/loss": 30.0, "train/late": 7.0}
 
 
 def test_series_by_name_prefix_and_step(sessions: Sessions, claimed: jobs.Claim) -> None:
