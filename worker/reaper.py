@@ -16,6 +16,7 @@ from service.store.blobs import make_blobs
 from service.store.idempotency import forget_keys
 from service.store.jobs import QueuedJob, deleted_among, jobs_to_send, requeue_expired
 from service.store.session import make_engine, make_sessions, reading
+from service.store.unneeded_blobs import forget_unneeded, unneeded_keys
 from worker.held_job import OUT_OF_REACH
 from worker.rounds import Rounds
 from worker.run_dirs import remove_deleted
@@ -61,6 +62,7 @@ class Reaper:
                 self._forget_keys,
                 self._send_again,
                 self._drop_finished_checkpoints,
+                self._delete_unneeded_blobs,
                 self._remove_run_dirs,
                 self._deliver_webhooks,
             ):
@@ -103,10 +105,23 @@ class Reaper:
         with sessions.begin() as session:
             keys = remove_finished_checkpoints(session=session, older_than_seconds=self._settings.checkpoint_retention_seconds)
         if keys:
-            blobs = make_blobs(self._settings.artifacts_url, self._settings.artifacts_root)
+            logger.info("dropped %d files of finished jobs' checkpoints", len(keys))
+
+    def _delete_unneeded_blobs(self, sessions: sessionmaker[Session]) -> None:
+        """Bytes that nothing names any more, until one can't be deleted; the next round goes on there."""
+        with reading(sessions) as session:
+            keys = unneeded_keys(session=session)
+        if not keys:
+            return
+        blobs = make_blobs(self._settings.artifacts_url, self._settings.artifacts_root)
+        gone: list[str] = []
+        try:
             for key in keys:
                 blobs.delete(key)
-            logger.info("dropped %d files of finished jobs' checkpoints", len(keys))
+                gone.append(key)
+        finally:
+            with sessions.begin() as session:
+                forget_unneeded(session=session, storage_keys=gone)
 
     def _remove_run_dirs(self, sessions: sessionmaker[Session]) -> None:
         """Those of jobs that were deleted, on this machine's disk."""

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Collection
 from datetime import timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.orm import Session
 
 from service.store.blobs import StoredBlob
@@ -16,6 +16,7 @@ from service.store.leases import lock_held_job
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import database_now
 from service.store.states import JobState
+from service.store.unneeded_blobs import note_unneeded
 
 __all__ = [
     "Artifact",
@@ -42,7 +43,7 @@ def register_artifact(
 ) -> Artifact:
     """Make a stored file known. A second one of the same job, kind, group and name takes the first one's place and id.
 
-    The bytes it replaces stay in the blob store until someone deletes them there.
+    The bytes it replaces are deleted by a reaper, if not before.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
@@ -53,6 +54,8 @@ def register_artifact(
     if artifact is None:
         artifact = Artifact(id=str(uuid.uuid4()), job_id=job_id, kind=kind, group=group, name=name, created_at=database_now(session))
         session.add(artifact)
+    elif artifact.storage_key != blob.key:
+        note_unneeded(session=session, storage_keys=[artifact.storage_key])
     artifact.step = step
     artifact.num_bytes = blob.num_bytes
     artifact.sha256 = blob.sha256
@@ -104,23 +107,29 @@ def remove_finished_checkpoints(*, session: Session, older_than_seconds: float) 
     """Forget all checkpoints of jobs that finished this long ago, whichever way.
 
     Returns:
-        The storage keys that nothing names any more; delete them in the blob store after the commit.
+        The storage keys that nothing names any more; a reaper deletes the bytes after the commit, if nobody does before.
     """
     cutoff = database_now(session) - timedelta(seconds=older_than_seconds)
     finished = select(Job.id).where(Job.state.in_([state for state in JobState if state.is_finished]), Job.finished_at <= cutoff)
     of_finished = (Artifact.kind == ArtifactKind.CHECKPOINT, Artifact.job_id.in_(finished))
-    return list(session.scalars(delete(Artifact).where(*of_finished).returning(Artifact.storage_key)))
+    return _removed(session, *of_finished)
 
 
 def remove_artifacts(*, session: Session, job_id: str, lease_token: str, kind: ArtifactKind, keep_groups: Collection[str]) -> list[str]:
     """Forget the job's artifacts of this kind outside `keep_groups`, as for checkpoints that newer ones replaced.
 
     Returns:
-        The storage keys that nothing names any more; delete them in the blob store after the commit.
+        The storage keys that nothing names any more; a reaper deletes the bytes after the commit, if nobody does before.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
     lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
     outside = (Artifact.job_id == job_id, Artifact.kind == kind, Artifact.group.not_in(keep_groups))
-    return list(session.scalars(delete(Artifact).where(*outside).returning(Artifact.storage_key)))
+    return _removed(session, *outside)
+
+
+def _removed(session: Session, *are_unneeded: ColumnElement[bool]) -> list[str]:
+    keys = list(session.scalars(delete(Artifact).where(*are_unneeded).returning(Artifact.storage_key)))
+    note_unneeded(session=session, storage_keys=keys)
+    return keys

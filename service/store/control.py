@@ -18,6 +18,7 @@ from service.store.session import database_now
 from service.store.states import JobState
 from service.store.teachers import lock_teachers
 from service.store.transitions import QueuedJob, move, settle_dependents, waits_for_a_teacher
+from service.store.unneeded_blobs import note_unneeded
 
 FINISHED_STATES = [state for state in JobState if state.is_finished]
 
@@ -134,7 +135,7 @@ def delete_job(*, session: Session, job_id: str) -> list[str]:
     """Forget a finished job with all that is known of it.
 
     Returns:
-        Storage keys of its artifacts; delete them in the blob store after the commit.
+        Storage keys of its artifacts; a reaper deletes the bytes after the commit, if nobody does before.
 
     Raises:
         JobNotFoundError: there is no such job.
@@ -148,6 +149,7 @@ def delete_job(*, session: Session, job_id: str) -> list[str]:
     if waiting is not None:
         raise JobConflictError(job_id, f"is a teacher of job {waiting}, which has not finished")
     keys = list(session.scalars(select(Artifact.storage_key).where(Artifact.job_id == job_id)))
+    note_unneeded(session=session, storage_keys=keys)
     session.execute(delete(JobTeacher).where(JobTeacher.teacher_job_id == job_id))
     session.delete(job)
     session.add(DeletedJob(id=job_id, deleted_at=database_now(session)))

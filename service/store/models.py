@@ -303,6 +303,14 @@ class Artifact(Base):
     created_at: Mapped[datetime]
 
 
+class UnneededBlob(Base):
+    """Bytes in the blob store that no artifact names any more; see `service.store.unneeded_blobs`."""
+
+    __tablename__ = "unneeded_blobs"
+
+    storage_key: Mapped[str] = mapped_column(String(255), primary_key=True)
+
+
 class Worker(Base):
     """One worker process as it last reported; see `service.store.workers`."""
 

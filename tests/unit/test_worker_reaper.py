@@ -15,10 +15,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.store.artifacts import list_artifacts, register_artifact
-from service.store.blobs import BlobStore
+from service.store.blobs import BlobStore, BlobsUnreachableError
 from service.store.jobs import Cancelled, JobState, claim_job, create_job, delete_job, finish_job, get_job, release_job, request_cancel
 from service.store.models import ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
+from service.store.unneeded_blobs import unneeded_keys
 from tests.process_group import free_port
 from worker.celery_app import create_app
 from worker.reaper import Reaper, num_messages
@@ -222,3 +223,36 @@ def test_a_part_that_fails_does_not_stop_the_others(bench: Bench, monkeypatch: p
     bench.submit(age_seconds=60)
     bench.reaper.reap()
     assert bench.num_messages() == 1
+
+
+def test_bytes_that_could_not_be_deleted_are_deleted_by_a_later_round(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "state.pt").write_bytes(b"state")
+    blobs = BlobStore(bench.settings.artifacts_root)
+    stored = [blobs.put_file(tmp_path / "state.pt") for _ in range(3)]
+    job_id = bench.submit(age_seconds=0)
+    with bench.sessions.begin() as session:
+        claimed = claim_job(session=session, job_id=job_id, worker="one", lease_seconds=60)
+        assert claimed is not None
+        held: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": claimed.lease_token}
+        for name, blob in zip(("a", "b", "b"), stored, strict=True):  # the last one takes its predecessor's place
+            register_artifact(**held, kind=ArtifactKind.CHECKPOINT, group="step-0000000001", name=name, blob=blob, step=1)
+
+    def refuse(self: BlobStore, key: str) -> None:
+        raise BlobsUnreachableError("503 slow down")
+
+    with monkeypatch.context() as away:
+        away.setattr(BlobStore, "delete", refuse)
+        bench.reaper.reap()
+    assert all(blobs.path(blob.key).exists() for blob in stored)
+    bench.reaper.reap()
+    assert [blobs.path(blob.key).exists() for blob in stored] == [True, False, True]
+    with bench.sessions.begin() as session:
+        held["session"] = session
+        finish_job(**held, outcome=ErrorRecord(reason=ErrorReason.DIVERGED, message="NaN"))
+        delete_job(session=session, job_id=job_id)
+    bench.reaper.reap()
+    assert not any(blobs.path(blob.key).exists() for blob in stored)
+    with reading(bench.sessions) as session:
+        assert unneeded_keys(session=session) == []
