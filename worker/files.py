@@ -127,6 +127,7 @@ def fetch_files(job: HeldJob, files: Sequence[Artifact], folder: Path) -> None:
 
 
 def _fetch(job: HeldJob, artifact: Artifact, target: Path) -> None:
+    job.check_stop()
     digest = hashlib.sha256()
     with target.open("wb") as file:
         for chunk in _stored_bytes(job, artifact):

@@ -66,6 +66,8 @@ class HeldJob:
         self.blobs = blobs
         self.is_lost: Callable[[], bool] = lambda: False
         """Set by whoever keeps the lease."""
+        self.check_stop: Callable[[], None] = lambda: None
+        """Raises where the run is to stop. Asked while files are fetched, which may wait for long; set by the supervisor."""
         self._token = claim.lease_token
         self._sessions = sessions
         self._lease_seconds = lease_seconds

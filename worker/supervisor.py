@@ -36,7 +36,7 @@ from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.lease import LeaseKeeper
 from worker.lease_guard import LeaseGuard
 from worker.mirror import CheckpointMirror
-from worker.outcome import StopCause, decide
+from worker.outcome import OUTCOMES, StopCause, decide
 from worker.process import TrainingProcess
 from worker.pump import LogPump, RecordPump
 from worker.run_cookie import new_cookie
@@ -49,6 +49,14 @@ REQUEST_POLL_SECONDS = 1.0
 
 Launch = Callable[[Path, HeldJob, str], TrainingProcess]
 """Starts the training processes of a prepared run directory, with the given cookie."""
+
+
+class StopAskedError(Exception):
+    """The run is to stop before its training has started."""
+
+    def __init__(self, cause: StopCause) -> None:
+        super().__init__(cause.name)
+        self.cause = cause
 
 
 class Supervisor:
@@ -88,6 +96,7 @@ class Supervisor:
         guard = LeaseGuard(self._cookie, self._settings.lease_seconds)
         keeper = LeaseKeeper(self._job.renew, self._kill, **times, on_renewed=guard.renewed)
         self._job.is_lost = lambda: keeper.is_lost
+        self._job.check_stop = self._check_stop
         try:
             with guard, keeper:
                 return self._attempt(keeper)
@@ -119,7 +128,10 @@ class Supervisor:
             return self._finish(ErrorRecord(reason=ErrorReason.INTERNAL, message=message, detail=traceback.format_exc()))
 
     def _train(self, keeper: LeaseKeeper) -> list[QueuedJob]:
-        self._prepare()
+        try:
+            self._prepare()
+        except StopAskedError as stop:
+            return self._end(OUTCOMES[stop.cause])
         self._evict_teacher_stores()
         if keeper.is_lost:
             raise LeaseLostError(self._job.id)
@@ -129,7 +141,9 @@ class Supervisor:
         cause = self._supervise(keeper, self._process)
         self._process.kill()  # what the run left behind, such as data loaders
         self._drain()
-        outcome = decide(self._run, self._process.report(), cause)
+        return self._end(decide(self._run, self._process.report(), cause))
+
+    def _end(self, outcome: Outcome | None) -> list[QueuedJob]:
         return self._release() if outcome is None else self._finish(outcome)
 
     def _prepare(self) -> None:
@@ -193,6 +207,15 @@ class Supervisor:
             return self._job.requested_stop()
         except OUT_OF_REACH:
             return None  # asked again in a moment
+
+    def _check_stop(self) -> None:
+        """
+        Raises:
+            StopAskedError: the run is to stop.
+        """
+        cause = self._stop_cause()
+        if cause is not None:
+            raise StopAskedError(cause)
 
     def _drain(self) -> None:
         """Write the last records and lines, however long the store is away."""

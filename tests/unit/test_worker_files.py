@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cliprd_core.run_dir import ErrorReason, complete_checkpoints, step_of
+from cliprd_core.run_dir import LOG_FILE, ErrorReason, complete_checkpoints, step_of
 from service.store.blobs import BlobsUnreachableError
-from service.store.jobs import JobState
+from service.store.jobs import JobState, request_cancel
 from service.store.models import Artifact, ArtifactKind
-from tests.worker_bench import Bench
+from tests.worker_bench import Bench, soon
 
 
 @pytest.fixture
@@ -123,3 +123,24 @@ def test_a_mirror_of_a_damaged_checkpoint_is_passed_over(bench: Bench, tmp_path:
     bench.run(job_id)
     assert bench.job(job_id).state is JobState.SUCCEEDED
     assert start_of(bench, job_id, 2) < step
+
+
+@pytest.mark.parametrize("ends_as", [JobState.QUEUED, JobState.CANCELLED])
+def test_a_job_that_waits_for_the_artifact_store_can_be_stopped(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_as: JobState
+) -> None:
+    job_id, _ = interrupted(bench, tmp_path)
+    failing = Failing(bench, BlobsUnreachableError("403 Forbidden"), times=1_000_000)
+    monkeypatch.setattr(bench.blobs, "stream", failing)
+
+    def stop() -> None:
+        if ends_as is JobState.QUEUED:
+            bench.stop.set()
+            return
+        with bench.sessions.begin() as session:
+            request_cancel(session=session, job_id=job_id)
+
+    soon(lambda: failing.times_left < 1_000_000, stop)
+    bench.run(job_id)
+    assert bench.job(job_id).state is ends_as
+    assert not (bench.run_dir(job_id) / LOG_FILE).exists(), "no training was started"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cliprd_core.run_dir import complete_checkpoints
+from cliprd_core.run_dir import complete_checkpoints, step_of
 from service.schemas import ArtifactView
 from service.store.models import ArtifactKind
 from tests.chaos.lab import FIRST_CHECKPOINT, Lab
@@ -32,7 +32,10 @@ def flip_a_bit(file: Path) -> None:
 
 
 def damage_in_run_directory(lab: Lab, damage: Damage) -> None:
-    """Kill a job's worker once two checkpoints are there, and damage the newest before the other worker goes on in the same folder."""
+    """Kill a job's worker once two checkpoints are there, and damage the newest before the other worker goes on in the same folder.
+
+    It goes on from the newest one's mirror if that was made, else from the one before.
+    """
     job_id = lab.train()
     lab.wait_for_step(job_id, SECOND_CHECKPOINT + 1)
     lab.holder(job_id).kill()
@@ -40,8 +43,9 @@ def damage_in_run_directory(lab: Lab, damage: Damage) -> None:
     eventually(lambda: not lab.ranks(job_id) or None)
     before, newest = complete_checkpoints(lab.run_dir(job_id))[-2:]
     damage(newest / DAMAGED_FILE)
+    is_mirrored = newest.name in {file.group for file in lab.client.artifacts(job_id, ArtifactKind.CHECKPOINT)}
     lab.finish(job_id)
-    assert_resumed_from(lab, job_id, int(before.name.removeprefix("step-")))
+    assert_resumed_from(lab, job_id, step_of(newest if is_mirrored else before))
 
 
 def damage_in_store(lab: Lab, damage: Damage) -> None:
@@ -72,7 +76,7 @@ def stored_at(lab: Lab, artifact: ArtifactView) -> Path:
 
 def assert_resumed_from(lab: Lab, job_id: str, step: int) -> None:
     first = next(record.step for record in lab.records(job_id) if record.attempt == 2)
-    assert first == step + 1, f"attempt 2 began with step {first}, not after the checkpoint of step {step}, the one before the damaged"
+    assert first == step + 1, f"attempt 2 began with step {first}, not after the checkpoint of step {step}, the newest that is intact"
 
 
 @scenario("checkpoint-truncated", "the newest checkpoint is cut in half after its worker was killed")
