@@ -31,15 +31,15 @@ def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | 
     """How the job ended, or None if it did not and is to be given back.
 
     A result counts even if the run had been asked to stop: it came too late. So does, on a pause or a timeout, an error that another
-    attempt would meet again. A run that ended in good order after a SIGTERM which
-    did not come from us (a system that shuts down sends it to everyone) is given back too.
+    attempt would meet again. A run that ended in good order after a SIGTERM which did not come from us (a system that shuts down sends it
+    to everyone) is given back too.
     """
     result = read_record(run / RESULT_FILE, ResultRecord)
     if result is not None:
         return result
     error = read_record(run / ERROR_FILE, ErrorRecord)
     if cause is not None:
-        return _of_stopped(cause, report, error)
+        return of_stopped(cause, report, error)
     if error is not None and not _is_of_a_killed_neighbour(error, report):
         return error
     if report.was_stopped:
@@ -47,8 +47,13 @@ def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | 
     return explain(report)
 
 
-def _of_stopped(cause: StopCause, report: ExitReport, error: ErrorRecord | None) -> Outcome | None:
-    """How a job ended whose run was asked to stop and has no result. On a shutdown, another worker shall find out."""
+def of_stopped(cause: StopCause, report: ExitReport | None = None, error: ErrorRecord | None = None) -> Outcome | None:
+    """How a job ended whose run was asked to stop and has no result, or None if it did not. On a shutdown, another worker shall find out.
+
+    Args:
+        report: How the run's processes ended; None: they had not started.
+        error: What the run left.
+    """
     if cause is StopCause.CANCEL:
         return Cancelled()
     if cause is StopCause.SHUTDOWN:
@@ -58,15 +63,15 @@ def _of_stopped(cause: StopCause, report: ExitReport, error: ErrorRecord | None)
     return None if cause is StopCause.PAUSE else _timeout(report)
 
 
-def _timeout(report: ExitReport) -> ErrorRecord:
+def _timeout(report: ExitReport | None) -> ErrorRecord:
     how = "was stopped"
-    if report.signal_number == signal.SIGKILL:
+    if report is not None and report.signal_number == signal.SIGKILL:
         how = "was killed before it had stopped, most likely as saving takes longer than the worker's `CLIPRD_GRACE_SECONDS`"
     message = (
         f"The job ran for `resources.max_hours` and {how}. Retry it, and it goes on from its newest checkpoint for as long again; or clone"
         " it with a higher limit."
     )
-    return ErrorRecord(reason=ErrorReason.TIMEOUT, message=message, detail=report.last_lines)
+    return ErrorRecord(reason=ErrorReason.TIMEOUT, message=message, detail=report.last_lines if report is not None else None)
 
 
 def _is_of_a_killed_neighbour(error: ErrorRecord, report: ExitReport) -> bool:

@@ -36,7 +36,7 @@ from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.lease import LeaseKeeper
 from worker.lease_guard import LeaseGuard
 from worker.mirror import CheckpointMirror
-from worker.outcome import OUTCOMES, StopCause, decide
+from worker.outcome import StopCause, decide, of_stopped
 from worker.process import TrainingProcess
 from worker.pump import LogPump, RecordPump
 from worker.run_cookie import new_cookie
@@ -131,7 +131,7 @@ class Supervisor:
         try:
             self._prepare()
         except StopAskedError as stop:
-            return self._end(OUTCOMES[stop.cause])
+            return self._end(of_stopped(stop.cause))
         self._evict_teacher_stores()
         if keeper.is_lost:
             raise LeaseLostError(self._job.id)
