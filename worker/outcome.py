@@ -71,7 +71,7 @@ def _timeout(report: ExitReport | None) -> ErrorRecord:
         f"The job ran for `resources.max_hours` and {how}. Retry it, and it goes on from its newest checkpoint for as long again; or clone"
         " it with a higher limit."
     )
-    return ErrorRecord(reason=ErrorReason.TIMEOUT, message=message, detail=report.last_lines if report is not None else None)
+    return ErrorRecord(reason=ErrorReason.TIMEOUT, message=message, detail=report.last_lines if report is not None else "")
 
 
 def _is_of_a_killed_neighbour(error: ErrorRecord, report: ExitReport) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from cliprd_core.failures import write_failure
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.jobs import Cancelled
-from worker.outcome import StopCause, decide
+from worker.outcome import StopCause, decide, of_stopped
 from worker.process import ExitReport
 
 
@@ -66,3 +66,11 @@ def test_a_timeout_says_how_the_run_ended(tmp_path: Path, signal_number: int | N
     assert isinstance(timeout, ErrorRecord)
     assert how in timeout.message
     assert "newest checkpoint" in timeout.message
+
+
+def test_a_timeout_before_the_run_started_is_one_too() -> None:
+    outcome = of_stopped(StopCause.TIMEOUT)
+    assert isinstance(outcome, ErrorRecord)
+    assert outcome.reason is ErrorReason.TIMEOUT
+    assert "was stopped" in outcome.message
+    assert of_stopped(StopCause.PAUSE) is of_stopped(StopCause.SHUTDOWN) is None
