@@ -21,7 +21,8 @@ from cliprd_core.retention import RETRIEVAL_METRICS, ZERO_SHOT_METRICS, Checkpoi
 from cliprd_core.spec_model import SpecModel
 
 Fraction = Annotated[StrictFloat, Field(gt=0.0, le=1.0)]
-JobId = Annotated[str, Field(pattern=r"^[0-9a-z-]{8,64}$")]
+JOB_ID_PATTERN = r"^[0-9a-z-]{8,64}$"
+JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 
 NAMED_ELSEWHERE = (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name"), ("text_cfg", "hf_tokenizer_name"))

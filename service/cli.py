@@ -140,7 +140,8 @@ def jobs(
     table.columns[0].no_wrap = True
     with connected(url) as client:
         for job in islice(client.jobs(state=state, labels=labels), limit):
-            table.add_row(job.id, job.name, str(job.state), str(job.attempt), "" if job.state.is_finished else status_of(job))
+            reason = "" if job.error is None else str(job.error.reason)
+            table.add_row(job.id, job.name, str(job.state), str(job.attempt), reason if job.state.is_finished else status_of(job))
     out.print(table)
 
 
@@ -157,7 +158,7 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     rows.add_row("name", job.name)
     rows.add_row("recipe", job.recipe)
     rows.add_row("state", str(job.state))
-    rows.add_row("attempt", f"{job.attempt} of {job.max_attempts}" if job.attempt else "not started")
+    rows.add_row("attempt", str(job.attempt) if job.attempt else "not started")
     if not job.state.is_finished:
         rows.add_row("status", status_of(job))
     for name, value in job.labels.items():

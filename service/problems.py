@@ -1,6 +1,6 @@
 """What a user got wrong, as a list of fields, each with what is wrong and what to do.
 
-Turns pydantic's errors into such lists; pydantic and the standard library only, so the command line can use it too.
+Turns pydantic's errors into such lists; pydantic, the spec and the standard library only, so the command line can use it too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cliprd_core.spec import JOB_ID_PATTERN
 
 BODY = "body"
 """Name of the field that is the whole request body."""
@@ -219,7 +221,12 @@ _REMEDIES = {
 }
 
 
+_PATTERN_REMEDIES = {JOB_ID_PATTERN: "Give the id of a job, as `GET /jobs` lists them."}
+
+
 def _remedy(kind: str, context: Mapping[str, Any]) -> str:
+    if context.get("pattern") in _PATTERN_REMEDIES:
+        return _PATTERN_REMEDIES[context["pattern"]]
     plain = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
     return _REMEDIES[kind].format(**plain) if kind in _REMEDIES else "Give a value that fits; the field is described in /docs."
 

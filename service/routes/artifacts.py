@@ -11,6 +11,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Header, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
+from cliprd_core.spec import JOB_ID_PATTERN
 from service.byte_ranges import requested_range
 from service.errors import problem_responses
 from service.routes.dependencies import ArtifactIdInPath, Cursor, Limit, RootPath, ServicesOf
@@ -33,7 +34,7 @@ def list_artifacts(
     *,
     services: ServicesOf,
     root_path: RootPath,
-    job_id: Annotated[str | None, Query(pattern=r"^[0-9a-z-]{8,64}$", description="Only artifacts of this job.")] = None,
+    job_id: Annotated[str | None, Query(pattern=JOB_ID_PATTERN, description="Only artifacts of this job.")] = None,
     kind: Annotated[ArtifactKind | None, Query(description="Only artifacts of this kind.")] = None,
     limit: Limit = 50,
     cursor: Cursor = None,

@@ -29,6 +29,7 @@ def problems(spec: Any) -> dict[str, FieldProblem]:
         ({"training": {"schedule": "cosin"}}, "training.schedule", "`cosin`", "`cosine`, `constant`"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat", "no such field", "`training.learning_rate`"),
         ({"epochs": 3}, "epochs", "no such field", "`training.epochs`"),
+        ({"teacher": {"job": "nope"}}, "teacher.job", "`nope`", "Give the id of a job"),
         ({"xyzzy": 3}, "xyzzy", "no such field", "The fields here are: name,"),
         ({"recipe": "clip_dk"}, "recipe", "`clip_dk`", "`clip`, `clip_kd`, `clip_rd`"),
         ({"data": {"train": [{"type": "webdataset"}]}}, "data.train.0.shards", "is missing", "Add it: Shards"),
