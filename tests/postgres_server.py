@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import subprocess
 import tempfile
@@ -43,6 +44,7 @@ class PostgresServer:
             with suppress(subprocess.CalledProcessError):  # it does not run
                 self.control("stop", "-m", "immediate")
         finally:
+            atexit.unregister(self._server._cleanup)  # else the package makes the folder again, for its lock
             shutil.rmtree(self._folder)
 
     @property

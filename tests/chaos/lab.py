@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from cliprd_core.run_dir import METRICS_FILE, MetricsRecord, read_records
 from service.client import Client, CliprdError
@@ -38,6 +39,17 @@ class Reference:
     weights_sha256: str
     losses: dict[int, float]
     """By step."""
+
+
+class Strike(NamedTuple):
+    """When a fault hit a job."""
+
+    job_id: str
+    attempt: int
+    at: float
+    """Of the monotonic clock."""
+    wall_time: float
+    """Unix seconds."""
 
 
 class Outage:
@@ -90,7 +102,7 @@ class Lab(Jobs):
         self.jobs: list[str] = []
         """Ids of the jobs that the API has acknowledged."""
         self.num_processes = num_processes
-        self._struck: tuple[str, float, int] | None = None
+        self._struck: Strike | None = None
 
     @property
     def workers(self) -> list[Worker]:
@@ -126,14 +138,19 @@ class Lab(Jobs):
 
     def struck(self, job_id: str) -> None:
         """The fault has just happened, or ended if it lasts: the time of recovery is from now until the API tells of a step that was not
-        trained yet."""
-        self._struck = (job_id, time.monotonic(), max((record.step for record in self.records(job_id)), default=0))
+        trained before."""
+        attempt = max((sight.attempt for sight in self.witness.told[job_id].sights), default=0)
+        self._struck = Strike(job_id, attempt, time.monotonic(), time.time())
 
     def recovery_seconds(self) -> float | None:
         if self._struck is None:
             return None
-        job_id, at, step = self._struck
-        recovered_at = self.witness.told[job_id].first_beyond(step, at)
+        job_id, attempt, at, wall_time = self._struck
+        records = self.records(job_id)
+        was_ended = any(record.attempt > attempt for record in records)
+        # An attempt that was ended may have trained a step or two more while its processes died.
+        trained = (one.step for one in records if one.attempt <= attempt and (was_ended or one.time <= wall_time))
+        recovered_at = self.witness.told[job_id].first_beyond(max(trained, default=0), at)
         return None if recovered_at is None else recovered_at - at
 
     def see(self, job_id: str) -> JobView | None:
