@@ -47,7 +47,6 @@ SIZES = ((500, 375), (1500, 1000))
 NUM_PICTURES = 24  # different ones of each size
 PAIRS_PER_SHARD = 128
 NUM_SHARDS = 4
-BATCH_SIZE = 16
 CROP_SCALE = (0.9, 1.0)
 PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 NUM_CORES = len(os.sched_getaffinity(0))
@@ -124,7 +123,7 @@ def bare(make_crop: Callable[[bytes, list[float]], NDArray[np.uint8]], pictures:
     return Speed(sum(speed for speed, _, _ in measured), sum(count for _, count, _ in measured) / sum(cpu for _, _, cpu in measured))
 
 
-def batches(loader_batches: Iterable[Any], num_ahead: int, seconds: float) -> Speed:
+def batches(loader_batches: Iterable[Any], num_ahead: int, batch_size: int, seconds: float) -> Speed:
     """Of batches that are taken as soon as they are there, once those are gone that were prepared ahead."""
     iterator = iter(loader_batches)
     for _ in range(num_ahead + 1):
@@ -132,7 +131,7 @@ def batches(loader_batches: Iterable[Any], num_ahead: int, seconds: float) -> Sp
     start, start_cpu, count = time.perf_counter(), cpu_seconds(), 0
     while time.perf_counter() - start < seconds:
         next(iterator)
-        count += BATCH_SIZE
+        count += batch_size
     return Speed(count / (time.perf_counter() - start), count / (cpu_seconds() - start_cpu))
 
 
@@ -142,14 +141,14 @@ def cpu_seconds() -> float:
     return sum(times.user + times.system for times in (one.cpu_times() for one in everyone))
 
 
-def ours(num_data_workers: int, folder: Path, seconds: float) -> Speed:
+def ours(num_data_workers: int, folder: Path, batch_size: int, seconds: float) -> Speed:
     spec = JobSpec.model_validate(
         {
             "name": "benchmark",
             "recipe": "clip",
             "student": {"model": "ViT-B-32"},
             "data": {"train": [{"type": "webdataset", "shards": str(folder / "*.tar")}], "crop_scale": CROP_SCALE},
-            "training": {"global_batch_size": BATCH_SIZE, "num_data_workers": num_data_workers},
+            "training": {"global_batch_size": batch_size, "num_data_workers": num_data_workers},
             "resources": {"device": "cpu"},
         }
     )
@@ -161,7 +160,7 @@ def ours(num_data_workers: int, folder: Path, seconds: float) -> Speed:
             yield from loader.epoch(epoch)
 
     with closing(loader):
-        return batches(endless(), 2 * num_data_workers, seconds)
+        return batches(endless(), 2 * num_data_workers, batch_size, seconds)
 
 
 def usual_transform() -> Any:
@@ -174,17 +173,17 @@ def shard_names(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
-def plain_webdataset(folder: Path, seconds: float) -> Speed:
+def plain_webdataset(folder: Path, batch_size: int, seconds: float) -> Speed:
     import webdataset
 
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     data = webdataset.WebDataset(shard_names(folder), resampled=True, nodesplitter=None, shardshuffle=False).shuffle(256).decode("pilrgb")
-    data = data.to_tuple("jpg", "txt").map_tuple(usual_transform(), lambda text: tokenizer(text)[0]).batched(BATCH_SIZE)
+    data = data.to_tuple("jpg", "txt").map_tuple(usual_transform(), lambda text: tokenizer(text)[0]).batched(batch_size)
     loader = webdataset.WebLoader(data, batch_size=None, num_workers=NUM_CORES, multiprocessing_context="fork")
-    return batches(loader, 2 * NUM_CORES, seconds)
+    return batches(loader, 2 * NUM_CORES, batch_size, seconds)
 
 
-def open_clips(folder: Path, seconds: float) -> Speed:
+def open_clips(folder: Path, batch_size: int, seconds: float) -> Speed:
     from open_clip_train.data import get_wds_dataset
 
     arguments = Namespace(
@@ -193,17 +192,18 @@ def open_clips(folder: Path, seconds: float) -> Speed:
         dataset_resampled=True,
         train_data_upsampling_factors=None,
         seed=0,
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         workers=NUM_CORES,
         world_size=1,
     )
     loader = get_wds_dataset(arguments, usual_transform(), True, tokenizer=open_clip.get_tokenizer("ViT-B-32")).dataloader
-    return batches(loader, 2 * NUM_CORES, seconds)
+    return batches(loader, 2 * NUM_CORES, batch_size, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.5, help="of each measurement (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="pairs in a batch (default %(default)s)")
     parser.add_argument("--only", default="", help="measure only those whose name holds this, beside `bare`")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -219,9 +219,9 @@ def main() -> None:
             contenders: dict[str, Callable[[float], Speed]] = {
                 "bare": partial(bare, crop, pictures),
                 "bare, as usual": partial(bare, crop_as_usual, pictures),
-                **{f"TrainLoader {workers}": partial(ours, workers, folder) for workers in (0, 1, NUM_CORES)},
-                "webdataset": partial(plain_webdataset, folder),
-                "open_clip": partial(open_clips, folder),
+                **{f"TrainLoader {workers}": partial(ours, workers, folder, arguments.batch_size) for workers in (0, 1, NUM_CORES)},
+                "webdataset": partial(plain_webdataset, folder, arguments.batch_size),
+                "open_clip": partial(open_clips, folder, arguments.batch_size),
             }
             bound: Speed | None = None
             for name, measure in contenders.items():
