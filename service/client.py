@@ -51,6 +51,7 @@ PATIENCE_SECONDS = 120.0
 """How long `wait` bears a service that does not answer."""
 
 AnyView = TypeVar("AnyView", bound=BaseModel)
+AnyPage = TypeVar("AnyPage", JobList, EvaluationList, ArtifactList)
 
 
 class CliprdError(Exception):
@@ -119,12 +120,8 @@ class Client:
             params["state"] = state.value
         if labels:
             params["label"] = [f"{key}={value}" for key, value in labels.items()]
-        while True:
-            page = self._call("GET", "/jobs", JobList, params=params)
+        for page in self._pages("/jobs", JobList, params):
             yield from page.jobs
-            if page.next_cursor is None:
-                return
-            params["cursor"] = page.next_cursor
 
     def cancel(self, job_id: str) -> JobView:
         """Ask for a job's end. A running one is stopped by its worker soon after."""
@@ -187,27 +184,14 @@ class Client:
 
     def evaluations(self, job_id: str) -> list[EvaluationRecord]:
         """What was evaluated, by step; values are fractions 0-1."""
-        found: list[EvaluationRecord] = []
-        params: dict[str, Any] = {}
-        while True:
-            page = self._call("GET", f"/jobs/{job_id}/evaluations", EvaluationList, params=params)
-            found += page.evaluations
-            if page.next_cursor is None:
-                return found
-            params["cursor"] = page.next_cursor
+        return [one for page in self._pages(f"/jobs/{job_id}/evaluations", EvaluationList, {}) for one in page.evaluations]
 
     def artifacts(self, job_id: str, kind: ArtifactKind | None = None) -> list[ArtifactView]:
         """The job's files, newest first."""
         params: dict[str, Any] = {"limit": PAGE_SIZE}
         if kind is not None:
             params["kind"] = kind.value
-        found: list[ArtifactView] = []
-        while True:
-            page = self._call("GET", f"/jobs/{job_id}/artifacts", ArtifactList, params=params)
-            found += page.artifacts
-            if page.next_cursor is None:
-                return found
-            params["cursor"] = page.next_cursor
+        return [one for page in self._pages(f"/jobs/{job_id}/artifacts", ArtifactList, params) for one in page.artifacts]
 
     def workers(self) -> list[WorkerView]:
         """All workers that report to the service, by machine."""
@@ -284,6 +268,16 @@ class Client:
             with partial.open(mode) as file:
                 for chunk in response.iter_bytes():  # as they arrive: larger chunks would be lost where the connection breaks
                     file.write(chunk)
+
+    def _pages(self, path: str, view: type[AnyPage], params: Mapping[str, Any]) -> Iterator[AnyPage]:
+        """All pages of a list, each asked for when it is needed."""
+        cursor: dict[str, str] = {}
+        while True:
+            page = self._call("GET", path, view, params={**params, **cursor})
+            yield page
+            if page.next_cursor is None:
+                return
+            cursor = {"cursor": page.next_cursor}
 
     def _call(self, method: str, path: str, view: type[AnyView], **arguments: Any) -> AnyView:
         response = self._request(method, path, **arguments)
