@@ -22,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cliprd_core.caption_groups import CaptionGroup, plan_groups
 
-CPU_GROUP_COST = 32
+CPU_GROUP_COST = 64
 """Tokens. Each further group adds to every weight's gradient once more, which costs as much as some tokens' work at any width."""
 GPU_GROUP_COST = 4096
 """Tokens. A group launches a few hundred kernels, about a millisecond, in which a GPU takes a middling tower through so many tokens."""
