@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from dense_objective import DenseObjective
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cliprd_core.compiled_towers import compile_towers
 from cliprd_core.data.batch import Batch, StoredFeatures
 from cliprd_core.data.transforms import Normalise
-from cliprd_core.losses import unit_rows
 from cliprd_core.models import LoadedModel, load_student
 from cliprd_core.objective import Objective
 from cliprd_core.objective_spec import ObjectiveSpec
@@ -33,7 +34,9 @@ from cliprd_core.optim import build_optimizer
 from cliprd_core.precision import autocast_type
 from cliprd_core.spec import Precision, StudentSpec, TrainingSpec
 from cliprd_core.step_module import StudentWithObjective, WholeBatch
+from cliprd_core.store_dir import StoreKey
 from cliprd_core.teacher_features import TeacherFeatures
+from cliprd_core.teacher_store import TeacherStore, open_store
 
 PLAIN = {"fd": 0.0, "icl": 0.0, "hrd": 0.0, "vrd": 0.0, "xrd": 0.0}
 START_TOKEN, END_TOKEN = 49406, 49407
@@ -100,31 +103,27 @@ class WholeContext(nn.Module):
         return self.model.encode_text(tokens, normalize)
 
 
-class Store:
-    """A store in memory: full, or forgetting all it is given, as an empty one seems in its first epoch."""
-
-    def __init__(self, width: int, *, is_full: bool) -> None:
-        self._width, self._is_full = width, is_full
-        self._kept: list[Tensor] = []
-
-    def read_images(self, indices: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
-        del view
-        return self.read_texts(indices)
-
-    def read_texts(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        rows = torch.randn(len(indices), self._width, generator=torch.Generator().manual_seed(0)).half()
-        return rows, torch.full((len(indices),), self._is_full)
-
-    def rounded(self, features_bD: Tensor) -> Tensor:
-        return unit_rows(features_bD).half()
-
-    def write_images(self, indices: NDArray[np.int64], view: int, features_bD: Tensor) -> None:
-        del view
-        self.write_texts(indices, features_bD)
-
-    def write_texts(self, indices: NDArray[np.int64], features_bD: Tensor) -> None:
-        del indices
-        self._kept = [features_bD.clone()]
+def make_store(way: Way, root: Path, width: int, args: argparse.Namespace) -> TeacherStore:
+    """A store on disk with all features of every batch, or with none of any step's."""
+    num_samples = args.batch_size * (args.rounds + 1)
+    key = StoreKey(
+        teacher_sha256=way.name,
+        teacher_config={},
+        data_fingerprint="made up",
+        num_samples=num_samples,
+        transform={},
+        crop_scale=(0.9, 1.0),
+        num_views=1,
+        seed=0,
+        precision=args.precision,
+        width=width,
+    )
+    store = open_store(root, key, teacher=args.teacher, data="made up")
+    if way.stored:
+        rows = store.rounded(torch.randn(num_samples, width, generator=torch.Generator().manual_seed(0)))
+        store.write_images(np.arange(num_samples), 0, rows)
+        store.write_texts(np.arange(num_samples), rows)
+    return store
 
 
 def make_batches(args: argparse.Namespace, student: LoadedModel, teacher: LoadedModel) -> list[Batch]:
@@ -162,8 +161,8 @@ def _image_sizes(student: LoadedModel, teacher: LoadedModel) -> list[int]:
     return sizes if sizes[0] != sizes[1] else sizes[:1]
 
 
-def make_step(way: Way, teacher: LoadedModel, args: argparse.Namespace) -> Callable[[Batch], None]:
-    """One training step in this way, with models of its own."""
+def make_step(way: Way, teacher: LoadedModel, args: argparse.Namespace, root: Path) -> Callable[[Batch], None]:
+    """One training step in this way, with models of its own, and a store of its own under `root`."""
     device = torch.device(args.device)
     dtype = autocast_type(Precision(args.precision), device)
     model = load_student(StudentSpec(model=args.student), seed=0)
@@ -176,21 +175,26 @@ def make_step(way: Way, teacher: LoadedModel, args: argparse.Namespace) -> Calla
     if way.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if way.compiled:
-        model.model.visual.compile()
-        model.model.transformer.compile(dynamic=True)
+        compile_towers(
+            model, batch_sizes=[args.batch_size], in_micro_batches=False, device=device, autocast_type=dtype, cache_dir=Path(args.cache)
+        )
     optimizer = build_optimizer(module, TrainingSpec())
     if not way.fused_optimizer:
         optimizer = torch.optim.AdamW(optimizer.param_groups, foreach=True)
         for group in optimizer.param_groups:
             group["fused"] = None
-    store = Store(teacher.embed_dim, is_full=way.stored) if way.stored or way.filling else None
+    store = make_store(way, root, teacher.embed_dim, args) if way.stored or way.filling else None
+    num_steps = 0
     frozen = replace(teacher, model=teacher.model if way.trims_text else WholeContext(teacher.model))
     features = TeacherFeatures([frozen] if way.has_teacher else [], [store] if way.has_teacher else [], device, dtype, None)
     passes = WholeBatch(module)
 
     def step(batch: Batch) -> None:
-        stored = None if store is None else StoredFeatures.read(store, batch.sample_indices.numpy(), 0)
-        batch = replace(batch, stored_features=(stored,)).to(device)
+        nonlocal num_steps
+        indices = batch.sample_indices + num_steps * args.batch_size  # others in each step: those of a store that fills are never there
+        num_steps += 1
+        stored = None if store is None else StoredFeatures.read(store, indices.numpy(), 0)
+        batch = replace(batch, sample_indices=indices, stored_features=(stored,)).to(device)
         image_features, text_features = features.of(batch)
         losses = passes.forward(batch.student_pixels, batch.student_tokens, image_features, text_features)
         passes.backward(losses["loss"])
@@ -209,14 +213,16 @@ def measure(args: argparse.Namespace) -> dict[Way, float]:
     teacher.model.requires_grad_(False).eval()
     student = load_student(StudentSpec(model=args.student), seed=0)
     batches = make_batches(args, student, teacher)
-    steps = {way: make_step(way, teacher, args) for way in ways(with_compile=args.compile, with_channels_last=args.channels_last)}
-    times: dict[Way, list[float]] = {way: [] for way in steps}
-    for round_number in range(args.rounds + 1):
-        for way, step in steps.items():
-            start = time.perf_counter()
-            step(batches[round_number % NUM_BATCHES])
-            if round_number > 0:
-                times[way].append(time.perf_counter() - start)
+    listed = ways(with_compile=args.compile, with_channels_last=args.channels_last)
+    times: dict[Way, list[float]] = {way: [] for way in listed}
+    with tempfile.TemporaryDirectory(prefix="cliprd-bench-") as root:
+        steps = {way: make_step(way, teacher, args, Path(root)) for way in listed}
+        for round_number in range(args.rounds + 1):
+            for way, step in steps.items():
+                start = time.perf_counter()
+                step(batches[round_number % NUM_BATCHES])
+                if round_number > 0:
+                    times[way].append(time.perf_counter() - start)
     return {way: statistics.median(one) for way, one in times.items()}
 
 
@@ -230,6 +236,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=[one.value for one in Precision if one is not Precision.FP16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes to warm up")
+    parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "cliprd-bench-cache"), help="where compiled kernels are kept")
     parser.add_argument("--channels-last", action="store_true", help="also with the student in channels-last layout")
     args = parser.parse_args()
     seconds = measure(args)

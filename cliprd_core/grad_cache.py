@@ -139,13 +139,19 @@ class GradCache:
         return nullcontext()
 
 
+def micro_batch_sizes(num_pairs: int, micro_batch_size: int) -> list[int]:
+    """Of each micro batch, the larger ones first."""
+    num_parts = -(-num_pairs // micro_batch_size)
+    return [num_pairs // num_parts + (part < num_pairs % num_parts) for part in range(num_parts)]
+
+
 def micro_batches(images: Tensor, tokens: Tensor, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut (B, …) images and tokens into as few parts as the size allows, as even as can be.
 
     Images are moved to `device` part by part; tokens stay on the host, for `encode_text`.
     """
-    num_parts = -(-len(images) // micro_batch_size)
-    for image_part, token_part in zip(images.tensor_split(num_parts), tokens.tensor_split(num_parts), strict=True):
+    sizes = micro_batch_sizes(len(images), micro_batch_size)
+    for image_part, token_part in zip(torch.split(images, sizes), torch.split(tokens, sizes), strict=True):
         yield image_part.to(device, non_blocking=True), token_part
 
 

@@ -41,6 +41,7 @@ FORBIDDEN_CONFIG_KEYS = frozenset({"trust_remote_code", "bpe_path"})
 class ClipModel(nn.Module):
     """What open_clip's dual encoders have in common, for type checkers alone: open_clip's classes don't derive from it."""
 
+    visual: nn.Module
     logit_scale: nn.Parameter
     """Log of the scale; 0-d, or of shape (1,)."""
 

@@ -46,12 +46,12 @@ def _attention_rules() -> torch.library.Library:
     torch's own rule is the lower precision, whose fused backward pass takes up to ten times as long on sequences of a few tokens, as those
     of captions and small images are, and no less on long ones (docs/training.md).
     """
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", _attention_in_fp32, "AutocastCPU")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's own lack of annotations, here and below
+    library.impl("scaled_dot_product_attention", _attention_in_fp32, "AutocastCPU")  # type: ignore[no-untyped-call]
     return library
 
 
-def _attention_in_fp32(
+def _attention_in_fp32(  # noqa: PLR0917  # the operator's signature
     query: Tensor,
     key: Tensor,
     value: Tensor,

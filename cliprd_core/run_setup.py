@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cliprd_core import distributed
 from cliprd_core.agreement import agreed_checkpoint, check_agreement, check_run_dir_is_shared
 from cliprd_core.checkpoint import TrainedParts, TrainingState, check_compatible, load_checkpoint, read_state, spec_as_json
+from cliprd_core.compiled_towers import compile_towers
 from cliprd_core.connections import bound_silence
 from cliprd_core.control import ControlGroup
+from cliprd_core.data.batch import FeatureReader
 from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.loader import TrainLoader, build_train_loader
 from cliprd_core.data.sources import PairSource, open_sources
@@ -25,7 +27,7 @@ from cliprd_core.data.transforms import Normalise
 from cliprd_core.divergence import DivergenceWatch
 from cliprd_core.evaluation.run import check_evaluation_sets
 from cliprd_core.failures import InvalidSpecError
-from cliprd_core.grad_cache import FeatureEncoder, GradCache
+from cliprd_core.grad_cache import FeatureEncoder, GradCache, micro_batch_sizes
 from cliprd_core.launcher import is_first_of_machine
 from cliprd_core.metrics_log import MetricsLog, Stopwatch
 from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
@@ -151,15 +153,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     computed_in = autocast_type(spec.training.precision, device)
     source, validation = _open_pairs(spec, run_dir, control)
     stores = open_teacher_stores(spec, run_dir, source, student=student, teachers=teachers, device=device, autocast_type=computed_in)
-    loader = build_train_loader(
-        spec,
-        source,
-        student=student.model_input,
-        teachers=[teacher.model_input for teacher in teachers],
-        readers=stores,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+    loader = _build_loader(spec, source, student, teachers, stores)
     num_steps = loader.num_steps_per_epoch * spec.training.epochs
     check_schedule(spec.training, num_steps)
 
@@ -171,16 +165,9 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     if distributed.world_size() > 1:
         check_agreement(control, _identity(current, source))
     resumed = _resume(run_dir, current, TrainedParts(student.model, objective, optimizer, scaler), control)
+    if spec.training.compile:
+        _compile(student, spec, run_dir, device, computed_in)
     start_step, best_before = (0, None) if resumed is None else (resumed.step, resumed.best)
-    metrics = MetricsLog(
-        run_dir,
-        attempt=attempt,
-        num_steps=num_steps,
-        num_steps_per_epoch=loader.num_steps_per_epoch,
-        global_batch_size=spec.training.global_batch_size,
-        start_step=start_step,
-        device=_device_name(device),
-    )
     best = BestSoFar.at_start(run_dir, spec.training.keep_checkpoints.best, best_before, start_step)
     if distributed.is_main():
         best.write(run_dir)  # an attempt on another machine, or one that was killed before it could say so, may have found another one
@@ -200,7 +187,7 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
         loader=loader,
         validation=validation,
         control=control,
-        metrics=metrics,
+        metrics=_open_metrics(run_dir, spec, loader, device, attempt=attempt, start_step=start_step),
         best=best,
         divergence=DivergenceWatch(is_scaled=scaler.is_enabled()),
         stopwatch=Stopwatch(),
@@ -209,6 +196,38 @@ def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     )
     _announce(run)
     return run
+
+
+def _build_loader(
+    spec: JobSpec,
+    source: PairSource,
+    student: LoadedModel,
+    teachers: Sequence[LoadedModel],
+    stores: Sequence[FeatureReader | None],
+) -> TrainLoader:
+    """This rank's share of the batches."""
+    return build_train_loader(
+        spec,
+        source,
+        student=student.model_input,
+        teachers=[teacher.model_input for teacher in teachers],
+        readers=stores,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def _open_metrics(run_dir: Path, spec: JobSpec, loader: TrainLoader, device: torch.device, *, attempt: int, start_step: int) -> MetricsLog:
+    """Where this attempt's measurements go, after those of earlier ones."""
+    return MetricsLog(
+        run_dir,
+        attempt=attempt,
+        num_steps=loader.num_steps_per_epoch * spec.training.epochs,
+        num_steps_per_epoch=loader.num_steps_per_epoch,
+        global_batch_size=spec.training.global_batch_size,
+        start_step=start_step,
+        device=_device_name(device),
+    )
 
 
 def _open_pairs(spec: JobSpec, run_dir: Path, control: ControlGroup) -> tuple[PairSource, PairSource | None]:
@@ -283,13 +302,34 @@ def _resume(run_dir: Path, current: TrainingState, parts: TrainedParts, control:
     return saved
 
 
+def _compile(student: LoadedModel, spec: JobSpec, run_dir: Path, device: torch.device, computed_in: torch.dtype | None) -> None:
+    micro_batch_size = _micro_batch_size(spec)
+    compile_towers(
+        student,
+        batch_sizes=micro_batch_sizes(_num_of_rank(spec), micro_batch_size or _num_of_rank(spec)),
+        in_micro_batches=micro_batch_size is not None,
+        device=device,
+        autocast_type=computed_in,
+        cache_dir=cache_dir(run_dir),
+    )
+
+
 def _build_passes(module: StudentWithObjective, spec: JobSpec, device: torch.device) -> Passes:
-    """In micro batches where `training.micro_batch_size` asks for them and this process's share is larger than one."""
-    batch_size = spec.training.global_batch_size // distributed.world_size()
-    micro_batch_size = spec.training.micro_batch_size
-    if micro_batch_size is None or micro_batch_size >= batch_size:
+    micro_batch_size = _micro_batch_size(spec)
+    if micro_batch_size is None:
         return WholeBatch(_data_parallel(module))
     return GradCache(module, _data_parallel(FeatureEncoder(module)), micro_batch_size, device)
+
+
+def _micro_batch_size(spec: JobSpec) -> int | None:
+    """Where `training.micro_batch_size` asks for micro batches and this process's share is larger than one; None: the whole at once."""
+    size = spec.training.micro_batch_size
+    return None if size is None or size >= _num_of_rank(spec) else size
+
+
+def _num_of_rank(spec: JobSpec) -> int:
+    """Pairs of each step that are this process's."""
+    return spec.training.global_batch_size // distributed.world_size()
 
 
 def _data_parallel(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from cliprd_core.objective_spec import ObjectiveSpec
 from cliprd_core.retention import RETRIEVAL_METRICS, ZERO_SHOT_METRICS, CheckpointsToKeep
@@ -212,6 +212,10 @@ class TrainingSpec(SpecModel):
         default=None, gt=0, description="Clip the gradient's global L2 norm to this. Null: no clipping."
     )
     precision: Precision = Precision.BF16
+    compile: StrictBool = Field(
+        default=False,
+        description="Whether the student goes through torch.compile: a minute or more at the start of each attempt, then faster steps.",
+    )
     seed: StrictInt = Field(default=0, ge=0, le=2**31 - 1, description="Determines initial weights, order and crops.")
     checkpoint_every_steps: StrictInt = Field(
         default=1000, ge=1, le=MAX_COUNT, description="Steps between checkpoints; one more is saved when the run stops."

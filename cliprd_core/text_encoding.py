@@ -91,6 +91,24 @@ def can_trim(model: TextModel) -> bool:
     return _causal_tower(model) is not None
 
 
+def trimmed_layers(model: TextModel) -> nn.Module | None:
+    """The layers that see captions of other numbers and lengths in every batch, where `can_trim(model)`; else None."""
+    tower = _causal_tower(model)
+    if tower is None:
+        return None
+    layers: nn.Module = tower.parts.transformer
+    return layers
+
+
+def encode_alike(model: TextModel, num_captions: int, num_tokens: int, device: torch.device) -> Tensor:
+    """(num_captions, D) features of made-up captions of `num_tokens` each, in one group. For a model that `can_trim`."""
+    tower = _causal_tower(model)
+    assert tower is not None
+    ids = torch.zeros(num_captions * num_tokens, dtype=torch.int64)
+    read_at = torch.arange(num_captions) * num_tokens + num_tokens - 1
+    return tower.encode(_PackedCaptions(ids, read_at, ((num_captions, num_tokens),)).to(device))
+
+
 @dataclass(frozen=True)
 class _PackedCaptions:
     """The captions of all groups, one group after another, one caption after another."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cliprd_core import distributed
 from cliprd_core.checkpoint import prune_checkpoints, save_checkpoint
+from cliprd_core.compiled_towers import uncompiled
 from cliprd_core.data.batch import Batch
 from cliprd_core.divergence import GRAD_NORM, LOSS, TERM_PREFIX
 from cliprd_core.evaluation.run import evaluate, evaluated_sets
@@ -190,7 +191,8 @@ def _evaluate_if_due(run: Run, step: int) -> None:
         return
     with run.stopwatch.paused():
         distributed.broadcast_buffers(run.student.model)
-        records = _evaluate(run, step)
+        with uncompiled():
+            records = _evaluate(run, step)
         if distributed.is_main():
             run.metrics.evaluation(records, step)
             if run.best.observe(records):

@@ -69,7 +69,7 @@ def _speed_key(spec: Mapping[str, Any]) -> tuple[Any, ...]:
         [_architecture(teacher) for teacher in [spec.get("teacher"), *spec.get("teachers", [])]],
         objective,
         bool(data.get("teacher_views")),
-        *(training.get(name) for name in ("global_batch_size", "micro_batch_size", "precision")),
+        *(training.get(name) for name in ("global_batch_size", "micro_batch_size", "precision", "compile")),
         spec.get("resources", {}).get("num_processes"),
     )
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cliprd_core import grad_cache
-from cliprd_core.grad_cache import FeatureEncoder, GradCache, encode_in_micro_batches, micro_batches
+from cliprd_core.grad_cache import FeatureEncoder, GradCache, encode_in_micro_batches, micro_batch_sizes, micro_batches
 from cliprd_core.models import load_student
 from cliprd_core.objective import Objective
 from cliprd_core.objective_spec import ObjectiveSpec
@@ -254,11 +256,15 @@ def test_the_student_never_sees_more_pairs_than_a_micro_batch(monkeypatch: pytes
     assert seen == [4, 3, 3, 4, 3, 3], "each pair twice, in parts as even as can be"
 
 
-@pytest.mark.parametrize(("num_pairs", "size", "lengths"), [(8, 4, [4, 4]), (9, 4, [3, 3, 3]), (3, 8, [3]), (3, 1, [1, 1, 1])])
-def test_micro_batches_hold_every_pair_once_in_order(num_pairs: int, size: int, lengths: list[int]) -> None:
+@given(num_pairs=st.integers(1, 500), size=st.integers(1, 600))
+def test_micro_batches_hold_every_pair_once_in_order_in_parts_as_few_and_even_as_can_be(num_pairs: int, size: int) -> None:
     images, tokens = torch.arange(num_pairs), torch.arange(num_pairs) + 100
     parts = list(micro_batches(images, tokens, size, torch.device("cpu")))
-    assert [len(part) for part, _ in parts] == lengths
+    lengths = [len(part) for part, _ in parts]
+    assert lengths == micro_batch_sizes(num_pairs, size)
+    assert len(lengths) == -(-num_pairs // size)
+    assert max(lengths) == lengths[0] <= size
+    assert max(lengths) - min(lengths) <= 1
     assert torch.cat([part for part, _ in parts]).equal(images)
     assert torch.cat([part for _, part in parts]).equal(tokens)
 
