@@ -50,3 +50,35 @@ def test_outside_autocast_attention_keeps_its_type() -> None:
     attend(None)
     inputs = torch.randn(1, 1, 4, 16).bfloat16()
     assert F.scaled_dot_product_attention(inputs, inputs, inputs).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 8, 4, stride=4, bias=False),
+        nn.Conv2d(3, 8, (4, 2), stride=(4, 2)),
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.Conv2d(3, 8, 1),
+        nn.Conv2d(3, 6, 4, stride=4, groups=3),
+        nn.Conv2d(3, 8, 2, stride=2, dilation=2),
+        nn.Conv2d(3, 8, 4, stride=4, padding=2),
+    ],
+    ids=["patches", "oblong patches with a bias", "3 x 3", "1 x 1", "groups", "dilated", "padded"],
+)
+def test_convolutions_under_bf16_autocast_are_those_of_fp32_up_to_rounding(layer: nn.Conv2d) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 13, 16, generator=generator).requires_grad_()
+
+    def run(dtype: torch.dtype | None) -> list[Tensor]:
+        layer.zero_grad()
+        images.grad = None
+        with autocast(CPU, dtype):
+            output = layer(images)
+        assert output.dtype == (dtype or torch.float32)
+        torch.autograd.backward(output.float().square().sum())
+        gradients = [one.grad for one in (images, *layer.parameters()) if one.grad is not None]
+        return [output.float(), *gradients]
+
+    for found, expected in zip(run(torch.bfloat16), run(None), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.02 * float(expected.detach().abs().max()))
