@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -31,6 +32,7 @@ from service.store.errors import (
 from service.store.session import OUT_OF_REACH
 from service.streams import TooManyStreamsError
 from service.strict_query import QueryError
+from service.submission import problems_of_parts
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +142,14 @@ def _on_invalid_request(request: Request, error: Exception) -> Response:
         if one["type"] == "json_invalid":
             return _malformed_json(request, str(error.body), int(loc[0]), one["ctx"]["error"])
         problems += problems_of([{**one, "loc": loc}], JobSpec if source == "body" else BaseModel)
+    if _takes_a_spec(request):
+        problems += problems_of_parts(request.app.state.services, error.body)
     return _invalid(request, problems)
+
+
+def _takes_a_spec(request: Request) -> bool:
+    route = request.scope.get("route")
+    return isinstance(route, APIRoute) and route.body_field is not None and route.body_field.field_info.annotation is JobSpec
 
 
 def _malformed_json(request: Request, document: str, position: int, message: str) -> Response:

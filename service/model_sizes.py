@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from cliprd_core.locations import ForbiddenLocationError, Locations
 from cliprd_core.model_size import ModelSize, UnknownSizeError, size_of_config, size_of_known_model
 from cliprd_core.spec import StudentSpec, TeacherSpec, check_model_config
+from service.model_config_check import model_config_problems
 from service.model_names import LOCAL_DIR_PREFIX
-from service.spec_check import model_config_problems
 
 MAX_CONFIG_BYTES = 1_000_000
 

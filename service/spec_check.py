@@ -6,27 +6,23 @@ It needs pydantic, braceexpand and the standard library. All problems are collec
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cliprd_core.locations import ForbiddenLocationError, Locations, ServiceFileError
 from cliprd_core.spec import DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service import data_files, model_names
+from service.model_config_check import model_config_problems
 from service.pair_counts import known_num_pairs, num_steps_of
-from service.problems import FieldProblem, SpecError, closest
+from service.problems import FieldProblem, SpecError
+from service.spec_parts import SpecPart, valid_parts
 
 MAX_CONFIG_DEPTH = 16
 MAX_PATH_DEPTH = 64
-
-_POSITIVE = frozenset({"layers", "width", "head_width", "patch_size", "image_size", "context_length", "vocab_size", "heads"})
-_KINDS: dict[str, Any] = {"integer": int, "number": int | float, "string": str, "boolean": bool, "object": dict, "list": list}
 
 ModelSpec = TypeVar("ModelSpec", StudentSpec, TeacherSpec)
 
@@ -48,6 +44,17 @@ def check_spec(spec: JobSpec, *, data_root: Path, locations: Locations | None = 
     if check.problems:
         raise SpecError(check.problems)
     return resolved
+
+
+def check_parts(
+    body: Mapping[str, Any], *, data_root: Path, locations: Locations | None = None, check_files: bool = True
+) -> list[FieldProblem]:
+    """As `check_spec`, of a body that is no spec as a whole: what is wrong with those of its models, sources and evaluation sets that are
+    valid each by itself."""
+    check = _Check(data_root.absolute(), locations or Locations(), check_files)
+    for field, part in valid_parts(body):
+        check.part(field, part)
+    return check.problems
 
 
 def check_values(spec: JobSpec) -> None:
@@ -76,6 +83,24 @@ class _Check:
         self._check_values("student.config", spec.student.config)
         for field, teacher in spec.teacher_fields.items():
             self._check_values(f"{field}.config", teacher.config)
+
+    def part(self, field: str, part: SpecPart) -> None:
+        """One part by itself: its values, and if these are sound, what they name."""
+        num_problems = len(self.problems)
+        self._check_values(field, part.model_dump(exclude={"config"}))
+        if isinstance(part, StudentSpec | TeacherSpec):
+            self._check_values(f"{field}.config", part.config)
+        if len(self.problems) > num_problems:
+            return  # a NUL character would trip the look at the files
+        match part:
+            case StudentSpec():
+                self._model(field, part)
+            case TeacherSpec():
+                self._model(field, part)
+            case EvaluationSet():
+                self._evaluation_set(field, part)
+            case _:
+                self._source(field, part)
 
     def resolve(self, spec: JobSpec) -> JobSpec:
         self.values(spec)
@@ -170,11 +195,13 @@ class _Check:
         return table
 
     def _evaluation_sets(self, kind: str, sets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
-        resolved = [one.model_copy(update={"path": self._absolute(one.path)}) for one in sets]
-        for index, one in enumerate(resolved):
-            field = f"evaluation.{kind}.{index}"
-            if self._is_allowed(f"{field}.path", data_files.evaluation_files(one)) and self.check_files:
-                self.problems += data_files.evaluation_problems(field, kind, one)
+        return [self._evaluation_set(f"evaluation.{kind}.{index}", one) for index, one in enumerate(sets)]
+
+    def _evaluation_set(self, field: str, one: EvaluationSet) -> EvaluationSet:
+        resolved = one.model_copy(update={"path": self._absolute(one.path)})
+        if self._is_allowed(f"{field}.path", data_files.evaluation_files(resolved)) and self.check_files:
+            _, kind, _ = field.split(".")
+            self.problems += data_files.evaluation_problems(field, kind, resolved)
         return resolved
 
     def _check_num_steps(self, spec: JobSpec) -> None:
@@ -238,59 +265,6 @@ def location_problem(check: Callable[[str], None], places: Iterable[str | Path])
         except ForbiddenLocationError as error:
             return str(error), "Move the data there, or ask the service's operator to allow it (CLIPRD_DATA_ROOTS, CLIPRD_REMOTE_HOSTS)."
     return None
-
-
-def model_config_problems(field: str, config: dict[str, Any]) -> list[FieldProblem]:
-    """Keys that open_clip's towers don't have, values of the wrong kind, and sizes that no model can have."""
-    problems: list[FieldProblem] = []
-    for tower, known in _config_keys().items():
-        given: dict[str, Any] = config[tower]
-        found = [
-            FieldProblem(field=f"{field}.{tower}.{key}", problem=problem, remedy=remedy)
-            for key, value in given.items()
-            for problem, remedy in _key_problems(key, value, known)
-        ]
-        problems += found or _head_problems(f"{field}.{tower}", given, known)
-    return problems
-
-
-@cache
-def _config_keys() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(files("cliprd_core").joinpath("known_config_keys.json").read_text())
-    return loaded
-
-
-def _key_problems(key: str, value: Any, known: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    if key not in known:
-        near = closest(key, known, count=1)
-        yield "there is no such field", f"Did you mean `{near[0]}`? Otherwise remove it." if near else "Remove it."
-        return
-    if key == "patch_size" and value is None:
-        return  # as open_clip's own ResNet configs have it
-    kinds = known[key]["kinds"]
-    if not any(_is_kind(value, kind) for kind in kinds):
-        yield "is of the wrong type", f"Its type is: {' or '.join(kinds)}."
-        return
-    sizes = value if isinstance(value, list) else [value]
-    if key in _POSITIVE and not all(_is_kind(size, "integer") and size > 0 for size in sizes):
-        yield "must be above 0", "Use whole numbers of 1 or more."
-
-
-def _is_kind(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    return value is None if kind == "null" else isinstance(value, _KINDS[kind])
-
-
-def _head_problems(field: str, given: dict[str, Any], known: dict[str, Any]) -> list[FieldProblem]:
-    """A transformer's heads share its width evenly; ResNets and towers of timm and Hugging Face have rules of their own."""
-    values = {key: given.get(key, about["default"]) for key, about in known.items()}
-    divisor = "head_width" if "head_width" in known else "heads"
-    is_other = values.get("timm_model_name") or values.get("hf_model_name") or isinstance(values["layers"], list)
-    if is_other or divisor not in given or values["width"] % values[divisor] == 0:
-        return []
-    problem = f"is {values['width']}, which is no multiple of `{divisor}` ({values[divisor]})"
-    return [FieldProblem(field=f"{field}.width", problem=problem, remedy=f"Change `width` or `{divisor}`.")]
 
 
 def _is_unicode(text: str) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from cliprd_core.spec import JobSpec, merge_over
 from service.problems import FieldProblem, SpecError, problems_of
 from service.routes.dependencies import Services
-from service.spec_check import check_spec, check_values
+from service.spec_check import check_parts, check_spec, check_values
 from service.store import jobs
 from service.store.idempotency import find_submitted, remember_key
 from service.store.jobs import QueuedJob
@@ -59,6 +59,14 @@ def checked(services: Services, spec: JobSpec) -> JobSpec:
     return check_spec(spec, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
 
 
+def problems_of_parts(services: Services, body: Any) -> list[FieldProblem]:
+    """What is wrong with the sound parts of a body that is no spec as a whole, so that its sender hears of that in the same answer."""
+    if not isinstance(body, dict):
+        return []
+    settings = services.settings
+    return check_parts(body, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
+
+
 def _find(services: Services, key: str, spec: JobSpec) -> Job | None:
     with reading(services.sessions) as session:
         return find_submitted(session=session, key=key, spec=spec)
@@ -72,7 +80,7 @@ def send(services: Services, queued: Sequence[QueuedJob]) -> None:
             jobs.mark_sent(session=session, job_ids=sent)
 
 
-def cloned_spec(job: Job, overrides: Mapping[str, Any]) -> JobSpec:
+def cloned_spec(services: Services, job: Job, overrides: Mapping[str, Any]) -> JobSpec:
     """A job's stored spec with some fields replaced, object by object.
 
     Raises:
@@ -82,7 +90,8 @@ def cloned_spec(job: Job, overrides: Mapping[str, Any]) -> JobSpec:
     if recipe != job.recipe:
         problem = f"can't be changed from {job.recipe!r}: it gives defaults, and the stored spec has every field set"
         raise SpecError([FieldProblem(field="recipe", problem=problem, remedy="Leave it out, or submit a spec of its own.")])
+    body = merge_over(job.spec, dict(overrides))
     try:
-        return JobSpec.model_validate(merge_over(job.spec, dict(overrides)))
+        return JobSpec.model_validate(body)
     except ValidationError as error:
-        raise SpecError(problems_of(error.errors(), JobSpec)) from error
+        raise SpecError([*problems_of(error.errors(), JobSpec), *problems_of_parts(services, body)]) from error

@@ -105,7 +105,7 @@ def clone_job(
     """A new job from this one's resolved spec, with the given fields replaced; the whole is checked as a new submission is."""
     with reading(services.sessions) as session:
         original = jobs.get_job(session=session, job_id=job_id)
-    job, _ = submit(services, cloned_spec(original, overrides))
+    job, _ = submit(services, cloned_spec(services, original, overrides))
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self
     return view

@@ -49,7 +49,8 @@ def submit_job(
     ] = None,
     is_dry_run: Annotated[bool, Query(alias="dry_run", description="Only check the spec, and answer what it would become (200).")] = False,
 ) -> JobView | JSONResponse:
-    """Check the spec, store the job, and send it to the workers of its queue. Every problem that was found is named at once.
+    """Check the spec, store the job, and send it to the workers of its queue. All problems are named at once (422), but for those that only
+    an otherwise sound spec tells: fields that don't fit each other, too few pairs for a batch, a teacher's job that can't be one.
 
     With an `Idempotency-Key` (a UUID, say) a submission whose answer was lost can be repeated for two days: the same key and spec answer
     with the same job, and `Idempotency-Replayed: true`; the same key and another spec are refused (422).

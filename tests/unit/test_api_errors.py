@@ -185,3 +185,38 @@ def test_the_quick_example_is_accepted_in_a_checkout(settings: Settings) -> None
     with local_client(create_app(checkout)) as client:
         examples = client.get("/openapi.json").json()["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]["examples"]
         assert client.post("/jobs", json=examples["quick"]["value"]).status_code == 201
+
+
+def test_what_the_sound_parts_of_a_bad_spec_name_is_checked_as_well(client: TestClient, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    spec = spec_dict(
+        recipe="clip_kd",
+        teachers=[{"model": "ViT-B-61", "pretrained": "openai"}, {"model": "ViT-B-16"}],
+        data={"train": [{"type": "csv", "path": "none.tsv"}, {"type": "csv", "path": "pairs.tsv"}, {"type": "zip"}]},
+        training={"epochs": "many"},
+        evaluation={"zero_shot": ["nowhere"], "retrieval": "nowhere"},
+    )
+    expected = {
+        "teachers.0.model",
+        "teachers.1",
+        "data.train.0.path",
+        "data.train.2.type",
+        "training.epochs",
+        "evaluation.zero_shot.0.path",
+        "evaluation.retrieval",
+    }
+    for answer in (client.post("/jobs", json=spec), client.post("/jobs", json=spec, params={"dry_run": True})):
+        assert {error["field"] for error in problem(answer, 422)["errors"]} == expected
+
+
+def test_a_clone_is_told_all_problems_too(client: TestClient, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    job = client.post("/jobs", json=spec_dict()).json()
+    overrides = {"student": {"config": None, "model": "ViT-B-61"}, "training": {"epochs": "many"}}
+    body = problem(client.post(job["links"]["clone"], json=overrides), 422)
+    assert [error["field"] for error in body["errors"]] == ["training.epochs", "student.model"]
+
+
+def test_only_a_body_that_should_be_a_spec_is_looked_at_as_one(client: TestClient) -> None:
+    body = problem(client.post("/jobs/cancel", json={"labels": {}, "student": {"model": "ViT-B-61"}}), 422)
+    assert {error["field"] for error in body["errors"]} == {"labels", "student"}

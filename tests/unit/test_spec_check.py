@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from cliprd_core.locations import Locations
 from cliprd_core.spec import JobSpec
 from service import data_files
 from service.examples import EXAMPLES, QUICK_SPEC
 from service.problems import FieldProblem, SpecError
-from service.spec_check import check_spec
+from service.spec_check import check_parts, check_spec
 from tests.store_helpers import TINY_CONFIG, spec_dict, write_table, write_tar
 
 SMALL = {"global_batch_size": 2, "warmup_steps": 1}
@@ -260,3 +261,42 @@ def test_a_wrong_key_of_a_config_is_named(root: Path) -> None:
 def test_remote_shards_pass_unchanged_and_unasked(root: Path, address: str) -> None:
     source = check(root, data=shards(address)).data.train[0]
     assert source.model_dump()["shards"] == address
+
+
+def parts_problems(root: Path, body: dict[str, Any], *, check_files: bool = True) -> dict[str, FieldProblem]:
+    found = check_parts(body, data_root=root, locations=Locations.of([root], ()), check_files=check_files)
+    return {one.field: one for one in found}
+
+
+def test_parts_are_checked_as_in_a_whole_spec(root: Path) -> None:
+    """Each valid part of a body that is no spec; nothing outside the roots is looked at, and no list beyond its limit."""
+    train = [
+        {"type": "csv", "path": "../secret.tsv"},
+        {"type": "webdataset", "shards": "https://other/0.tar"},
+        *shards("train/9.tar")["train"],
+    ]
+    body = {
+        "name": 3,
+        "student": {"config": {**TINY_CONFIG, "extra": "\0"}, "pretrained": "none.pt"},
+        "teacher": {"model": "ViT-B-61", "pretrained": "openai"},
+        "data": {"train": train, "validation": table(path="none.tsv")["train"] * 257},
+        "evaluation": {"zero_shot": ["none"], "retrieval": [7, "wds/captions"]},
+    }
+    found = parts_problems(root, body)
+    assert set(found) == {
+        "student.config.extra",
+        "teacher.model",
+        "data.train.0.path",
+        "data.train.1.shards",
+        "data.train.2.shards",
+        "evaluation.zero_shot.0.path",
+    }
+    assert "outside the folders" in found["data.train.0.path"].problem
+    assert "none of the remote hosts" in found["data.train.1.shards"].problem
+    unseen = parts_problems(root, body, check_files=False)
+    assert set(unseen) == set(found) - {"data.train.2.shards", "evaluation.zero_shot.0.path"}
+
+
+@pytest.mark.parametrize("body", [{}, {"student": 1, "data": [], "evaluation": None}, {"data": {"train": {"type": "csv"}}}])
+def test_a_body_without_sound_parts_adds_no_problems(root: Path, body: dict[str, Any]) -> None:
+    assert parts_problems(root, body) == {}

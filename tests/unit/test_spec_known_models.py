@@ -9,7 +9,7 @@ import pytest
 
 from scripts.write_known_models import KEYS_TARGET, TARGET, known_config_keys, known_models, render, render_keys
 from service import model_names
-from service.spec_check import model_config_problems
+from service.model_config_check import model_config_problems
 
 
 def test_the_list_is_what_the_installed_open_clip_says() -> None:
