@@ -151,7 +151,9 @@ class EventView(View):
     """One thing that happened to a job."""
 
     id: int = Field(description="Higher than that of every earlier event of the job.")
-    kind: EventKind
+    kind: EventKind = Field(
+        description="`lease_lost`: the attempt's worker vanished. `attempt_lost`: the attempt failed for a `reason` that may pass."
+    )
     time: datetime
     attempt: int
     data: dict[str, Any] = Field(description="What the kind brings along: `worker`, `step`, `reason`, `metrics`, …")

@@ -30,11 +30,11 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> list[Qu
     queued: list[QueuedJob] = []
     for job in session.scalars(query.execution_options(populate_existing=True)).all():
         message = (
-            f"The worker ({job.worker}) stopped reporting, {num_lost_attempts(job)} times in all, and the job was not tried again."
-            " Look at the worker's log for why it ended; memory that ran out is the usual cause."
+            f"The worker ({job.worker}) stopped reporting, and its lease ran out: lost attempt {num_lost_attempts(job)} of at most"
+            f" {job.max_attempts}. Look at the worker's log for why it ended; memory that ran out is the usual cause."
         )
         error = ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message)
-        queued += end_badly(session=session, job=job, error=error, now=now)
+        queued += end_badly(session=session, job=job, error=error, now=now, is_lease_lost=True)
     return queued
 
 

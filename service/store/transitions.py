@@ -52,16 +52,22 @@ def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
     job.error = error.model_dump(mode="json")
 
 
-def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime) -> list[QueuedJob]:
+def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime, is_lease_lost: bool = False) -> list[QueuedJob]:
     """After a locked job's attempt failed: do what `FAILURE_POLICIES` says of the reason. A job that is to be tried again is queued; or
     cancelled or left paused, if that was requested; or failed, when this was the last attempt that may be lost.
+
+    Args:
+        is_lease_lost: Whether nobody reported the error: the attempt's lease ran out.
 
     Returns:
         Jobs that are claimable by this, now; send their messages after the commit. One that is to wait is sent by the reaper.
     """
     policy = FAILURE_POLICIES[error.reason]
-    if error.reason is ErrorReason.WORKER_LOST:
+    if is_lease_lost:
         record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
+    elif policy.is_retried:
+        record_event(job, EventKind.ATTEMPT_LOST, now=now, worker=job.worker, reason=error.reason.value, message=error.message)
+    if error.reason is ErrorReason.WORKER_LOST:
         job.num_lost += 1
     if not policy.is_retried:
         fail(job, error, now=now)

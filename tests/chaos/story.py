@@ -8,6 +8,7 @@ from tests.chaos.lab import Lab
 
 ENDS = {
     EventKind.LEASE_LOST: "lost",
+    EventKind.ATTEMPT_LOST: "lost",
     EventKind.QUEUED: "queued again",
     EventKind.PAUSED: "paused",
     EventKind.SUCCEEDED: "succeeded",

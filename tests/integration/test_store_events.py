@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store import jobs, logs
 from service.store.events import list_events
 from service.store.failure_policy import what_to_do
@@ -59,6 +60,35 @@ def test_a_long_life_is_told_in_order(sessions: Sessions) -> None:
     assert [event.data["worker"] for event in events if event.kind == "claimed"] == ["worker-1", "worker-2", "worker-1", "worker-1"]
     assert events[-1].data == {"reason": "diverged", "message": FAILURE.message, "what_to_do": what_to_do(FAILURE)}
     assert told(sessions, job.id, after=events[-2].id) == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        (ErrorReason.WORKER_LOST, ["attempt_lost", "queued"]),
+        (ErrorReason.DISK_FULL, ["attempt_lost", "queued"]),
+        (ErrorReason.DIVERGED, ["failed"]),
+    ],
+)
+def test_an_attempt_that_its_worker_gives_up_has_lost_no_lease(sessions: Sessions, reason: ErrorReason, expected: list[str]) -> None:
+    job = create(sessions)
+    finish(sessions, claim(sessions, job.id), ErrorRecord(reason=reason, message="it went wrong"))
+    assert told(sessions, job.id) == ["created", "queued", "claimed", *expected]
+    with reading(sessions) as session:
+        event = list_events(session=session, job_id=job.id)[3]
+    assert (event.data["reason"], event.data["message"]) == (reason, "it went wrong")
+    assert event.kind != "attempt_lost" or event.data["worker"] == "worker-1"
+
+
+def test_what_follows_from_a_lease_that_ran_out_says_how_often(sessions: Sessions) -> None:
+    job = create(sessions, max_attempts=2)
+    claim(sessions, job.id)
+    with sessions.begin() as session:
+        jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61))
+    with reading(sessions) as session:
+        *_, lost, queued = list_events(session=session, job_id=job.id)
+    assert (lost.kind, lost.data) == ("lease_lost", {"worker": "worker-1"})
+    assert "lost attempt 1 of at most 2" in queued.data["message"]
 
 
 def test_a_student_tells_of_its_waiting_and_of_its_teachers_end(sessions: Sessions) -> None:

@@ -70,6 +70,7 @@ def test_a_process_that_is_left_is_found() -> None:
     ("attempts", "fault"),
     [
         ([("queued", 0), ("claimed", 1), ("lease_lost", 1), ("queued", 1), ("claimed", 2)], None),
+        ([("queued", 0), ("claimed", 1), ("attempt_lost", 1), ("queued", 1), ("claimed", 2)], None),
         ([("queued", 0), ("claimed", 1), ("claimed", 2)], "while it was held"),
         ([("queued", 0), ("claimed", 1), ("queued", 1), ("claimed", 1)], "[1, 1]"),
     ],
