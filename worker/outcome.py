@@ -9,7 +9,7 @@ from enum import Enum, auto
 from pathlib import Path
 
 from cliprd_core.run_dir import ERROR_FILE, RESULT_FILE, ErrorReason, ErrorRecord, ResultRecord, read_record
-from service.store.failure_policy import FAILURE_POLICIES
+from service.store.failure_policy import FAILURE_POLICIES, what_to_do
 from service.store.jobs import Cancelled, Outcome
 from worker.process import ExitReport
 
@@ -77,6 +77,13 @@ def _timeout(report: ExitReport | None) -> ErrorRecord:
 def _is_of_a_killed_neighbour(error: ErrorRecord, report: ExitReport) -> bool:
     """Whether the error only says that another process is gone, and a signal ended that one. (torchrun sends SIGTERM to the rest.)"""
     return error.reason is ErrorReason.WORKER_LOST and report.signal_number not in (None, signal.SIGTERM)
+
+
+def last_words(error: ErrorRecord, attempt: int) -> str:
+    """What the log of a failed run ends with: its last lines may be of processes that only failed of the first one's absence."""
+    policy = FAILURE_POLICIES[error.reason]
+    advice = "" if policy.is_retried else f"\nWhat to do: {what_to_do(error)}"
+    return f"Attempt {attempt} failed: {error.reason}: {error.message}{advice}\n"
 
 
 def explain(report: ExitReport) -> ErrorRecord:

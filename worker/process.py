@@ -27,11 +27,12 @@ MAX_TAIL_LINES = 60
 def torchrun_command(num_processes: int, grace_seconds: float, trainer: Sequence[str]) -> list[str]:
     """torchrun on this machine with a free rendezvous port. It never restarts: an attempt is the service's notion, not torchrun's.
 
-    `--shutdown-timeout` lies above the grace period, so that it is this supervisor who decides when politeness ends. The training
-    processes are tied to torchrun's life from their first moment, which their own prctl would be too late for.
+    `cliprd_core.torchrun` is torchrun with a shorter report of failed processes. `--shutdown-timeout` lies above the grace period, so that it
+    is this supervisor who decides when politeness ends. The training processes are tied to torchrun's life from their first moment, which their
+    own prctl would be too late for.
     """
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "cliprd_core.torchrun"),
         *("--standalone", f"--nproc-per-node={num_processes}", "--max-restarts=0"),
         *(f"--shutdown-timeout={int(grace_seconds) + 30}", "--no-python"),
         *wrap([sys.executable, "-u", *trainer], LAUNCHER),
@@ -132,7 +133,7 @@ class TrainingProcess:
         exit_code = self._popen.returncode
         assert exit_code is not None, "the run has not ended"
         tail = self._log_tail()
-        codes = [exit_code, *(int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", tail))]  # torchrun's failure summary
+        codes = [exit_code, *(int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", tail))]  # of each failed process
         killed_by = next((-code for code in codes if code < 0), None)
         was_stopped = EXIT_CODE_STOPPED in codes or f"got signal: {signal.SIGTERM.value}" in tail
         return ExitReport(exit_code, killed_by, was_stopped, "\n".join(tail.splitlines()[-MAX_TAIL_LINES:]))

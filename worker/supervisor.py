@@ -7,6 +7,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cliprd_core.run_dir import (
@@ -36,7 +37,7 @@ from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.lease import LeaseKeeper
 from worker.lease_guard import LeaseGuard
 from worker.mirror import CheckpointMirror
-from worker.outcome import StopCause, decide, of_stopped
+from worker.outcome import StopCause, decide, last_words, of_stopped
 from worker.process import TrainingProcess
 from worker.pump import LogPump, RecordPump
 from worker.run_cookie import new_cookie
@@ -140,10 +141,12 @@ class Supervisor:
         self._job.mark_started()
         cause = self._supervise(keeper, self._process)
         self._process.kill()  # what the run left behind, such as data loaders
-        self._drain()
         return self._end(decide(self._run, self._process.report(), cause))
 
     def _end(self, outcome: Outcome | None) -> list[QueuedJob]:
+        if isinstance(outcome, ErrorRecord):
+            self._append_to_log(last_words(outcome, self._job.attempt))
+        self._drain()
         return self._release() if outcome is None else self._finish(outcome)
 
     def _prepare(self) -> None:
@@ -216,6 +219,11 @@ class Supervisor:
         cause = self._stop_cause()
         if cause is not None:
             raise StopAskedError(cause)
+
+    def _append_to_log(self, text: str) -> None:
+        """A full disk is no reason to say nothing of how the run ended: the job's error has it, too."""
+        with suppress(OSError), (self._run / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(text)
 
     def _drain(self) -> None:
         """Write the last records and lines, however long the store is away."""

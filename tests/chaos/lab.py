@@ -198,7 +198,7 @@ class Lab(Jobs):
         """torchrun."""
         cookies = self.watch.cookies[job_id]
         launchers = (one for one in self.stack.census() if one.cookie in cookies and not one.is_rank)
-        return next(one for one in launchers if "torch.distributed.run" in one.command)
+        return next(one for one in launchers if "cliprd_core.torchrun" in one.command)
 
     def runs_of(self, job_id: str) -> list[Path]:
         """The job's run directories, wherever it ran."""

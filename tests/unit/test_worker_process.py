@@ -30,8 +30,8 @@ def start(run: Path, code: str) -> TrainingProcess:
     return TrainingProcess(run, [sys.executable, "-c", code], dict(os.environ))
 
 
-def wait_for_log(run: Path, text: str) -> None:
-    deadline = time.monotonic() + 10
+def wait_for_log(run: Path, text: str, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while text not in (run / "log.txt").read_text():
         assert time.monotonic() < deadline, (run / "log.txt").read_text()
         time.sleep(0.01)
@@ -105,9 +105,10 @@ def test_the_report_says_how_it_ended(tmp_path: Path, code: str, signal_number: 
     assert report.last_lines == "last words"
 
 
-def test_the_report_reads_torchruns_summary_of_this_attempt_only(tmp_path: Path) -> None:
-    (tmp_path / "log.txt").write_text("  exitcode  : -9 (pid: 1)\n")  # an earlier attempt's
-    process = start(tmp_path, "print('  exitcode  : -11 (pid: 123)'); raise SystemExit(1)")
+def test_the_report_reads_torchruns_lines_of_this_attempt_only(tmp_path: Path) -> None:
+    line = "torchrun: training process 0 (pid 1) failed with exitcode: "
+    (tmp_path / "log.txt").write_text(f"{line}-9\n")  # an earlier attempt's
+    process = start(tmp_path, f"print('{line}-11'); raise SystemExit(1)")
     assert process.wait(5)
     assert process.report().signal_number == signal.SIGSEGV
 
@@ -152,3 +153,41 @@ def test_the_trainer_is_told_where_the_jobs_share_what_they_know_of_data(tmp_pat
     )
     assert process.wait(60)
     assert f"{tmp_path / 'cache'} 123" in process.report().last_lines
+
+
+def under_torchrun(run: Path, code: str) -> TrainingProcess:
+    """Two processes of a program, started as the trainer's are."""
+    (run / "program.py").write_text(code)
+    program = [str(run / "program.py")]
+    return TrainingProcess.start(run, attempt=1, num_processes=2, grace_seconds=5.0, trainer=program, environment={})
+
+
+FIRST_FAILS = """
+import os, signal, time
+if os.environ["RANK"] == "0":
+    {ends}
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("ends", "signal_number"), [("raise SystemExit(3)", signal.SIGTERM), ("os.kill(os.getpid(), 9)", signal.SIGKILL)])
+def test_torchrun_says_who_failed_in_a_line_each(tmp_path: Path, ends: str, signal_number: int) -> None:
+    process = under_torchrun(tmp_path, FIRST_FAILS.format(ends=ends))
+    assert process.wait(60)
+    report = process.report()
+    first, second = report.last_lines.splitlines()[-2:]
+    assert first.startswith("torchrun: training process 0 (pid ")
+    assert second.startswith("torchrun: training process 1 (pid ")
+    assert "Traceback" not in report.last_lines
+    assert (report.exit_code, report.signal_number) == (1, signal_number)
+
+
+def test_a_run_under_torchrun_that_is_asked_to_stop_says_that_it_did(tmp_path: Path) -> None:
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
+    process = under_torchrun(tmp_path, code)
+    wait_for_log(tmp_path, "ready\nready", seconds=60)
+    process.terminate()
+    assert process.wait(30)
+    report = process.report()
+    assert report.was_stopped
+    assert "Traceback" not in report.last_lines

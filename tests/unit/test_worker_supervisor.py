@@ -22,6 +22,7 @@ from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.artifacts import remove_finished_checkpoints
 from service.store.events import list_events
+from service.store.failure_policy import what_to_do
 from service.store.jobs import (
     JobState,
     LeaseLostError,
@@ -39,7 +40,8 @@ from service.store.session import reading
 from tests.teacher_store_helpers import make_store
 from tests.worker_bench import Bench, soon
 from worker.run_dirs import remove_deleted
-from worker.tasks import run_job
+from worker.supervisor import Supervisor
+from worker.tasks import launcher, run_job
 
 SLOW = {"steps": "1000", "step_seconds": "0.02"}
 
@@ -101,6 +103,21 @@ def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
     error = bench.error(job_id)
     assert error.reason is ErrorReason.DIVERGED
     assert error.detail == "Traceback …"
+    with reading(bench.sessions) as session:
+        log = read_log(session=session, job_id=job_id)[0]
+    assert log.splitlines()[-2] == f"Attempt 1 failed: diverged: {error.message}"
+    assert log.splitlines()[-1].startswith("What to do: Clone the job")
+
+
+def test_the_log_of_a_run_that_really_fails_ends_with_why(bench: Bench) -> None:
+    job_id = bench.submit({}, resources={"num_processes": 2})
+    Supervisor(bench.held(job_id), bench.settings, bench.stop.is_set, launcher(bench.settings)).run()
+    assert bench.error(job_id).reason is ErrorReason.INVALID_DATA
+    *_, verdict, advice = bench.log(job_id).splitlines()
+    assert verdict.startswith("Attempt 1 failed: invalid_data: ")
+    assert "none.tar" in verdict
+    assert advice == f"What to do: {what_to_do(bench.error(job_id))}"
+    assert "ChildFailedError" not in bench.log(job_id)
 
 
 def test_a_killed_run_is_queued_again_and_goes_on(bench: Bench) -> None:
@@ -108,6 +125,7 @@ def test_a_killed_run_is_queued_again_and_goes_on(bench: Bench) -> None:
     assert bench.run(job_id) == [QueuedJob(job_id, "default")]
     job = bench.job(job_id)
     assert (job.state, job.attempt, job.error) == (JobState.QUEUED, 1, None)
+    assert bench.log(job_id).splitlines()[-1].startswith("Attempt 1 failed: worker_lost: The training process was killed (SIGKILL)")
 
 
 def test_a_run_killed_for_the_last_time_points_at_memory(bench: Bench) -> None:
