@@ -27,9 +27,9 @@ MAX_TAIL_LINES = 60
 def torchrun_command(num_processes: int, grace_seconds: float, trainer: Sequence[str]) -> list[str]:
     """torchrun on this machine with a free rendezvous port. It never restarts: an attempt is the service's notion, not torchrun's.
 
-    `cliprd_core.torchrun` is torchrun with a shorter report of failed processes. `--shutdown-timeout` lies above the grace period, so that it
-    is this supervisor who decides when politeness ends. The training processes are tied to torchrun's life from their first moment, which their
-    own prctl would be too late for.
+    `cliprd_core.torchrun` is torchrun with a shorter report of failed processes. `--shutdown-timeout` lies above the grace period, so that
+    it is this supervisor who decides when politeness ends. The training processes are tied to torchrun's life from their first moment,
+    which their own prctl would be too late for.
     """
     return [
         *(sys.executable, "-m", "cliprd_core.torchrun"),

@@ -111,8 +111,9 @@ async def read_log(
     tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines, as many. Left out: all.")] = None,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """What the training processes printed, over all attempts, and after each failed attempt why it failed; of a very long log the
-    beginning is dropped. With `Accept: text/event-stream` it comes as events `log`, `{"text": …}`, while it is printed, until `end` with the job's state."""
+    """What the training processes printed, over all attempts, and after each failed attempt why it failed; of a very long log the beginning
+    is dropped. With `Accept: text/event-stream` it comes as events `log`, `{"text": …}`, while it is printed, until `end` with the job's
+    state."""
 
     def start() -> int:
         with reading(services.sessions) as session:
