@@ -13,10 +13,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from service import cli_control, cli_database, cli_stores, cli_workers
 from service.cli_common import DEFAULT_URL, JobId, Url, connected, fail, json_object, key_and_value, out
+from service.cli_table import print_table
 from service.keys_cli import keys
 from service.store.states import JobState
 
@@ -136,13 +136,12 @@ def jobs(
     from service.progress_view import status_of
 
     labels = dict(key_and_value(one) for one in label or [])
-    table = Table("id", "name", "state", "attempt", "status", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    rows: list[tuple[str, ...]] = []
     with connected(url) as client:
         for job in islice(client.jobs(state=state, labels=labels), limit):
             reason = "" if job.error is None else str(job.error.reason)
-            table.add_row(job.id, job.name, str(job.state), str(job.attempt), reason if job.state.is_finished else status_of(job))
-    out.print(table)
+            rows.append((job.id, job.name, str(job.state), str(job.attempt), reason if job.state.is_finished else status_of(job)))
+    print_table(out, rows, headings=("id", "name", "state", "attempt", "status"), ids=("id",))
 
 
 @app.command()
@@ -153,23 +152,24 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     with connected(url) as client:
         job = client.job(job_id)
         evaluations, artifacts = client.evaluations(job_id), client.artifacts(job_id)
-    rows = Table(box=None, show_header=False, pad_edge=False)
-    rows.add_row("id", job.id)
-    rows.add_row("name", job.name)
-    rows.add_row("recipe", job.recipe)
-    rows.add_row("state", str(job.state))
-    rows.add_row("attempt", str(job.attempt) if job.attempt else "not started")
+    rows = [
+        ("id", job.id),
+        ("name", job.name),
+        ("recipe", job.recipe),
+        ("state", str(job.state)),
+        ("attempt", str(job.attempt) if job.attempt else "not started"),
+    ]
     if not job.state.is_finished:
-        rows.add_row("status", status_of(job))
+        rows.append(("status", status_of(job)))
     for name, value in job.labels.items():
-        rows.add_row(f"label {name}", value)
+        rows.append((f"label {name}", value))
     if job.error is not None:
-        rows.add_row("error", f"{job.error.reason}: {job.error.message}")
-        rows.add_row("what to do", job.error.what_to_do)
+        rows.append(("error", f"{job.error.reason}: {job.error.message}"))
+        rows.append(("what to do", job.error.what_to_do))
     if job.result is not None:
-        rows.add_row("parameters", f"{job.result.num_student_parameters:,}")
-        rows.add_row("training time", f"{job.result.train_seconds:,.0f} s")
-    out.print(rows)
+        rows.append(("parameters", f"{job.result.num_student_parameters:,}"))
+        rows.append(("training time", f"{job.result.train_seconds:,.0f} s"))
+    print_table(out, rows, headings=("field", "value"), show_headings=False)
     last_step = max((one.step for one in evaluations), default=0)
     for one in evaluations:
         if one.step == last_step:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from service.cli_common import DEFAULT_URL, Url, connected, out
+from service.cli_table import print_table
 
 app = typer.Typer(help="List teacher stores, or delete one.", invoke_without_command=True)
 
@@ -17,11 +17,10 @@ def stores(context: typer.Context, url: Url = DEFAULT_URL) -> None:
     """List teacher stores, most recently used first; `cliprd stores delete KEY` deletes one."""
     if context.invoked_subcommand is not None:
         return
-    table = Table("key", "teacher", "data", "GB", "filled", "hits", "last used", "in use", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    rows: list[tuple[str, ...]] = []
     with connected(url) as client:
         for store in client.teacher_stores():
-            table.add_row(
+            row = (
                 store.key,
                 store.teacher or "?",
                 store.data or "?",
@@ -31,7 +30,9 @@ def stores(context: typer.Context, url: Url = DEFAULT_URL) -> None:
                 f"{store.last_used_at.astimezone():%Y-%m-%d %H:%M}",
                 "yes" if store.in_use else "no",
             )
-    out.print(table)
+            rows.append(row)
+    headings = ("key", "teacher", "data", "GB", "filled", "hits", "last used", "in use")
+    print_table(out, rows, headings=headings, ids=("key",))
 
 
 @app.command("delete")

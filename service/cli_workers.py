@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
 
 from service.cli_common import DEFAULT_URL, Url, connected, out
+from service.cli_table import print_table
 
 if TYPE_CHECKING:
     from service.worker_schemas import GpuView
@@ -18,15 +18,14 @@ app = typer.Typer()
 @app.command()
 def workers(url: Url = DEFAULT_URL) -> None:
     """List the workers: what they work on, their GPUs, and what keeps them from taking jobs."""
-    table = Table("id", "state", "queues", "job", "GPUs", "last report", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    rows: list[tuple[str, ...]] = []
     with connected(url) as client:
         for worker in client.workers():
             state = ": ".join([worker.state, *(["; ".join(worker.problems)] if worker.problems else [])])
             gpus = ", ".join(_gpu(gpu) for gpu in worker.gpus)
             seen = f"{worker.heartbeat_at.astimezone():%Y-%m-%d %H:%M:%S}"
-            table.add_row(worker.id, state, ", ".join(worker.queues), worker.job_id or "", gpus, seen)
-    out.print(table)
+            rows.append((worker.id, state, ", ".join(worker.queues), worker.job_id or "", gpus, seen))
+    print_table(out, rows, headings=("id", "state", "queues", "job", "GPUs", "last report"), ids=("id", "job"))
 
 
 def _gpu(gpu: GpuView) -> str:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from service.cli_common import fail
+from service.cli_common import fail, out
 from service.cli_database import Database, migrated
+from service.cli_table import print_table
 from service.store.scopes import KeyScope
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # Imported where used: the store, which takes longer to load than `cliprd --help` should.
 
 keys = typer.Typer(help="Make, list and revoke API keys, in the service's database (CLIPRD_DATABASE_URL).", no_args_is_help=True)
-out = Console(highlight=False)
 
 
 @keys.command()
@@ -48,12 +47,12 @@ def list_(database: Database = None) -> None:
     """List keys, without the keys themselves, which are not stored."""
     from service.store.keys import list_keys
 
-    table = Table("id", "name", "scope", "made", "last used", "state", box=None, pad_edge=False)
+    rows: list[tuple[str, ...]] = []
     with _session(database) as session:
         for one in list_keys(session=session):
             used = "never" if one.last_used_at is None else _shown(one.last_used_at)
-            table.add_row(one.id, one.name, str(one.scope), _shown(one.created_at), used, "valid" if one.revoked_at is None else "revoked")
-    out.print(table)
+            rows.append((one.id, one.name, str(one.scope), _shown(one.created_at), used, "valid" if one.revoked_at is None else "revoked"))
+    print_table(out, rows, headings=("id", "name", "scope", "made", "last used", "state"), ids=("id",))
 
 
 @keys.command()
