@@ -5,7 +5,7 @@ from __future__ import annotations
 from cliprd_core.model_size import ModelSize
 from cliprd_core.spec import JobSpec
 from service.dry_run_schemas import DryRunView, ModelSizeView
-from service.estimates import memory_view, memory_warnings, time_view
+from service.estimates import memory_view, memory_warnings, queue_warnings, time_view
 from service.found_files import found_files
 from service.model_sizes import Unknown, size_of_model, size_of_trained
 from service.pair_counts import known_num_pairs, num_steps_of
@@ -14,7 +14,7 @@ from service.store.session import reading
 from service.store.speeds import recorded_speeds
 from service.store.states import JobState
 from service.store.teachers import lock_teachers, teacher_jobs
-from service.store.workers import list_workers
+from service.store.workers import complaint_about_queue, list_workers
 from service.submission import checked
 
 
@@ -33,6 +33,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         students = {field: job.spec["student"] for field, job in teacher_jobs(session=session, spec=resolved).items()}
         speeds = recorded_speeds(session=session, spec=resolved)
         workers = list_workers(session=session)
+        nobody_takes_it = complaint_about_queue(session=session, queue=resolved.resources.queue)
     waits = not all(teacher.state.is_finished for teacher in teachers)
     num_pairs = known_num_pairs(resolved) if settings.check_files else None
     num_steps = None if num_pairs is None else num_steps_of(resolved, num_pairs)
@@ -49,7 +50,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         models=[_model_view(field, size) for field, size in sizes.items()],
         memory=memory,
         time=time_view(resolved, speeds, num_steps),
-        warnings=memory_warnings(resolved, memory.least_bytes, workers),
+        warnings=[*queue_warnings(nobody_takes_it), *memory_warnings(resolved, memory.least_bytes, workers)],
         files=found_files(resolved) if settings.check_files else None,
     )
 

@@ -49,6 +49,16 @@ def _why_unknown(size: ModelSize | Unknown) -> str | None:
     return None if size.has_activations else "its activations have not been measured"
 
 
+def queue_warnings(complaint: str | None) -> list[str]:
+    """`complaint`: why no worker takes the job's queue; None: one does."""
+    if complaint is None:
+        return []
+    return [
+        f"The job would wait: {complaint}. Choose a `resources.queue` that a worker takes (GET /workers lists them), or start one that"
+        " takes this queue (its `CLIPRD_QUEUES`)."
+    ]
+
+
 def memory_warnings(spec: JobSpec, least_bytes: int | None, workers: Sequence[WorkerStatus]) -> list[str]:
     """Whether what the job surely needs is more than any GPU has that it may come to; nothing where that isn't known.
 

@@ -168,12 +168,25 @@ def test_a_dry_run_looks_at_nothing_that_a_job_may_not_read(client: TestClient, 
     assert "outside the folders that jobs may read" in response.text
 
 
+def test_a_job_that_no_worker_would_take_is_warned_of(client: TestClient, sessions: Sessions) -> None:
+    (warning,) = asked(client)["warnings"]
+    assert "no worker takes queue 'default'" in warning
+    assert "`resources.queue`" in warning
+    report(sessions, "one", problems=["broker: away"])
+    (warning,) = asked(client)["warnings"]
+    assert "no worker takes queue 'default' now" in warning
+    report(sessions, "one")
+    assert asked(client)["warnings"] == []
+    (warning,) = asked(client, resources={"queue": "h100"})["warnings"]
+    assert "no worker takes queue 'h100'" in warning
+
+
 def test_a_job_that_surely_does_not_fit_any_gpu_is_warned_of(client: TestClient, sessions: Sessions) -> None:
     small = replace(gpu(), name="NVIDIA T4", memory_total_bytes=2**19)
     needed = asked(client)["memory"]["least_bytes"]
     assert needed > 2**19
     on_cuda = {"resources": {"device": "cuda"}}
-    assert asked(client, **on_cuda)["warnings"] == [], "no worker tells of any GPU"
+    assert not any("GiB" in warning for warning in asked(client, **on_cuda)["warnings"]), "no worker tells of any GPU"
     report(sessions, "elsewhere", queues=["other"], gpus=[gpu()])
     report(sessions, "one", gpus=[small, replace(small, memory_total_bytes=2**18)])
     (warning,) = asked(client, **on_cuda)["warnings"]
