@@ -1,4 +1,8 @@
-"""Jobs that exist: cancel, pause, resume, retry, clone, delete."""
+"""Jobs that exist: cancel, pause, resume, retry, clone, delete.
+
+Cancel, pause and resume say how a job shall be, so that asking again for what is so already, or under way, changes nothing and is no
+error. Retry and delete do something with a finished job, and refuse any other.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +54,8 @@ def cancel_jobs(services: ServicesOf, selector: LabelSelector) -> CancelledJobs:
     responses={202: {"description": "Requested; its worker stops it", "model": JobView}, **problem_responses(404, 409, 500, 503)},
 )
 def cancel_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath, response: Response) -> JobView:
-    """A job that hasn't started or is paused is cancelled at once (200); a running one is asked to stop (202); a finished one can't be
-    (409)."""
+    """A job that hasn't started or is paused is cancelled at once (200); a running one is asked to stop (202). Cancelling twice is the same
+    as once; a job that has succeeded or failed can't be cancelled (409)."""
     with services.sessions.begin() as session:
         job = jobs.request_cancel(session=session, job_id=job_id)
     if not job.state.is_finished:
@@ -66,7 +70,7 @@ def cancel_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath, r
 )
 def pause_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath, response: Response) -> JobView:
     """A job that hasn't started is paused at once (200). A running one saves a checkpoint first (202) and frees its worker. Pausing twice
-    is the same as once; a finished or cancelled job can't be paused (409)."""
+    is the same as once; a job that has finished or is being cancelled can't be paused (409)."""
     with services.sessions.begin() as session:
         job = jobs.request_pause(session=session, job_id=job_id)
     if job.pause_requested_at is not None:
@@ -76,8 +80,9 @@ def pause_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath, re
 
 @router.post("/{job_id}/resume", summary="Resume a paused job", responses=problem_responses(404, 409, 500, 503))
 def resume_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -> JobView:
-    """The job is queued again and goes on from its newest checkpoint, on whichever worker takes it. A job that isn't paused stays as it
-    is, and a pause that was only requested is taken back; a finished job can't be resumed (409)."""
+    """A paused job is queued again and goes on from its newest checkpoint, on whichever worker takes it; a pause that was only requested is
+    taken back. Resuming twice is the same as once: a job that waits, is queued or runs stays as it is (200). A job that has finished or
+    is being cancelled can't be resumed (409)."""
     with services.sessions.begin() as session:
         job, queued = jobs.resume_job(session=session, job_id=job_id)
     send(services, queued)
@@ -87,7 +92,7 @@ def resume_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -
 @router.post("/{job_id}/retry", summary="Try a job again", responses=problem_responses(404, 409, 500, 503))
 def retry_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -> JobView:
     """A failed or cancelled job is queued again and goes on from its newest checkpoint, with as many attempts as a new one; any other
-    can't be (409)."""
+    can't be (409), so that of two retries of one failure the second is refused."""
     with services.sessions.begin() as session:
         job, queued = jobs.retry_job(session=session, job_id=job_id)
     send(services, queued)

@@ -35,13 +35,16 @@ class Changed(NamedTuple):
 def request_cancel(*, session: Session, job_id: str, now: datetime | None = None) -> Job:
     """End a job that hasn't started at once; ask the worker of a running one, which looks for that every second or so.
 
-    Asking twice for a running job is the same as asking once. Jobs that wait for this one as their teacher fail with it.
+    Asking twice is the same as asking once. Jobs that wait for this one as their teacher fail with it.
 
     Raises:
         JobNotFoundError: there is no such job.
-        JobFinishedError: it has finished, whichever way.
+        JobFinishedError: it has succeeded or failed.
     """
-    job = _lock_unfinished(session, job_id)
+    job = _lock(session, job_id)
+    if job.state is JobState.CANCELLED:
+        return job
+    _refuse_finished(job)
     now = now or database_now(session)
     if job.cancel_requested_at is None:
         job.cancel_requested_at = now
@@ -63,7 +66,8 @@ def request_pause(*, session: Session, job_id: str) -> Job:
         JobFinishedError: it has finished, whichever way.
         JobConflictError: it is being cancelled.
     """
-    job = _lock_unfinished(session, job_id)
+    job = _lock(session, job_id)
+    _refuse_finished(job)
     if job.cancel_requested_at is not None:
         raise JobConflictError(job_id, "is being cancelled, so it can't be paused")
     now = database_now(session)
@@ -84,9 +88,13 @@ def resume_job(*, session: Session, job_id: str) -> Changed:
     Raises:
         JobNotFoundError: there is no such job.
         JobFinishedError: it has finished, whichever way.
+        JobConflictError: it is being cancelled.
     """
     _lock_teachers_of(session, job_id)
-    job = _lock_unfinished(session, job_id)
+    job = _lock(session, job_id)
+    _refuse_finished(job)
+    if job.cancel_requested_at is not None:
+        raise JobConflictError(job_id, "is being cancelled, so it can't be resumed")
     now = database_now(session)
     if job.state is JobState.PAUSED or job.pause_requested_at is not None:
         record_event(job, EventKind.RESUMED, now=now)
@@ -182,11 +190,9 @@ def _lock_teachers_of(session: Session, job_id: str) -> None:
     session.execute(select(Job.id).where(Job.id.in_(teachers)).order_by(Job.id).with_for_update())
 
 
-def _lock_unfinished(session: Session, job_id: str) -> Job:
-    job = _lock(session, job_id)
+def _refuse_finished(job: Job) -> None:
     if job.state.is_finished:
-        raise JobFinishedError(job_id, job.state)
-    return job
+        raise JobFinishedError(job.id, job.state)
 
 
 def _lock(session: Session, job_id: str) -> Job:

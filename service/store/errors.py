@@ -41,7 +41,7 @@ class LeaseLostError(StoreError):
 
 
 class JobFinishedError(StoreError):
-    """The job has finished, so it can't be cancelled."""
+    """The job has finished, so it can't be cancelled, paused or resumed."""
 
     def __init__(self, job_id: str, state: JobState) -> None:
         super().__init__(f"job {job_id} has finished already ({state})")

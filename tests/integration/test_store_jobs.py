@@ -139,10 +139,11 @@ def test_two_reapers_share_the_work(sessions: Sessions) -> None:
 
 
 def test_cancelling(sessions: Sessions) -> None:
-    queued, running = create(sessions), create(sessions)
-    assert cancel(sessions, queued.id) is JobState.CANCELLED
+    queued, running, ended = create(sessions), create(sessions), create(sessions)
+    assert [cancel(sessions, queued.id) for _ in range(2)] == [JobState.CANCELLED] * 2
+    finish(sessions, claim(sessions, ended.id))
     with pytest.raises(jobs.JobFinishedError):
-        cancel(sessions, queued.id)
+        cancel(sessions, ended.id)
     with pytest.raises(jobs.JobNotFoundError):
         cancel(sessions, "00000000-none")
 

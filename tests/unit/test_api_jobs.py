@@ -149,8 +149,11 @@ def test_cancelling(client: TestClient, sessions: Sessions) -> None:
         assert response.json()["cancel_requested_at"] is not None
     finish(sessions, claimed, jobs.Cancelled())
     for job in (queued, running):
-        body = problem(client.post(job["links"]["cancel"]), 409)
-        assert "has finished already (cancelled)" in body["detail"]
+        assert client.post(job["links"]["cancel"]).status_code == 200
+    failed = submit(client)
+    finish(sessions, claim(sessions, failed["id"]), FAILURE)
+    body = problem(client.post(failed["links"]["cancel"]), 409)
+    assert "has finished already (failed)" in body["detail"]
 
 
 def test_lists_with_filters_and_pages(client: TestClient, sessions: Sessions) -> None:

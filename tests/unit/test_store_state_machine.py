@@ -169,11 +169,13 @@ class JobLives(RuleBasedStateMachine):
         job_id = pick(self.ids(), choice)
         one = self.expected[job_id]
         with self.sessions.begin() as session:
-            if one.state.is_finished:
+            if one.state in (JobState.SUCCEEDED, JobState.FAILED):
                 with pytest.raises(jobs.JobFinishedError):
                     jobs.request_cancel(session=session, job_id=job_id)
                 return
             jobs.request_cancel(session=session, job_id=job_id)
+        if one.state is JobState.CANCELLED:
+            return
         one.cancel_requested = True
         if one.state is not JobState.RUNNING:
             self.end(job_id, JobState.CANCELLED)
@@ -200,8 +202,8 @@ class JobLives(RuleBasedStateMachine):
         job_id = pick(self.ids(), choice)
         one = self.expected[job_id]
         with self.sessions.begin() as session:
-            if one.state.is_finished:
-                with pytest.raises(jobs.JobFinishedError):
+            if one.state.is_finished or one.cancel_requested:
+                with pytest.raises(jobs.JobFinishedError if one.state.is_finished else jobs.JobConflictError):
                     jobs.resume_job(session=session, job_id=job_id)
                 return
             _, queued = jobs.resume_job(session=session, job_id=job_id)
