@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Self
 
@@ -199,10 +199,15 @@ class MetricsView(View):
     """Metrics by name."""
 
     series: dict[str, SeriesView]
+    unmatched: list[str] = Field(
+        default=[], description="Of the `names` asked for, those that are no metric's: misspelt, or not measured yet."
+    )
+    names: list[str] = Field(default=[], description="All metrics that the job has so far.")
 
     @classmethod
-    def of(cls, series: dict[str, Series]) -> Self:
-        return cls(series={name: SeriesView(steps=one.steps, values=one.values) for name, one in series.items()})
+    def of(cls, series: dict[str, Series], *, unmatched: list[str], names: Iterable[str]) -> Self:
+        views = {name: SeriesView(steps=one.steps, values=one.values) for name, one in series.items()}
+        return cls(series=views, unmatched=unmatched, names=sorted(names))
 
 
 class EvaluationList(View):

@@ -113,11 +113,13 @@ def read_metrics(
         int, Query(ge=metrics.MIN_POINTS, le=10_000, description="Points of one series, at most; peaks and dips survive.")
     ] = 1000,
 ) -> MetricsView:
-    """Series of what was measured while training."""
+    """Series of what was measured while training. Asking for a metric that isn't there is no error, since it may come yet: `unmatched`
+    tells of it, beside the `names` that there are."""
     patterns = [name.strip() for one in names for name in one.split(",")]
     with reading(services.sessions) as session:
         job = jobs.get_job(session=session, job_id=job_id)
-        return MetricsView.of(metrics.series(session=session, job=job, names=patterns, since_step=since_step, max_points=max_points))
+        series = metrics.series(session=session, job=job, names=patterns, since_step=since_step, max_points=max_points)
+    return MetricsView.of(series, unmatched=metrics.unmatched(job, patterns), names=job.metrics or {})
 
 
 @router.get("/{job_id}/evaluations", summary="Evaluations", responses=problem_responses(404, 500, 503))

@@ -19,7 +19,7 @@ from service.store.models import Base, Evaluation, Job, Metric
 from service.store.rollups import MIN_POINTS, thinned, update_rollups
 from service.store.session import database_now
 
-__all__ = ["MAX_EVALUATIONS", "MIN_POINTS", "Series", "list_evaluations", "record_evaluations", "record_metrics", "series"]
+__all__ = ["MAX_EVALUATIONS", "MIN_POINTS", "Series", "list_evaluations", "record_evaluations", "record_metrics", "series", "unmatched"]
 
 MAX_EVALUATIONS = 1000
 """Of one page, at most."""
@@ -122,6 +122,11 @@ def series(*, session: Session, job: Job, names: Sequence[str] = ("*",), since_s
             points = thinned(session=session, job_id=job.id, name=name, since_step=since_step, max_points=max_points)
             found[name] = Series([step for step, _ in points], [value for _, value in points])
     return found
+
+
+def unmatched(job: Job, names: Sequence[str]) -> list[str]:
+    """Those of `names`, as for `series`, that are the job's no metric's name, each once."""
+    return [pattern for pattern in dict.fromkeys(names) if not any(_matches(name, pattern) for name in job.metrics or {})]
 
 
 def steps_after(*, session: Session, job: Job, names: Sequence[str], after: int, limit: int) -> dict[int, dict[str, float]]:

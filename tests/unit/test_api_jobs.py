@@ -62,6 +62,8 @@ def test_a_submitted_job_is_answered_whole_and_can_be_read(client: TestClient, s
     assert client.get(job["links"]["self"]).json() == job
     for name in ("metrics", "evaluations", "artifacts"):
         assert client.get(job["links"][name]).status_code == 200
+    answer = client.get(job["links"]["metrics"], params={"names": "train/loss"})
+    assert answer.json() == {"series": {}, "unmatched": ["train/loss"], "names": []}, "it may come yet"
 
 
 def test_a_submitted_job_is_sent(client: TestClient, sessions: Sessions) -> None:
@@ -114,8 +116,13 @@ def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessi
     assert set(whole) == {"train/loss", "train/lr"}
     assert whole["train/loss"] == {"steps": list(range(1, 11)), "values": [1 / step for step in range(1, 11)]}
     query: dict[str, str | int] = {"names": "train/loss,nothing", "since_step": 3, "max_points": 4}
-    part = client.get(f"/jobs/{job['id']}/metrics", params=query).json()["series"]
-    assert part == {"train/loss": {"steps": [3, 10], "values": [1 / 3, 1 / 10]}}
+    assert client.get(f"/jobs/{job['id']}/metrics", params=query).json() == {
+        "series": {"train/loss": {"steps": [3, 10], "values": [1 / 3, 1 / 10]}},
+        "unmatched": ["nothing"],
+        "names": ["train/loss", "train/lr"],
+    }
+    query["names"] = "train/*,train/lr,tran/*,nothing,nothing"
+    assert client.get(f"/jobs/{job['id']}/metrics", params=query).json()["unmatched"] == ["tran/*", "nothing"]
 
     assert client.get(f"/jobs/{job['id']}/evaluations").json() == {
         "evaluations": [evaluated(10).model_dump(mode="json")],
