@@ -21,8 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## teacher, student alone, student distilled: end to end on embedded defaults
 	$(BIN)/python examples/emoji/demo.py
 
-up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000
-	$(BIN)/cliprd up
+PORT = 8000
+
+up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000; PORT=8001: on another port
+	$(BIN)/cliprd up --port $(PORT)
 
 test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
