@@ -62,7 +62,7 @@ def compile_towers(
         ValueError: the towers cannot be compiled here; the message says what to do.
     """
     started = time.monotonic()
-    os.environ.setdefault(CACHE_VARIABLE, str(cache_dir / CACHE_NAME))
+    os.environ[CACHE_VARIABLE] = str(cache_dir / CACHE_NAME)  # which torch may have set to a folder in /tmp when it was imported
     model = student.model
     layers = trimmed_layers(model)
     model.visual.compile(options=OPTIONS)

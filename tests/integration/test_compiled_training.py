@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cliprd_core.compiled_towers import CACHE_NAME
 from cliprd_core.run_dir import ERROR_FILE, ErrorReason, ErrorRecord, read_record
 from tests.training_runs import TIMEOUT_SECONDS, Inputs, assert_same_weights, losses, make_inputs, run_here, start, wait_for_step
 
@@ -33,6 +34,7 @@ def test_compiled_and_killed_a_run_ends_with_the_weights_of_one_that_was_not(tmp
     process = start(straight, inputs.spec(**changes))
     assert process.wait(TIMEOUT_SECONDS) == 0, (straight / "log.txt").read_text()
     assert "compiled the student's towers" in (straight / "log.txt").read_text()
+    assert any((tmp_path / "cache" / CACHE_NAME).iterdir())
 
     process = start(killed, inputs.spec(**changes))
     wait_for_step(killed, 5, process)
