@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from cliprd_core.memory_advice import memory_advice
 from cliprd_core.run_dir import DISK_FULL_ERRNOS, ERROR_FILE, ErrorReason, ErrorRecord, sync_directory
 from cliprd_core.spec import JobSpec
 
@@ -41,7 +42,8 @@ def describe_failure(error: BaseException, spec: JobSpec | None = None) -> Error
     reason = _reason(error)
     advice = error.advice if isinstance(error, DivergedError) else ""
     if reason is ErrorReason.OUT_OF_MEMORY:
-        message, advice = f"The training process ran out of memory ({_first_line(error)}).", _memory_advice(spec)
+        message = f"The training process ran out of memory ({_first_line(error)})."
+        advice = memory_advice(spec, _device_bytes(error))
     elif reason is ErrorReason.DISK_FULL:
         message = f"A disk of the worker is full: {_first_line(error)}. Free space under its `CLIPRD_RUNS_ROOT`."
     elif isinstance(error, ValidationError):
@@ -60,19 +62,14 @@ def describe_failure(error: BaseException, spec: JobSpec | None = None) -> Error
     return ErrorRecord(reason=reason, message=message, advice=advice, detail=detail)
 
 
-def _memory_advice(spec: JobSpec | None) -> str:
-    micro = None if spec is None else _smaller_micro_batch(spec)
-    others = "lower `training.global_batch_size`, use more processes, or a smaller model or teacher."
-    if micro is None:
-        return others.capitalize()
-    return f"Set `training.micro_batch_size` to {micro} (it keeps the batch and its negatives), {others}"
+def _device_bytes(error: BaseException) -> int | None:
+    """What the GPU that ran out of memory has for this process: what is free, and what it holds. None: it was no GPU."""
+    import torch
 
-
-def _smaller_micro_batch(spec: JobSpec) -> int | None:
-    """Half of what a process took at once. None: that was a single pair."""
-    share = spec.training.global_batch_size // spec.resources.num_processes
-    at_once = min(share, spec.training.micro_batch_size or share)
-    return at_once // 2 or None
+    if not isinstance(error, torch.OutOfMemoryError) or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()
 
 
 def write_failure(run: Path, record: ErrorRecord) -> None:

@@ -146,8 +146,12 @@ def _resolve(role: str, model: str | None, config: dict[str, Any] | None, pretra
     return _resolve_name(role, model, pretrained)
 
 
-def _resolve_local_dir(role: str, model: str) -> _Source:
-    folder = Path(model.removeprefix(LOCAL_DIR_PREFIX))
+def read_local_dir(role: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's config and its preprocessing in a folder of open_clip's `local-dir:` layout.
+
+    Raises:
+        ValueError: it may not be read, or holds none; `role` is the spec's field, for messages.
+    """
     config_path = folder / CONFIG_FILE
     _check_allowed(f"{role}.model", config_path)
     if not config_path.is_file():
@@ -158,6 +162,12 @@ def _resolve_local_dir(role: str, model: str) -> _Source:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{role}.model`: {config_path} is not a JSON object with `model_cfg`: {error!r}") from error
     _check_config(f"{role}.model ({config_path})", config)
+    return config, preprocess
+
+
+def _resolve_local_dir(role: str, model: str) -> _Source:
+    folder = Path(model.removeprefix(LOCAL_DIR_PREFIX))
+    config, preprocess = read_local_dir(role, folder)
     found = [folder / name for name in (WEIGHTS_FILE, *OTHER_WEIGHTS_FILES) if (folder / name).is_file()]
     if not found:
         raise ValueError(f"`{role}.model`: {folder} has no weights; put {WEIGHTS_FILE} beside its {CONFIG_FILE}")

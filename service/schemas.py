@@ -78,7 +78,9 @@ class JobView(View):
     recipe: str
     state: JobState
     attempt: int = Field(description="Which attempt runs or ran; 0 before the first.")
-    max_attempts: int = Field(description="Attempts that may be lost with their worker before the job fails.")
+    max_attempts: int = Field(
+        description="Attempts that may fail for a reason that may pass (a lost worker, a full disk) before the job fails."
+    )
     worker: str | None = Field(description="Worker of the latest attempt.")
     waiting_for: str | None = Field(
         default=None, description="Why a queued job can't start: no worker takes its queue. Null: one does. Only told when reading one job."

@@ -15,6 +15,7 @@ from pydantic_settings import NoDecode
 from cliprd_core.locations import Locations, split_hosts, split_roots
 from service.environment import EnvironmentSettings
 from service.logs import LogFormat
+from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
 
 Roots = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(lambda value: split_roots(value) if isinstance(value, str) else value)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(lambda value: split_hosts(value) if isinstance(value, str) else value)]
@@ -74,7 +75,11 @@ class Settings(EnvironmentSettings):
     migrate_on_start: bool = Field(default=True, description="Bring the database to the newest schema when the API starts.")
     max_body_bytes: int = Field(default=1_000_000, ge=1_000, description="A longer request body is refused (413).")
     max_header_bytes: int = Field(default=32_768, ge=4_096, description="A longer URL with header fields is refused (431).")
-    max_attempts: int = Field(default=3, ge=1, description="Attempts of a job that may be lost with their worker before it fails.")
+    max_attempts: int = Field(
+        default=DEFAULT_MAX_ATTEMPTS,
+        ge=1,
+        description="Attempts of a job that may fail for a reason that may pass (a lost worker, a full disk) before the job fails.",
+    )
     broker_timeout_seconds: float = Field(
         default=2.0, gt=0, description="A broker that doesn't answer for this long counts as down; the reaper re-sends."
     )

@@ -1,4 +1,4 @@
-"""What follows from each way a run can fail: the one table of it.
+"""What follows from each way a run can fail: whether it is tried again, how often and after how long. The one table of it.
 
 A cancelled job is never tried again by itself; `retry` by a user is always possible, and goes on from the newest checkpoint.
 """
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 
+DEFAULT_MAX_ATTEMPTS = 3
+"""Attempts at a job that may fail for a reason that is retried, over all such reasons together, before the job fails of the last one. A
+service's own number (`CLIPRD_MAX_ATTEMPTS`) is noted on each job when it is submitted."""
+
 
 @dataclass(frozen=True)
 class FailurePolicy:
     """What becomes of a job whose run failed for some reason."""
 
     is_retried: bool
-    """Queued again by itself, until the job has lost `max_attempts` attempts in all."""
+    """Queued again by itself, unless this was the job's `max_attempts`-th attempt that failed so (since its last retry by a user)."""
     delay_seconds: float
     """From the failure to the time it may start again."""
     what_to_do: str

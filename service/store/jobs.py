@@ -36,6 +36,7 @@ from service.store.errors import (
     TeacherUnavailableError,
 )
 from service.store.events import EventKind, record_event
+from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
 from service.store.leases import (
     Cancelled,
     Claim,
@@ -98,11 +99,8 @@ __all__ = [
     "unfinished_jobs",
 ]
 
-MAX_ATTEMPTS = 3
-"""Attempts that may be lost with their worker before a job fails."""
 
-
-def create_job(*, session: Session, spec: JobSpec, max_attempts: int = MAX_ATTEMPTS) -> Job:
+def create_job(*, session: Session, spec: JobSpec, max_attempts: int = DEFAULT_MAX_ATTEMPTS) -> Job:
     """Store a job: `queued`, or `waiting` if a teacher is a job that hasn't finished.
 
     `spec` is the resolved one: the worker takes its paths as they are.

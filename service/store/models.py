@@ -10,6 +10,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, Enum, Foreig
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
 from service.store.scopes import KeyScope
 from service.store.states import JobState
 
@@ -119,7 +120,7 @@ class Job(Base):
     """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
     num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Attempts lost with their worker or its training process."""
-    max_attempts: Mapped[int] = mapped_column(Integer, default=3)
+    max_attempts: Mapped[int] = mapped_column(Integer, default=DEFAULT_MAX_ATTEMPTS)
     attempt_started_at: Mapped[datetime | None]
     """When the latest attempt was claimed."""
     seconds_run: Mapped[float] = mapped_column(Double, default=0.0)

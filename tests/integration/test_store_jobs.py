@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from cliprd_core.run_dir import ErrorReason
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.store import jobs
+from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
 from service.store.jobs import Cancelled, JobState
 from service.store.session import database_now, reading
 from tests.store_helpers import (
@@ -117,6 +118,15 @@ def test_a_job_whose_workers_vanish_fails_at_the_last_attempt(sessions: Sessions
     assert failed.state is JobState.FAILED
     assert failed.error is not None
     assert failed.error["reason"] == ErrorReason.WORKER_LOST
+
+
+def test_attempts_are_counted_over_all_reasons_that_are_retried(sessions: Sessions) -> None:
+    job = create(sessions)
+    assert job.max_attempts == DEFAULT_MAX_ATTEMPTS == 3
+    for reason in (ErrorReason.DISK_FULL, ErrorReason.WORKER_LOST, ErrorReason.DISK_FULL):
+        assert read(sessions, job.id).state is JobState.QUEUED
+        finish(sessions, claim(sessions, job.id), ErrorRecord(reason=reason, message="it may pass"))
+    assert read(sessions, job.id).state is JobState.FAILED
 
 
 def test_a_released_job_is_queued_and_its_attempt_not_held_against_it(sessions: Sessions) -> None:

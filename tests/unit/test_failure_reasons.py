@@ -6,9 +6,11 @@ import errno
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import DistBackendError, DistNetworkError
 
 from cliprd_core.failures import describe_failure
+from cliprd_core.memory_advice import memory_advice
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec, merge_over
 from service.store.failure_policy import FAILURE_POLICIES, what_to_do
@@ -35,6 +37,16 @@ def test_out_of_memory_suggests_half_of_what_went_through_at_once(spec: JobSpec,
     assert record.advice.startswith(advice)
     assert "too much" in record.message
     assert what_to_do(record) == f"{record.advice} {FAILURE_POLICIES[ErrorReason.OUT_OF_MEMORY].what_to_do}"
+
+
+def test_a_gpu_that_ran_out_is_asked_how_much_this_process_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
+    spec = spec_with(student={"config": None, "model": "ViT-B-32"}, training={"global_batch_size": 1024})
+    advice = memory_advice(spec, 4 * 2**30)
+    assert "fits by estimate" in advice
+    assert describe_failure(torch.OutOfMemoryError("CUDA out of memory"), spec).advice == advice
 
 
 @pytest.mark.parametrize("reason", list(ErrorReason))
