@@ -34,23 +34,23 @@ class Services:
     """What `/metrics` tells."""
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
 
-def _root_path(request: Request) -> str:
+async def _root_path(request: Request) -> str:
     return str(request.scope.get("root_path", ""))
 
 
-def _job_id(job_id: Annotated[str, Path(description="Id of the job.")]) -> str:
+async def _job_id(job_id: Annotated[str, Path(description="Id of the job.")]) -> str:
     """What can't be an id is the id of nothing, and is not worth a question to the database."""
     if not _ID.fullmatch(job_id):
         raise JobNotFoundError(job_id)
     return job_id
 
 
-def _artifact_id(artifact_id: Annotated[str, Path(description="Id of the artifact.")]) -> str:
+async def _artifact_id(artifact_id: Annotated[str, Path(description="Id of the artifact.")]) -> str:
     if not _ID.fullmatch(artifact_id):
         raise ArtifactNotFoundError(artifact_id)
     return artifact_id
