@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from service.auth import OPEN_PATHS, Authorization
 from service.errors import install_handlers
+from service.intake import Intake
 from service.logs import configure
 from service.middleware import HeadLikeGet, ProblemsOnly, RequestLimits, SecurityHeaders
 from service.monitoring import JobCollector, RequestMonitor, WorkerCollector
@@ -66,13 +67,15 @@ def _make_services(settings: Settings) -> Services:
     registry = CollectorRegistry()
     registry.register(JobCollector(sessions))
     registry.register(WorkerCollector(sessions))
+    queue = JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds)
     return Services(
         registry=registry,
         settings=settings,
         engine=engine,
         sessions=sessions,
         blobs=make_blobs(settings.artifacts_url, settings.artifacts_root),
-        queue=JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds),
+        queue=queue,
+        intake=Intake(sessions, queue, max_attempts=settings.max_attempts),
         streams=Streams(
             max_open=settings.max_streams,
             poll_seconds=settings.stream_poll_seconds,

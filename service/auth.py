@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.batches import Batches
 from service.errors import database_problem, problem_response
-from service.store.keys import ApiKey, KeyScope, any_keys, find_key, is_use_stale, mark_used
+from service.store.keys import ApiKey, KeyScope, any_keys, find_keys, mark_used, stale_keys
 from service.store.session import reading
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,14 @@ class Authorization:
         self._open_paths = open_paths
         self._always = always
         self._has_keys = False  # once there is a key, there always is
+        self._looks = Batches(self._refusals)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _route_path(scope) in self._open_paths:
             await self.app(scope, receive, send)
             return
         try:
-            refusal = await run_in_threadpool(self._refusal, scope)
+            refusal = await self._looks.do(scope)
         except SQLAlchemyError as error:
             await database_problem(scope["method"], scope["path"], error)(scope, receive, send)
             return
@@ -76,34 +78,40 @@ class Authorization:
         else:
             await _answer(scope, refusal)(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Refusal | None:
-        """Why the request may not pass; None: it may."""
+    def _refusals(self, scopes: Sequence[Scope]) -> list[Refusal | None]:
+        """Why each of the requests may not pass; None: it may."""
+        given = [_given_key(scope) for scope in scopes]
         with reading(self._sessions) as session:
             self._has_keys = self._has_keys or any_keys(session=session)
-            if not self._has_keys:
-                return Refusal(401, f"no API key has been made yet; {_MAKE_ONE}") if self._always else _refusal_without_keys(scope)
-            kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not key.strip():
-                return Refusal(401, f"this needs an API key; {_MAKE_ONE}")
-            found = find_key(session=session, key=key.strip())
-            is_stale = found is not None and is_use_stale(found, session=session)
+            found = find_keys(session=session, keys={key for key in given if key}) if self._has_keys else {}
+            stale = stale_keys(session=session, keys=found.values())
+        if not self._has_keys:
+            return [self._refusal_without_keys(scope) for scope in scopes]
+        if stale:
+            self._mark_used(stale)
+        return [self._refusal(scope, key, found.get(key)) for scope, key in zip(scopes, given, strict=True)]
+
+    def _refusal_without_keys(self, scope: Scope) -> Refusal | None:
+        return Refusal(401, f"no API key has been made yet; {_MAKE_ONE}") if self._always else _refusal_of_others(scope)
+
+    def _refusal(self, scope: Scope, key: str, found: ApiKey | None) -> Refusal | None:
+        if not key:
+            return Refusal(401, f"this needs an API key; {_MAKE_ONE}")
         if found is None:
             return Refusal(401, f"there is no such API key, or it was revoked; {_MAKE_ONE}", 'Bearer error="invalid_token"')
-        if is_stale:
-            self._mark_used(found)
         needed = needed_scope(scope["method"])
         if _LEVELS[found.scope] >= _LEVELS[needed]:
             return None
         detail = f"this needs an API key of scope `{needed}`, but `{found.name}` has `{found.scope}`; use one that has it"
         return Refusal(403, detail, f'Bearer error="insufficient_scope", scope="{needed}"')
 
-    def _mark_used(self, key: ApiKey) -> None:
-        """A database too busy for this is no reason to refuse the request."""
+    def _mark_used(self, key_ids: Sequence[str]) -> None:
+        """A database too busy for this is no reason to refuse the requests."""
         try:
             with self._sessions.begin() as session:
-                mark_used(session=session, key_id=key.id)
+                mark_used(session=session, key_ids=key_ids)
         except SQLAlchemyError as error:
-            logger.warning("the use of API key %s was not recorded: %s", key.id, error)
+            logger.warning("the use of API keys %s was not recorded: %s", ", ".join(key_ids), error)
 
 
 def needed_scope(method: str) -> KeyScope:
@@ -123,7 +131,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _refusal_without_keys(scope: Scope) -> Refusal | None:
+def _given_key(scope: Scope) -> str:
+    """The key of a request; empty if it has none."""
+    kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else ""
+
+
+def _refusal_of_others(scope: Scope) -> Refusal | None:
     """Client, `Host` and `Origin` must all be this machine: a page on the internet can make a browser here send requests to names that
     resolve to 127.0.0.1 (DNS rebinding), and to 127.0.0.1 itself."""
     headers = Headers(scope=scope)

@@ -29,7 +29,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
     resolved = checked(services, spec)
     locations = settings.locations if settings.check_files else None
     with reading(services.sessions) as session:
-        teachers = lock_teachers(session, resolved)
+        [teachers] = lock_teachers(session, [resolved])
         students = {field: job.spec["student"] for field, job in teacher_jobs(session=session, spec=resolved).items()}
         speeds = recorded_speeds(session=session, spec=resolved)
         workers = list_workers(session=session)

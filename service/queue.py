@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 from celery import Celery
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
+
+from service.store.transitions import QueuedJob
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +37,17 @@ class JobQueue:
         )
         return app
 
-    def send(self, job_id: str, queue: str) -> bool:
-        """Send a job's message. False: the broker is down, which is logged; the job's row is safe and the reaper sends it again."""
+    def send(self, queued: Sequence[QueuedJob]) -> bool:
+        """Send the messages of jobs that became claimable. False: the broker is down, which is logged; the jobs' rows are safe, and the
+        reaper sends what did not arrive."""
         retry_once = {"max_retries": 1, "interval_start": 0, "interval_max": 0}
-        try:
-            self._app.send_task(RUN_JOB_TASK, args=[job_id], queue=queue, retry=True, retry_policy=retry_once)
-        except (KombuError, RedisError, OSError) as error:
-            logger.warning("job %s is stored but its message could not be sent (%s); the reaper will send it", job_id, error)
-            return False
+        for number, job in enumerate(queued):
+            try:
+                self._app.send_task(RUN_JOB_TASK, args=[job.job_id], queue=job.queue, retry=True, retry_policy=retry_once)
+            except (KombuError, RedisError, OSError) as error:
+                rest = len(queued) - number
+                logger.warning("%d jobs are stored but their messages could not be sent (%s); the reaper will send them", rest, error)
+                return False
         return True
 
     def check(self) -> None:

@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
-from sqlalchemy.exc import IntegrityError
 
 from cliprd_core.spec import JobSpec, merge_over
+from service.intake import Submission, Submitted
 from service.problems import FieldProblem, SpecError, problems_of
 from service.routes.dependencies import Services
 from service.spec_check import check_parts, check_spec, check_values
-from service.store import jobs
-from service.store.idempotency import find_submitted, remember_key
-from service.store.jobs import QueuedJob
+from service.store.errors import IdempotencyConflictError
+from service.store.idempotency import Keyed, digest, find_submitted
 from service.store.models import Job
 from service.store.session import reading
-from service.store.states import JobState
 
 
-def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> tuple[Job, bool]:
-    """The job of this spec, and whether it was there before.
+async def submit(services: Services, spec: JobSpec, *, key: str | None = None) -> Submitted:
+    """The job of this spec, stored and sent.
 
     Raises:
         SpecError: the spec has faults.
         TeacherUnavailableError: a teacher can't be had.
         IdempotencyConflictError: the key was used for another spec.
     """
-    if key is not None:
-        check_values(spec)  # what has no JSON can't be compared with what was sent before
-        earlier = _find(services, key, spec)
-        if earlier is not None:
-            return earlier, True
-    resolved = checked(services, spec)
+    submission = await run_in_threadpool(_prepare, services, spec, key)
+    return submission if isinstance(submission, Submitted) else await services.intake.take(submission)
+
+
+def _prepare(services: Services, spec: JobSpec, key: str | None) -> Submission | Submitted:
+    """What is to be stored; or the job that was stored under this key before, if what the spec names is not there any more."""
     try:
-        with services.sessions.begin() as session:
-            job = jobs.create_job(session=session, spec=resolved, max_attempts=services.settings.max_attempts)
-            if key is not None:
-                remember_key(session=session, key=key, spec=spec, job=job)
-    except IntegrityError:  # someone was faster with the same key
-        earlier = None if key is None else _find(services, key, spec)
+        resolved = checked(services, spec)
+    except SpecError:
+        if key is None:
+            raise
+        check_values(spec)  # what has no JSON can't be compared with what was sent before
+        with reading(services.sessions) as session:
+            earlier = find_submitted(session=session, submissions=[Keyed(key, digest(spec))]).get(key)
         if earlier is None:
             raise
-        return earlier, True
-    if job.state is JobState.QUEUED:
-        send(services, [QueuedJob(job.id, job.queue)])
-    return job, False
+        if isinstance(earlier, IdempotencyConflictError):
+            raise earlier from None
+        return Submitted(earlier, is_replayed=True)
+    return Submission(resolved, None if key is None else Keyed(key, digest(spec)))
 
 
 def checked(services: Services, spec: JobSpec) -> JobSpec:
@@ -65,19 +65,6 @@ def problems_of_parts(services: Services, body: Any) -> list[FieldProblem]:
         return []
     settings = services.settings
     return check_parts(body, data_root=settings.data_root, locations=settings.locations, check_files=settings.check_files)
-
-
-def _find(services: Services, key: str, spec: JobSpec) -> Job | None:
-    with reading(services.sessions) as session:
-        return find_submitted(session=session, key=key, spec=spec)
-
-
-def send(services: Services, queued: Sequence[QueuedJob]) -> None:
-    """Send the messages of jobs that became claimable; what the broker does not take, the reaper sends later."""
-    sent = [job.job_id for job in queued if services.queue.send(job.job_id, job.queue)]
-    if sent:
-        with services.sessions.begin() as session:
-            jobs.mark_sent(session=session, job_ids=sent)
 
 
 def cloned_spec(services: Services, job: Job, overrides: Mapping[str, Any]) -> JobSpec:

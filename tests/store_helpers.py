@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session, sessionmaker
@@ -111,6 +112,13 @@ def report(
     """A worker's heartbeat."""
     with sessions.begin() as session:
         report_worker(session=session, worker_id=worker_id, host=host, queues=queues, problems=problems, gpus=gpus, valid_seconds=60)
+
+
+def sent_jobs(monkeypatch: pytest.MonkeyPatch) -> list[jobs.QueuedJob]:
+    """What the API sends from now on, in place of sending it."""
+    sent: list[jobs.QueuedJob] = []
+    monkeypatch.setattr("service.queue.JobQueue.send", lambda _, queued: sent.extend(queued))
+    return sent
 
 
 def finish(sessions: Sessions, claimed: jobs.Claim, outcome: jobs.Outcome = SUCCESS) -> list[jobs.QueuedJob]:

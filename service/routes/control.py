@@ -12,13 +12,15 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Response
+from fastapi.concurrency import run_in_threadpool
 
+from cliprd_core.spec import JobSpec
 from service.errors import problem_responses
-from service.routes.dependencies import JobIdInPath, RootPath, ServicesOf
+from service.routes.dependencies import JobIdInPath, RootPath, Services, ServicesOf
 from service.schemas import CancelledJobs, JobView, LabelSelector
 from service.store import jobs
 from service.store.session import reading
-from service.submission import cloned_spec, send, submit
+from service.submission import cloned_spec, submit
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def resume_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) -
     is being cancelled can't be resumed (409)."""
     with services.sessions.begin() as session:
         job, queued = jobs.resume_job(session=session, job_id=job_id)
-    send(services, queued)
+    services.queue.send(queued)
     return JobView.of(job, root_path)
 
 
@@ -95,12 +97,12 @@ def retry_job(services: ServicesOf, root_path: RootPath, job_id: JobIdInPath) ->
     can't be (409), so that of two retries of one failure the second is refused."""
     with services.sessions.begin() as session:
         job, queued = jobs.retry_job(session=session, job_id=job_id)
-    send(services, queued)
+    services.queue.send(queued)
     return JobView.of(job, root_path)
 
 
 @router.post("/{job_id}/clone", status_code=201, summary="Submit a job like this one", responses=problem_responses(404, 500, 503))
-def clone_job(
+async def clone_job(
     services: ServicesOf,
     root_path: RootPath,
     job_id: JobIdInPath,
@@ -108,12 +110,16 @@ def clone_job(
     overrides: Overrides = {},  # noqa: B006
 ) -> JobView:
     """A new job from this one's resolved spec, with the given fields replaced; the whole is checked as a new submission is."""
-    with reading(services.sessions) as session:
-        original = jobs.get_job(session=session, job_id=job_id)
-    job, _ = submit(services, cloned_spec(services, original, overrides))
+    job, _ = await submit(services, await run_in_threadpool(_cloned_spec, services, job_id, overrides))
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self
     return view
+
+
+def _cloned_spec(services: Services, job_id: str, overrides: dict[str, Any]) -> JobSpec:
+    with reading(services.sessions) as session:
+        original = jobs.get_job(session=session, job_id=job_id)
+    return cloned_spec(services, original, overrides)
 
 
 @router.delete("/{job_id}", status_code=204, summary="Delete a job", responses=problem_responses(404, 409, 500, 503))

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.intake import Intake
 from service.queue import JobQueue
 from service.settings import Settings
 from service.store.blobs import Blobs
@@ -29,6 +30,7 @@ class Services:
     sessions: sessionmaker[Session]
     blobs: Blobs
     queue: JobQueue
+    intake: Intake
     streams: Streams
     registry: CollectorRegistry
     """What `/metrics` tells."""

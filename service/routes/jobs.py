@@ -6,6 +6,7 @@ import re
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from cliprd_core.spec import JobSpec
@@ -37,7 +38,7 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
         **problem_responses(500, 503),
     },
 )
-def submit_job(
+async def submit_job(
     *,
     services: ServicesOf,
     root_path: RootPath,
@@ -56,8 +57,8 @@ def submit_job(
     with the same job, and `Idempotency-Replayed: true`; the same key and another spec are refused (422).
     """
     if is_dry_run:
-        return JSONResponse(dry_run(services, spec).model_dump(mode="json"))
-    job, is_replayed = submit(services, spec, key=idempotency_key)
+        return JSONResponse((await run_in_threadpool(dry_run, services, spec)).model_dump(mode="json"))
+    job, is_replayed = await submit(services, spec, key=idempotency_key)
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self
     if is_replayed:

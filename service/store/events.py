@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session, object_session
 
 from service.store.models import EventKind, Job, JobEvent
-from service.store.webhooks import add_message
+from service.store.webhooks import Told, add_messages
 
-__all__ = ["EventKind", "JobEvent", "list_events", "record_event"]
+__all__ = ["EventKind", "JobEvent", "NewEvent", "list_events", "record_event", "record_events"]
 
 
 NOT_SENT = frozenset({EventKind.STARTED, EventKind.CHECKPOINT, EventKind.EVALUATED})
 """What webhooks are not told: it changes nothing about where the job is in its life."""
 
 
+class NewEvent(NamedTuple):
+    """An event that is to be written; the job's row is new or locked, so that of one job the ids are in order of commit."""
+
+    job: Job
+    kind: EventKind
+    data: Mapping[str, Any] = {}
+
+
 def record_event(job: Job, kind: EventKind, *, now: datetime, **data: Any) -> None:
-    """Write an event of a job in the session that holds it. Its row is new or locked, so that of one job the ids are in order of commit."""
+    """Write an event of a job in the session that holds it."""
     session = object_session(job)
     assert session is not None, "a job outside its session"
-    event = JobEvent(job_id=job.id, kind=kind, attempt=job.attempt, data=data, created_at=now)
-    session.add(event)
-    session.flush()
-    if kind not in NOT_SENT:
-        add_message(session, job, event)
+    record_events(session, [NewEvent(job, kind, data)], now=now)
+
+
+def record_events(session: Session, events: Sequence[NewEvent], *, now: datetime) -> None:
+    """Write events of jobs that the session holds, in this order, and tell of them."""
+    rows = [{"job_id": job.id, "kind": kind, "attempt": job.attempt, "data": data, "created_at": now} for job, kind, data in events]
+    ids = session.scalars(insert(JobEvent).returning(JobEvent.id, sort_by_parameter_order=True), rows).all()
+    told = [Told(*event, event_id) for event, event_id in zip(events, ids, strict=True) if event.kind not in NOT_SENT]
+    add_messages(session, told, now=now)
 
 
 def list_events(*, session: Session, job_id: str, after: int = 0, limit: int = 100) -> Sequence[JobEvent]:

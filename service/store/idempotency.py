@@ -4,47 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import NamedTuple
 
-from sqlalchemy import delete
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
 from service.store.errors import IdempotencyConflictError
-from service.store.jobs import get_job
 from service.store.models import IdempotencyKey, Job
 from service.store.session import database_now
 
 KEPT_HOURS = 48.0
 
 
-def find_submitted(*, session: Session, key: str, spec: JobSpec) -> Job | None:
-    """The job that was submitted under this key, or None if none was.
+class Keyed(NamedTuple):
+    """A submission under a key."""
 
-    Args:
-        session: for reading.
-        key: as the client made it up.
-        spec: as the client sent it, not resolved.
+    key: str
+    """As the client made it up."""
+    digest: str
+    """`digest` of the spec as the client sent it, not resolved."""
+
+
+def find_submitted(*, session: Session, submissions: Sequence[Keyed]) -> dict[str, Job | IdempotencyConflictError]:
+    """By its key, the job that was submitted under it before, or that it was used for another spec. Keys that are new are not in it."""
+    digests = dict(submissions)
+    if not digests:
+        return {}
+    query = select(IdempotencyKey, Job).join(Job, Job.id == IdempotencyKey.job_id).where(IdempotencyKey.key.in_(digests))
+    return {
+        row.key: job if row.body_sha256 == digests[row.key] else IdempotencyConflictError(row.key, job.id)
+        for row, job in session.execute(query)
+    }
+
+
+def remember_keys(*, session: Session, submissions: Sequence[tuple[Keyed, Job]]) -> None:
+    """Keep the keys together with the new jobs, in the transaction that makes them.
 
     Raises:
-        IdempotencyConflictError: the key was used for another spec.
+        sqlalchemy.exc.IntegrityError: someone else's job has one of them meanwhile, so this transaction must not be committed.
     """
-    row = session.get(IdempotencyKey, key)
-    if row is None:
-        return None
-    if row.body_sha256 != _digest(spec):
-        raise IdempotencyConflictError(key, row.job_id)
-    return get_job(session=session, job_id=row.job_id)
-
-
-def remember_key(*, session: Session, key: str, spec: JobSpec, job: Job) -> None:
-    """Keep the key together with the new job, in the transaction that makes it.
-
-    Raises:
-        sqlalchemy.exc.IntegrityError: someone else's job has the key meanwhile, so this transaction must not be committed.
-    """
-    session.add(IdempotencyKey(key=key, body_sha256=_digest(spec), job_id=job.id, created_at=job.created_at))
-    session.flush()
+    # In the order of the keys, as whoever has one makes others wait for it.
+    rows = [
+        {"key": one.key, "body_sha256": one.digest, "job_id": job.id, "created_at": job.created_at}
+        for one, job in sorted(submissions, key=lambda pair: pair[0].key)
+    ]
+    if rows:
+        session.execute(insert(IdempotencyKey), rows)
 
 
 def forget_keys(*, session: Session, older_than_hours: float = KEPT_HOURS) -> None:
@@ -52,6 +60,6 @@ def forget_keys(*, session: Session, older_than_hours: float = KEPT_HOURS) -> No
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < database_now(session) - timedelta(hours=older_than_hours)))
 
 
-def _digest(spec: JobSpec) -> str:
+def digest(spec: JobSpec) -> str:
     """Of the spec's meaning, so that the order of keys and spelled-out defaults don't matter."""
     return hashlib.sha256(json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -6,9 +6,10 @@ Callers import from this module; `session` is passed by keyword, and the caller 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
@@ -35,7 +36,7 @@ from service.store.errors import (
     StoreError,
     TeacherUnavailableError,
 )
-from service.store.events import EventKind, record_event
+from service.store.events import EventKind, NewEvent, record_events
 from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
 from service.store.leases import (
     Cancelled,
@@ -78,6 +79,7 @@ __all__ = [
     "claim_job",
     "claim_next",
     "create_job",
+    "create_jobs",
     "delete_job",
     "deleted_among",
     "finish_job",
@@ -101,17 +103,39 @@ __all__ = [
 
 
 def create_job(*, session: Session, spec: JobSpec, max_attempts: int = DEFAULT_MAX_ATTEMPTS) -> Job:
-    """Store a job: `queued`, or `waiting` if a teacher is a job that hasn't finished.
+    """Store a job, as `create_jobs` does."""
+    return create_jobs(session=session, specs=[spec], max_attempts=max_attempts)[0]
 
-    `spec` is the resolved one: the worker takes its paths as they are.
+
+def create_jobs(*, session: Session, specs: Sequence[JobSpec], max_attempts: int = DEFAULT_MAX_ATTEMPTS) -> list[Job]:
+    """Store a job for each spec: `queued`, or `waiting` if a teacher is a job that hasn't finished.
+
+    `specs` are resolved: the worker takes their paths as they are.
 
     Raises:
         TeacherUnavailableError: a teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
     """
-    teachers = lock_teachers(session, spec)
+    if not specs:
+        return []
+    teachers = lock_teachers(session, specs)
     now = database_now(session)
+    jobs = [_new_job(spec, of_job, max_attempts, now) for spec, of_job in zip(specs, teachers, strict=True)]
+    session.add_all(jobs)
+    session.flush()
+    labels = [{"job_id": job.id, "key": key, "value": value} for job in jobs for key, value in job.labels.items()]
+    if labels:
+        session.execute(insert(JobLabel), labels)
+    of_jobs = [{"job_id": job.id, "teacher_job_id": one.id} for job, of_job in zip(jobs, teachers, strict=True) for one in of_job]
+    if of_jobs:
+        session.execute(insert(JobTeacher), of_jobs)
+    kinds = [(job, kind) for job in jobs for kind in (EventKind.CREATED, EventKind(job.state.value))]
+    record_events(session, [NewEvent(job, kind) for job, kind in kinds], now=now)
+    return jobs
+
+
+def _new_job(spec: JobSpec, teachers: Sequence[Job], max_attempts: int, now: datetime) -> Job:
     waits = not all(teacher.state.is_finished for teacher in teachers)
-    job = Job(
+    return Job(
         id=str(uuid.uuid4()),
         name=spec.name,
         recipe=spec.recipe.value,
@@ -125,13 +149,6 @@ def create_job(*, session: Session, spec: JobSpec, max_attempts: int = DEFAULT_M
         created_at=now,
         queued_at=None if waits else now,
     )
-    session.add(job)
-    session.flush()
-    session.add_all([JobLabel(job_id=job.id, key=key, value=value) for key, value in spec.labels.items()])
-    session.add_all([JobTeacher(job_id=job.id, teacher_job_id=teacher.id) for teacher in teachers])
-    record_event(job, EventKind.CREATED, now=now)
-    record_event(job, EventKind(job.state.value), now=now)
-    return job
 
 
 def get_job(*, session: Session, job_id: str) -> Job:

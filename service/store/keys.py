@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
 from sqlalchemy import or_, select, update
@@ -20,7 +20,7 @@ from service.store.models import ApiKey
 from service.store.scopes import KeyScope
 from service.store.session import database_now
 
-__all__ = ["ApiKey", "KeyScope", "any_keys", "create_key", "find_key", "is_use_stale", "list_keys", "mark_used", "revoke_key"]
+__all__ = ["ApiKey", "KeyScope", "any_keys", "create_key", "find_keys", "list_keys", "mark_used", "revoke_key", "stale_keys"]
 
 KEY_PREFIX = "cliprd_"
 """Begins every key, so that people and scanners of leaked secrets know one when they see it."""
@@ -43,9 +43,13 @@ def create_key(*, session: Session, name: str, scope: KeyScope) -> tuple[ApiKey,
     return stored, key
 
 
-def find_key(*, session: Session, key: str) -> ApiKey | None:
-    """The key of a request; None if it was never made, or was revoked."""
-    return session.scalars(select(ApiKey).where(ApiKey.key_hash == _hash(key), ApiKey.revoked_at.is_(None))).one_or_none()
+def find_keys(*, session: Session, keys: Collection[str]) -> dict[str, ApiKey]:
+    """What is stored of the keys of requests. Those that were never made, or were revoked, are not in it."""
+    if not keys:
+        return {}
+    query = select(ApiKey).where(ApiKey.key_hash.in_([_hash(key) for key in keys]), ApiKey.revoked_at.is_(None))
+    by_hash = {stored.key_hash: stored for stored in session.scalars(query)}
+    return {key: by_hash[_hash(key)] for key in keys if _hash(key) in by_hash}
 
 
 def any_keys(*, session: Session) -> bool:
@@ -71,16 +75,22 @@ def revoke_key(*, session: Session, key_id: str) -> ApiKey:
     return stored
 
 
-def is_use_stale(stored: ApiKey, *, session: Session) -> bool:
-    """Whether its time of last use is so old that it should be written again."""
-    return stored.last_used_at is None or stored.last_used_at < database_now(session) - USED_EVERY
+def stale_keys(*, session: Session, keys: Collection[ApiKey]) -> list[str]:
+    """Ids of those whose time of last use is so old that it should be written again."""
+    if not keys:
+        return []
+    limit = database_now(session) - USED_EVERY
+    return sorted(one.id for one in keys if one.last_used_at is None or one.last_used_at < limit)
 
 
-def mark_used(*, session: Session, key_id: str) -> None:
-    """Record that the key was used just now, unless that is on record already."""
+def mark_used(*, session: Session, key_ids: Sequence[str]) -> None:
+    """Record that the keys were used just now, unless that is on record already."""
     now = database_now(session)
     stale = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < now - USED_EVERY)
-    session.execute(update(ApiKey).where(ApiKey.id == key_id, stale).values(last_used_at=now).execution_options(synchronize_session=False))
+    # One by one, in the same order everywhere: an UPDATE of several rows locks them in any order.
+    for key_id in key_ids:
+        statement = update(ApiKey).where(ApiKey.id == key_id, stale).values(last_used_at=now)
+        session.execute(statement.execution_options(synchronize_session=False))
 
 
 def _hash(key: str) -> str:

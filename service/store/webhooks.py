@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from service.store.models import Job, JobEvent, WebhookDelivery
+from service.store.models import EventKind, Job, WebhookDelivery
 from service.store.session import database_now
 
 RETRY_SECONDS = (5, 60, 300, 1800, 7200, 18_000, 36_000, 36_000)
@@ -29,13 +29,29 @@ class Message(NamedTuple):
     body: str
 
 
-def add_message(session: Session, job: Job, event: JobEvent) -> None:
-    """Tell of an event, in the transaction that writes it; the body is as Standard Webhooks recommends."""
-    data = {"job_id": job.id, "name": job.name, "labels": job.labels, "attempt": event.attempt, "event_id": event.id, **event.data}
-    body = {"type": f"job.{event.kind.value}", "timestamp": event.created_at.isoformat(), "data": data}
-    text = json.dumps(body)
-    session.add(WebhookDelivery(message_id=f"job_event_{event.id}", url=None, body=text, num_tries=0, next_try_at=event.created_at))
-    session.flush()
+class Told(NamedTuple):
+    """An event that is told of."""
+
+    job: Job
+    kind: EventKind
+    data: Mapping[str, Any]
+    event_id: int
+
+    def body(self, time: datetime) -> str:
+        """As Standard Webhooks recommends."""
+        job = self.job
+        data = {"job_id": job.id, "name": job.name, "labels": job.labels, "attempt": job.attempt, "event_id": self.event_id, **self.data}
+        return json.dumps({"type": f"job.{self.kind.value}", "timestamp": time.isoformat(), "data": data})
+
+
+def add_messages(session: Session, events: Sequence[Told], *, now: datetime) -> None:
+    """Tell of events, in the transaction that writes them."""
+    rows = [
+        {"message_id": f"job_event_{one.event_id}", "url": None, "body": one.body(now), "num_tries": 0, "next_try_at": now}
+        for one in events
+    ]
+    if rows:
+        session.execute(insert(WebhookDelivery), rows)
 
 
 def take_messages(*, session: Session, urls: Sequence[str], limit: int = 20, now: datetime | None = None) -> list[Message]:

@@ -16,6 +16,7 @@ from service.app import create_app
 from service.queue import RUN_JOB_TASK, JobQueue
 from service.settings import Settings
 from service.store.session import make_engine, make_sessions
+from service.store.transitions import QueuedJob
 from tests.store_helpers import local_client, read, spec_dict, write_table
 
 TIMEOUT_SECONDS = 0.5
@@ -51,17 +52,16 @@ def received(redis_url: str, queue: str) -> list[tuple[str, list[str]]]:
 
 def test_a_message_holds_the_id_and_nothing_else_and_goes_to_the_jobs_queue(queue: JobQueue, redis_url: str) -> None:
     queue.check()
-    assert queue.send("job-1", "default")
-    assert queue.send("job-2", "gpu.a100")
+    assert queue.send([QueuedJob("job-1", "default"), QueuedJob("job-2", "gpu.a100")])
     assert received(redis_url, "default") == [(RUN_JOB_TASK, ["job-1"])]
     assert received(redis_url, "gpu.a100") == [(RUN_JOB_TASK, ["job-2"])]
 
 
 def test_connections_that_broke_are_made_anew(queue: JobQueue, redis_url: str) -> None:
-    assert queue.send("job-1", "default")
+    assert queue.send([QueuedJob("job-1", "default")])
     with redis.Redis.from_url(redis_url) as client:
         client.client_kill_filter(_type="normal", skipme=True)
-    assert queue.send("job-2", "default")
+    assert queue.send([QueuedJob("job-2", "default")])
     assert received(redis_url, "default") == [(RUN_JOB_TASK, ["job-1"]), (RUN_JOB_TASK, ["job-2"])]
 
 
@@ -69,9 +69,9 @@ def test_connections_that_broke_are_made_anew(queue: JobQueue, redis_url: str) -
 def test_a_broker_that_is_down_is_noticed_soon_and_logged(kind: str, silent_port: int, caplog: pytest.LogCaptureFixture) -> None:
     queue = JobQueue(f"redis://127.0.0.1:{silent_port if kind == 'silent' else 1}/0", timeout_seconds=TIMEOUT_SECONDS)
     started = time.monotonic()
-    assert not queue.send("job-1", "default")
-    assert time.monotonic() - started < 12 * TIMEOUT_SECONDS
-    assert "job-1 is stored" in caplog.text
+    assert not queue.send([QueuedJob(f"job-{number}", "default") for number in range(10)])
+    assert time.monotonic() - started < 12 * TIMEOUT_SECONDS, "it is not asked again for each of the others"
+    assert "10 jobs are stored" in caplog.text
     with pytest.raises(KombuError):
         queue.check()
     queue.close()

@@ -15,7 +15,7 @@ from service.store import jobs
 from service.store.artifacts import register_artifact
 from service.store.blobs import StoredBlob
 from service.store.failure_policy import FAILURE_POLICIES
-from service.store.idempotency import find_submitted, forget_keys, remember_key
+from service.store.idempotency import Keyed, digest, find_submitted, forget_keys, remember_keys
 from service.store.jobs import JobState
 from service.store.models import ArtifactKind, IdempotencyKey, Job
 from service.store.session import database_now, reading
@@ -223,7 +223,7 @@ def with_model(sessions: Sessions, job_id: str) -> str:
 def test_a_finished_job_is_deleted_with_all_its_rows(sessions: Sessions) -> None:
     job, other = create(sessions, JobSpec.model_validate(spec_dict(labels={"a": "b"}))), create(sessions)
     with sessions.begin() as session:
-        remember_key(session=session, key="k", spec=JobSpec.model_validate(spec_dict()), job=job)
+        remember_keys(session=session, submissions=[(Keyed("k", "0" * 64), job)])
     with_model(sessions, job.id)
     for refused in (other.id, "00000000-none"):
         with pytest.raises((jobs.JobConflictError, jobs.JobNotFoundError)):
@@ -268,14 +268,14 @@ def test_idempotency_keys_are_kept_for_two_days(sessions: Sessions) -> None:
     spec, other = (JobSpec.model_validate(spec_dict(name=name)) for name in ("one", "other"))
     job = create(sessions, spec)
     with sessions.begin() as session:
-        remember_key(session=session, key="k", spec=spec, job=job)
+        remember_keys(session=session, submissions=[(Keyed("k", digest(spec)), job)])
     with reading(sessions) as session:
-        found = find_submitted(session=session, key="k", spec=spec)
-        assert found is not None
-        assert found.id == job.id
-        assert find_submitted(session=session, key="another", spec=spec) is None
-        with pytest.raises(jobs.IdempotencyConflictError, match=job.id):
-            find_submitted(session=session, key="k", spec=other)
+        found = find_submitted(session=session, submissions=[Keyed(key, digest(spec)) for key in ("k", "another")])
+        assert {key: getattr(earlier, "id", earlier) for key, earlier in found.items()} == {"k": job.id}
+        conflict = find_submitted(session=session, submissions=[Keyed("k", digest(other))])["k"]
+        assert isinstance(conflict, jobs.IdempotencyConflictError)
+        assert job.id in str(conflict)
+        assert find_submitted(session=session, submissions=[]) == {}
     for age_hours, num_left in ((47, 1), (49, 0)):
         with sessions.begin() as session:
             row = session.get_one(IdempotencyKey, "k")

@@ -22,7 +22,7 @@ def create(sessions: Sessions, scope: KeyScope = KeyScope.READ) -> tuple[ApiKey,
 
 def find(sessions: Sessions, key: str) -> ApiKey | None:
     with reading(sessions) as session:
-        return keys.find_key(session=session, key=key)
+        return keys.find_keys(session=session, keys=[key]).get(key)
 
 
 def test_a_key_is_found_by_itself_and_not_stored(sessions: Sessions) -> None:
@@ -35,6 +35,17 @@ def test_a_key_is_found_by_itself_and_not_stored(sessions: Sessions) -> None:
     assert find(sessions, stored.key_hash) is None
     assert find(sessions, "\ud800") is None
     assert create(sessions)[1] != key
+
+
+def test_several_keys_are_found_at_once(sessions: Sessions) -> None:
+    made = [create(sessions) for _ in range(3)]
+    with sessions.begin() as session:
+        keys.revoke_key(session=session, key_id=made[0][0].id)
+    given = [key for _, key in made]
+    with reading(sessions) as session:
+        found = keys.find_keys(session=session, keys={*given, "cliprd_unknown"})
+        assert keys.find_keys(session=session, keys=set()) == {}
+    assert {key: stored.id for key, stored in found.items()} == {key: stored.id for stored, key in made[1:]}
 
 
 def test_a_revoked_key_is_never_found_again_but_stays_on_record(sessions: Sessions) -> None:
@@ -55,19 +66,19 @@ def test_a_revoked_key_is_never_found_again_but_stays_on_record(sessions: Sessio
 def test_the_last_use_is_written_now_and_then(sessions: Sessions) -> None:
     stored, key = create(sessions)
     with sessions.begin() as session:
-        assert keys.is_use_stale(stored, session=session)
-        keys.mark_used(session=session, key_id=stored.id)
+        assert keys.stale_keys(session=session, keys=[stored]) == [stored.id]
+        keys.mark_used(session=session, key_ids=[stored.id])
     first = find(sessions, key)
     with sessions.begin() as session:
         assert first is not None
-        assert not keys.is_use_stale(first, session=session)
-        keys.mark_used(session=session, key_id=stored.id)
+        assert keys.stale_keys(session=session, keys=[first]) == []
+        keys.mark_used(session=session, key_ids=[stored.id])
     second = find(sessions, key)
     assert second is not None
     assert second.last_used_at == first.last_used_at is not None
     with sessions.begin() as session:
         session.execute(update(ApiKey).values(last_used_at=database_now(session) - keys.USED_EVERY - timedelta(seconds=1)))
-        keys.mark_used(session=session, key_id=stored.id)
+        keys.mark_used(session=session, key_ids=[stored.id])
     third = find(sessions, key)
     assert third is not None
     assert third.last_used_at is not None

@@ -19,6 +19,7 @@ from service.queue import JobQueue
 from service.store.control import request_cancel
 from service.store.session import make_engine, make_sessions, migrate, reading
 from service.store.states import JobState
+from service.store.transitions import QueuedJob
 from service.store.workers import WorkerState, WorkerStatus, list_workers
 from tests.redis_server import RedisServer
 from tests.store_helpers import Sessions, create, read, spec_dict
@@ -87,7 +88,7 @@ class Machine:
 
     def submit(self, **labels: str) -> str:
         job_id = create(self.sessions, JobSpec.model_validate(spec_dict(labels=labels))).id
-        assert self.queue.send(job_id, "default")
+        assert self.queue.send([QueuedJob(job_id, "default")])
         return job_id
 
     def wait_for(self, job_id: str, state: JobState) -> None:

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs
-from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, report, spec_dict, submit, write_table
+from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, report, sent_jobs, spec_dict, submit, write_table
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def sessions(api_sessions: Sessions, tmp_path: Path) -> Sessions:
     return api_sessions
 
 
-def test_pausing_and_resuming(client: TestClient, sessions: Sessions) -> None:
+def test_pausing_and_resuming(client: TestClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     queued, running = submit(client), submit(client)
     claimed = claim(sessions, running["id"])
     for _ in range(2):
@@ -35,11 +35,11 @@ def test_pausing_and_resuming(client: TestClient, sessions: Sessions) -> None:
     with sessions.begin() as session:
         assert jobs.release_job(session=session, job_id=running["id"], lease_token=claimed.lease_token) is None
     assert [job["id"] for job in client.get("/jobs", params={"state": "paused"}).json()["jobs"]] == [running["id"], queued["id"]]
+    sent = sent_jobs(monkeypatch)
     for job in (queued, running):
         response = client.post(job["links"]["resume"])
         assert (response.status_code, response.json()["state"]) == (200, "queued")
-        with sessions() as session:
-            assert jobs.get_job(session=session, job_id=job["id"]).sent_at is not None
+    assert [one.job_id for one in sent] == [queued["id"], running["id"]]
 
 
 def test_asking_again_for_what_is_so_changes_nothing(client: TestClient, sessions: Sessions) -> None:

@@ -12,7 +12,6 @@ from fastapi.testclient import TestClient
 from service.settings import Settings
 from service.store import jobs
 from service.store.failure_policy import what_to_do
-from service.store.session import reading
 from tests.store_helpers import (
     FAILURE,
     SUCCESS,
@@ -23,6 +22,7 @@ from tests.store_helpers import (
     local_client,
     measured,
     report,
+    sent_jobs,
     spec_dict,
     submit,
     write_table,
@@ -66,10 +66,10 @@ def test_a_submitted_job_is_answered_whole_and_can_be_read(client: TestClient, s
     assert answer.json() == {"series": {}, "unmatched": ["train/loss"], "names": []}, "it may come yet"
 
 
-def test_a_submitted_job_is_sent(client: TestClient, sessions: Sessions) -> None:
-    job = submit(client)
-    with reading(sessions) as session:
-        assert jobs.get_job(session=session, job_id=job["id"]).sent_at is not None
+def test_a_submitted_job_is_sent(client: TestClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = sent_jobs(monkeypatch)
+    job = submit(client, resources={"queue": "gpu"})
+    assert sent == [(job["id"], "gpu")]
 
 
 def test_a_dry_run_answers_what_the_job_would_be_and_makes_none(client: TestClient, sessions: Sessions, tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Submissions that are stored together: each is accepted or refused as if it came alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from cliprd_core.spec import JobSpec
+from service.intake import Intake, Submission, Submitted
+from service.queue import JobQueue
+from service.store import jobs
+from service.store.events import EventKind, list_events
+from service.store.idempotency import Keyed, digest
+from service.store.models import Job, WebhookDelivery
+from service.store.session import reading
+from service.store.states import JobState
+from tests.store_helpers import Sessions, create, distilled_spec, finish, sent_jobs, spec_dict
+from tests.store_helpers import claim as claim_job
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[jobs.QueuedJob]:
+    return sent_jobs(monkeypatch)
+
+
+@pytest.fixture
+def intake(sessions: Sessions) -> Iterator[Intake]:
+    queue = JobQueue("memory://", timeout_seconds=1)
+    yield Intake(sessions, queue, max_attempts=3)
+    queue.close()
+
+
+def submission(key: str | None = None, spec: JobSpec | None = None) -> Submission:
+    spec = spec or JobSpec.model_validate(spec_dict())
+    return Submission(spec, None if key is None else Keyed(key, digest(spec)))
+
+
+def take_all(intake: Intake, submissions: Sequence[Submission]) -> list[Submitted | BaseException]:
+    async def all_at_once() -> list[Submitted | BaseException]:
+        return await asyncio.gather(*(intake.take(one) for one in submissions), return_exceptions=True)
+
+    return asyncio.run(all_at_once())
+
+
+def test_many_at_once_are_stored_whole_and_sent_once(intake: Intake, sessions: Sessions, sent: list[jobs.QueuedJob]) -> None:
+    specs = [JobSpec.model_validate(spec_dict(name=f"job {number}", labels={"number": f"{number}"})) for number in range(250)]
+    results = take_all(intake, [submission(f"key-{spec.name}".replace(" ", "-"), spec) for spec in specs])
+    made = [one.job for one in results if isinstance(one, Submitted) and not one.is_replayed]
+    assert [job.name for job in made] == [spec.name for spec in specs], results[0]
+    assert sorted(sent) == sorted(jobs.QueuedJob(job.id, "default") for job in made)
+    with reading(sessions) as session:
+        for number in (0, 249):
+            found = jobs.list_jobs(session=session, labels={"number": f"{number}"}).rows
+            assert [job.id for job in found] == [made[number].id]
+            events = list_events(session=session, job_id=made[number].id)
+            assert [event.kind for event in events] == [EventKind.CREATED, EventKind.QUEUED]
+            assert found[0].sent_at is None
+        assert session.query(WebhookDelivery).count() == 500
+
+
+def test_a_submission_that_is_refused_leaves_the_others_alone(intake: Intake, sessions: Sessions, sent: list[jobs.QueuedJob]) -> None:
+    finished, unfinished = create(sessions), create(sessions)
+    finish(sessions, claim_job(sessions, finished.id))
+    [used] = take_all(intake, [submission("used")])
+    assert isinstance(used, Submitted)
+    sent.clear()
+    other = JobSpec.model_validate(spec_dict(name="other"))
+    results = take_all(
+        intake,
+        [
+            submission("a"),
+            submission(None, distilled_spec("00000000-none")),
+            submission("used", other),
+            submission("b", distilled_spec(unfinished.id, finished.id)),
+            submission("used"),
+            submission("twice"),
+            submission("twice"),
+            submission("twice", other),
+            submission(None, distilled_spec(finished.id)),
+        ],
+    )
+    told = [(one.job.state, one.is_replayed) if isinstance(one, Submitted) else type(one) for one in results]
+    assert told == [
+        (JobState.QUEUED, False),
+        jobs.TeacherUnavailableError,
+        jobs.IdempotencyConflictError,
+        (JobState.WAITING, False),
+        (JobState.QUEUED, True),
+        (JobState.QUEUED, False),
+        (JobState.QUEUED, True),
+        jobs.IdempotencyConflictError,
+        (JobState.QUEUED, False),
+    ]
+    new = [one.job.id for one in results if isinstance(one, Submitted) and not one.is_replayed and one.job.state is JobState.QUEUED]
+    assert [one.job_id for one in sent] == new
+    assert len(new) == 3
+    with reading(sessions) as session:
+        assert session.query(Job).count() == 3 + 1 + len(new)
+
+
+def test_a_database_out_of_reach_refuses_all_that_wait(
+    intake: Intake, sessions: Sessions, sent: list[jobs.QueuedJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(**_: object) -> None:
+        raise OperationalError("", {}, OSError("gone"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("service.store.jobs.create_jobs", out_of_reach)
+        assert [type(one) for one in take_all(intake, [submission("a"), submission("b")])] == [OperationalError] * 2
+    assert sent == []
+    again = take_all(intake, [submission("a"), submission("b")])
+    assert [isinstance(one, Submitted) and not one.is_replayed for one in again] == [True, True]
