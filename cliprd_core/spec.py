@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self
 
@@ -385,8 +386,13 @@ class JobSpec(SpecModel):
 
 def recipe_defaults(recipe: Recipe) -> dict[str, Any]:
     """The recipe's spec file: what it changes against the field defaults of this module."""
-    loaded: dict[str, Any] = json.loads(files("cliprd_core").joinpath(f"recipes/{recipe.value}.json").read_text())
+    loaded: dict[str, Any] = json.loads(_recipe_text(recipe))
     return loaded
+
+
+@cache
+def _recipe_text(recipe: Recipe) -> str:
+    return files("cliprd_core").joinpath(f"recipes/{recipe.value}.json").read_text()
 
 
 def merge_over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import uvicorn
@@ -18,7 +19,9 @@ def main() -> None:
     settings = Settings()
     if not is_loopback(settings.host) and not settings.always_need_key:  # which lets nobody in before there is a key
         _insist_on_a_key(settings)
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
+    app = create_app(settings)
+    gc.freeze()  # what is there now stays, and a busy process would look through it for garbage again and again
+    uvicorn.run(app, host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
 
 
 def _insist_on_a_key(settings: Settings) -> None:

@@ -138,7 +138,7 @@ class Job(Base):
     queued_at: Mapped[datetime | None]
     """When it last became claimable, or will, where it is to wait before it is tried again. Null: it has been waiting ever since."""
     sent_at: Mapped[datetime | None]
-    """When its message last went to the broker. Null: not since it was queued."""
+    """When a worker last sent its message. Null: not since it was queued; the API, which sends it at that moment, doesn't note it."""
     started_at: Mapped[datetime | None]
     """When the first attempt's training process started."""
     finished_at: Mapped[datetime | None]
