@@ -14,6 +14,7 @@ from cliprd_core.run_dir import CACHE_DIR_VARIABLE, DEFAULT_SHARD_CACHE_BYTES, S
 from service.environment import EnvironmentSettings
 from service.logs import LogFormat
 from service.settings import Hosts, Roots
+from service.store.recovery import LONGEST_LEASE_SECONDS
 
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 
@@ -41,7 +42,9 @@ class WorkerSettings(EnvironmentSettings):
     cache_dir: Path = Field(default=Path(".cliprd/cache"), description="What all jobs remember of data: shard indexes, remote shards.")
     shard_cache_bytes: int = Field(default=DEFAULT_SHARD_CACHE_BYTES, ge=1, description="Most that copies of remote shards take there.")
     queues: Annotated[tuple[str, ...], NoDecode] = Field(default=("default",), description="Queues to take jobs from; comma-separated.")
-    lease_seconds: float = Field(default=60.0, gt=0, description="A worker silent for this long loses its job to another.")
+    lease_seconds: float = Field(
+        default=60.0, gt=0, le=LONGEST_LEASE_SECONDS, description="A worker silent for this long loses its job to another; 600 at most."
+    )
     heartbeat_seconds: float = Field(default=10.0, gt=0, description="Pause between renewals of the lease.")
     grace_seconds: float = Field(default=25.0, gt=0, description="From SIGTERM to SIGKILL: the time a run has to save a checkpoint.")
     poll_seconds: float = Field(default=0.5, gt=0, description="Pause between looks at a run's files and at cancel requests.")

@@ -15,6 +15,9 @@ from service.store.session import database_now
 from service.store.states import JobState
 from service.store.transitions import QueuedJob, end_badly, num_lost_attempts
 
+LONGEST_LEASE_SECONDS = 600.0
+"""No worker asks for a longer lease, so one that ends further ahead is of a clock that has been set back since."""
+
 
 def requeue_expired(*, session: Session, now: datetime | None = None) -> list[QueuedJob]:
     """Take every job away whose lease ran out before `now` (default: the database's clock).
@@ -22,13 +25,22 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> list[Qu
     Such a job becomes `queued` again; or `cancelled`, if that was requested; or `failed` (`worker_lost`) at its `max_attempts`-th
     lost attempt. Several reapers may run at once: each job is handled by one.
 
+    A lease that ends further ahead than any lease can is shortened to the longest one: whoever holds it renews it before that, and if
+    nobody does, the job doesn't wait until the clock that was set back comes round to its end.
+
     Returns:
         The jobs that are queued again; send their messages after the commit.
     """
     now = now or database_now(session)
-    query = select(Job).where(Job.state == JobState.RUNNING, Job.lease_expires_at < now).order_by(Job.id).with_for_update(skip_locked=True)
+    furthest = now + timedelta(seconds=LONGEST_LEASE_SECONDS)
+    is_out = or_(Job.lease_expires_at < now, Job.lease_expires_at > furthest)
+    query = select(Job).where(Job.state == JobState.RUNNING, is_out).order_by(Job.id).with_for_update(skip_locked=True)
     queued: list[QueuedJob] = []
     for job in session.scalars(query.execution_options(populate_existing=True)).all():
+        assert job.lease_expires_at is not None, "a running job has a lease"
+        if job.lease_expires_at > furthest:
+            job.lease_expires_at = furthest
+            continue
         message = (
             f"The worker ({job.worker}) stopped reporting, and its lease ran out: lost attempt {num_lost_attempts(job)} of at most"
             f" {job.max_attempts}. Look at the worker's log for why it ended; memory that ran out is the usual cause."

@@ -15,6 +15,8 @@ from cliprd_core.spec import JobSpec
 from service.store import jobs
 from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
 from service.store.jobs import Cancelled, JobState
+from service.store.models import Job
+from service.store.recovery import LONGEST_LEASE_SECONDS
 from service.store.session import database_now, reading
 from tests.store_helpers import (
     FAILURE,
@@ -263,6 +265,19 @@ def test_of_teachers_that_finish_at_once_one_queues_the_student(sessions: Sessio
         with ThreadPoolExecutor(2) as pool:
             queued = [one for found in pool.map(lambda claimed: finish(sessions, claimed), claims) for one in found]
         assert queued == [jobs.QueuedJob(student.id, "default")]
+
+
+def test_a_lease_given_out_before_the_clock_was_set_back_runs_out_all_the_same(sessions: Sessions) -> None:
+    held, dead = claim(sessions, create(sessions).id), claim(sessions, create(sessions).id)
+    back, longest = -3600.0, LONGEST_LEASE_SECONDS  # the clock, by an hour
+    assert requeue(sessions, back) == [], "a holder must have the time to renew it"
+    with sessions.begin() as session:
+        job = session.get_one(Job, held.job.id)
+        assert job.lease_expires_at is not None
+        job.lease_expires_at += timedelta(seconds=60)  # what the holder does meanwhile
+    assert requeue(sessions, back + longest - 30) == []
+    assert requeue(sessions, back + longest + 2) == [jobs.QueuedJob(dead.job.id, "default")]
+    assert read(sessions, held.job.id).state is JobState.RUNNING
 
 
 def test_messages_that_may_be_lost_are_sent_again(sessions: Sessions) -> None:
