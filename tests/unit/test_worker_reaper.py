@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,7 +19,7 @@ from service.store.artifacts import list_artifacts, register_artifact
 from service.store.blobs import BlobStore, BlobsUnreachableError
 from service.store.jobs import Cancelled, JobState, claim_job, create_job, delete_job, finish_job, get_job, release_job, request_cancel
 from service.store.models import ArtifactKind, Job
-from service.store.session import make_engine, make_sessions, migrate, reading
+from service.store.session import database_now, make_engine, make_sessions, migrate, reading
 from service.store.unneeded_blobs import unneeded_keys
 from tests.process_group import free_port
 from worker.celery_app import create_app
@@ -95,6 +96,24 @@ def test_an_expired_job_is_queued_and_sent(bench: Bench) -> None:
     assert (job.state, job.attempt) == (JobState.QUEUED, 1)
     assert job.sent_at is not None
     assert bench.num_messages() == 1
+
+
+@pytest.mark.parametrize(("seconds", "is_taken"), [(9, True), (11, False), (3600, False)])
+def test_after_the_databases_clock_jumped_forward_holders_may_renew_their_leases(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, seconds: int, is_taken: bool
+) -> None:
+    job_id = bench.submit(age_seconds=0)
+    bench.reaper.reap()
+    bench.expire(job_id)
+    with monkeypatch.context() as patched:
+        patched.setattr("worker.reaper.database_now", lambda session: database_now(session) + timedelta(seconds=seconds))
+        bench.reaper.reap()
+        bench.reaper.reap()
+        assert (bench.job(job_id).state is JobState.QUEUED) == is_taken
+        elapsed = time.monotonic() + bench.settings.lease_seconds
+        patched.setattr("worker.reaper.time.monotonic", lambda: elapsed)
+        bench.reaper.reap()
+    assert bench.job(job_id).state is JobState.QUEUED, "nobody renewed it"
 
 
 def test_a_lost_message_is_sent_again_but_not_at_once(bench: Bench) -> None:

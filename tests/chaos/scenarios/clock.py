@@ -114,6 +114,21 @@ def database_clock_forward(lab: Lab) -> None:
     jump(lab, lab.bench.postgres.socket.parent / OFFSET, postgres_clock, HOUR)
 
 
+@scenario(
+    "database-clock-forward-idle",
+    "PostgreSQL's clock jumps forward by an hour; another worker is awake and idle",
+    around=database_clock,
+)
+def database_clock_forward_idle(lab: Lab) -> str:
+    job_id = lab.train_to_checkpoint()
+    set_clock(lab.bench.postgres.socket.parent / OFFSET, HOUR)
+    lab.struck(job_id)
+    lab.finish(job_id)
+    assert abs(postgres_clock(lab) - time.time() - HOUR) < 10, "the clock did not jump"
+    assert lab.client.job(job_id).attempt == 1, "a job that trains on was taken from its worker"
+    return "its worker kept it"
+
+
 @scenario("database-clock-back", "PostgreSQL's clock jumps back by an hour", around=database_clock)
 def database_clock_back(lab: Lab) -> None:
     jump(lab, lab.bench.postgres.socket.parent / OFFSET, postgres_clock, -HOUR)
