@@ -91,10 +91,11 @@ def delete_store(root: Path, digest: str) -> None:
     shutil.rmtree(trash, ignore_errors=True)  # what stays of it is swept up by the next eviction
 
 
-def evict(root: Path, max_bytes: int, keep: str | None = None) -> list[StoreRecord]:
+def evict(root: Path, max_bytes: int) -> list[StoreRecord]:
     """Delete stores, least recently used first, until all together take at most `max_bytes` on disk; and what crashes left behind.
 
-    Stores in use stay, and so does `keep` (a digest), so the limit is one for what lies idle.
+    Stores in use stay, so the limit is one for what lies idle. A run that is about to open a store that goes makes it anew: it costs the
+    teacher's passes, and nothing else.
 
     Returns:
         What was deleted.
@@ -109,8 +110,6 @@ def evict(root: Path, max_bytes: int, keep: str | None = None) -> list[StoreReco
     for record in reversed(records):
         if total <= max_bytes:
             break
-        if record.key == keep:
-            continue
         with suppress(StoreInUseError, StoreNotFoundError):
             delete_store(root, record.key)
             evicted.append(record)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cliprd_core.run_dir import METRICS_FILE, MetricsRecord, read_records
 from service.client import Client, CliprdError
@@ -91,7 +91,16 @@ class Lab(Jobs):
     """One scenario's stack and jobs."""
 
     def __init__(
-        self, bench: Bench, stack: Stack, client: Client, *, num_processes: int, watch: TrainerWatch, witness: Witness, rng: random.Random
+        self,
+        bench: Bench,
+        stack: Stack,
+        client: Client,
+        *,
+        num_processes: int,
+        watch: TrainerWatch,
+        witness: Witness,
+        rng: random.Random,
+        around: Any,
     ) -> None:
         super().__init__(client, bench.shards, stack.workers[0].runs)
         self.bench = bench
@@ -102,6 +111,8 @@ class Lab(Jobs):
         self.jobs: list[str] = []
         """Ids of the jobs that the API has acknowledged."""
         self.num_processes = num_processes
+        self.around = around
+        """What the scenario's `around` gives."""
         self._struck: Strike | None = None
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from service.client import Client
 from tests.chaos.invariants import INVARIANTS, reference_of
@@ -22,7 +23,7 @@ from tests.live import eventually
 
 Settings = Mapping[str, str] | Callable[[Bench], Mapping[str, str]]
 """`CLIPRD_…` of a stack."""
-Around = Callable[[Bench, Path], AbstractContextManager[object]]
+Around = Callable[[Bench, Path], AbstractContextManager[Any]]
 """What stands around the stack whose home is that folder."""
 Play = Callable[[Lab], str | None]
 """Makes the fault happen; returns a remark for the table."""
@@ -137,10 +138,10 @@ def open_lab(chosen: Scenario, bench: Bench, home: Path) -> Iterator[Lab]:
     stack = Stack(home, bench.postgres, bench.folder, settings=settings, are_apart=chosen.are_apart, rng=rng)
     home.mkdir()
     with (
-        chosen.around(bench, home),
+        chosen.around(bench, home) as around,
         stack,
         Client(stack.url, api_key="") as client,
         TrainerWatch(stack.mark) as watch,
         Witness(stack.url) as witness,
     ):
-        yield Lab(bench, stack, client, num_processes=chosen.num_processes, watch=watch, witness=witness, rng=rng)
+        yield Lab(bench, stack, client, num_processes=chosen.num_processes, watch=watch, witness=witness, rng=rng, around=around)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cliprd_core import store_dir, store_removal
 from cliprd_core.store_dir import (
     FILES,
     IMAGES_FILE,
+    LOCK_FILE,
     StoreInUseError,
     StoreMeta,
     StoreNotFoundError,
@@ -146,17 +148,49 @@ def test_eviction_takes_the_longest_unused_first_and_none_in_use(tmp_path: Path)
         fill(tmp_path, digests[-1], 12 * 2 * 512 * 2)
     add_usage(tmp_path / digests[0], hits=1, misses=0, filled=(0, 0))  # so it is the most recently used
     size = list_stores(tmp_path)[0].num_bytes_on_disk
-    lock = lock_shared(tmp_path / digests[1])
-    assert lock is not None
-    evicted = evict(tmp_path, 3 * size, keep=digests[2])
-    os.close(lock)
+    locks = [lock_shared(tmp_path / digests[number]) for number in (1, 2)]
+    evicted = evict(tmp_path, 3 * size)
+    for lock in locks:
+        assert lock is not None
+        os.close(lock)
     assert [record.key for record in evicted] == [digests[3], digests[4]]
     assert {record.key for record in list_stores(tmp_path)} == {digests[0], digests[1], digests[2]}
 
 
+def test_a_store_that_is_opened_while_others_evict_stays_until_it_is_closed(tmp_path: Path) -> None:
+    key = make_key()
+    folder = tmp_path / key.digest
+    num_evicted, num_held, is_over = 0, 0, threading.Event()
+
+    def evict_all() -> None:
+        nonlocal num_evicted
+        while not is_over.is_set():
+            num_evicted += len(evict(tmp_path, 0))
+
+    evicting = threading.Thread(target=evict_all)
+    evicting.start()
+    try:
+        deadline = time.monotonic() + 30
+        while min(num_evicted, num_held) < 20 and time.monotonic() < deadline:
+            create_store(tmp_path, key, teacher="", data="")
+            lock = lock_shared(folder)
+            if lock is None:
+                continue  # it went before it was opened, and is made anew
+            for _ in range(10):
+                assert (folder / LOCK_FILE).stat().st_ino == os.fstat(lock).st_ino
+            num_held += 1
+            os.close(lock)
+    finally:
+        is_over.set()
+        evicting.join()
+    assert min(num_evicted, num_held) >= 20
+
+
 def test_eviction_that_can_not_reach_its_limit_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    digest = make_store(tmp_path)
-    assert evict(tmp_path, 0, keep=digest) == []
+    lock = lock_shared(tmp_path / make_store(tmp_path))
+    assert lock is not None
+    assert evict(tmp_path, 0) == []
+    os.close(lock)
     assert "more than the limit of 0" in caplog.text
 
 
