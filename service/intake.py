@@ -80,14 +80,14 @@ class Intake:
         keys = [one.keyed for one in submissions if one.keyed is not None]
         with self._sessions.begin() as session:
             found = find_submitted(session=session, submissions=keys)
-            new = [one for one in submissions if one.keyed is None or one.keyed.key not in found]
+            new = [one for one in submissions if one.keyed is None or one.keyed not in found]
             created = jobs.create_jobs(session=session, specs=[one.resolved for one in new], max_attempts=self._max_attempts)
             keyed = [(one.keyed, job) for one, job in zip(new, created, strict=True) if one.keyed is not None]
             remember_keys(session=session, submissions=keyed)
         made = iter(created)
         results: list[Submitted | Exception] = []
         for one in submissions:
-            earlier = None if one.keyed is None else found.get(one.keyed.key)
+            earlier = None if one.keyed is None else found.get(one.keyed)
             if isinstance(earlier, Exception):
                 results.append(earlier)
             else:

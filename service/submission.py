@@ -39,8 +39,9 @@ def _prepare(services: Services, spec: JobSpec, key: str | None) -> Submission |
         if key is None:
             raise
         check_values(spec)  # what has no JSON can't be compared with what was sent before
+        keyed = Keyed(key, digest(spec))
         with reading(services.sessions) as session:
-            earlier = find_submitted(session=session, submissions=[Keyed(key, digest(spec))]).get(key)
+            earlier = find_submitted(session=session, submissions=[keyed]).get(keyed)
         if earlier is None:
             raise
         if isinstance(earlier, IdempotencyConflictError):

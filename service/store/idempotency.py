@@ -28,16 +28,19 @@ class Keyed(NamedTuple):
     """`digest` of the spec as the client sent it, not resolved."""
 
 
-def find_submitted(*, session: Session, submissions: Sequence[Keyed]) -> dict[str, Job | IdempotencyConflictError]:
-    """By its key, the job that was submitted under it before, or that it was used for another spec. Keys that are new are not in it."""
-    digests = dict(submissions)
-    if not digests:
+def find_submitted(*, session: Session, submissions: Sequence[Keyed]) -> dict[Keyed, Job | IdempotencyConflictError]:
+    """Of each, the job that was submitted under its key before, or that the key was used for another spec; new keys are left out."""
+    if not submissions:
         return {}
-    query = select(IdempotencyKey, Job).join(Job, Job.id == IdempotencyKey.job_id).where(IdempotencyKey.key.in_(digests))
-    return {
-        row.key: job if row.body_sha256 == digests[row.key] else IdempotencyConflictError(row.key, job.id)
-        for row, job in session.execute(query)
-    }
+    keys = {one.key for one in submissions}
+    query = select(IdempotencyKey, Job).join(Job, Job.id == IdempotencyKey.job_id).where(IdempotencyKey.key.in_(keys))
+    by_key = {row.key: (row.body_sha256, job) for row, job in session.execute(query)}
+    found: dict[Keyed, Job | IdempotencyConflictError] = {}
+    for one in submissions:
+        if one.key in by_key:
+            earlier_digest, job = by_key[one.key]
+            found[one] = job if earlier_digest == one.digest else IdempotencyConflictError(one.key, job.id)
+    return found
 
 
 def remember_keys(*, session: Session, submissions: Sequence[tuple[Keyed, Job]]) -> None:

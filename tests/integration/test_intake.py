@@ -61,6 +61,17 @@ def test_many_at_once_are_stored_whole_and_sent_once(intake: Intake, sessions: S
         assert session.query(WebhookDelivery).count() == 500
 
 
+@pytest.mark.usefixtures("sent")
+def test_one_key_with_its_spec_and_with_another_at_once(intake: Intake) -> None:
+    [used] = take_all(intake, [submission("used")])
+    other = JobSpec.model_validate(spec_dict(name="other"))
+    for batch in ([submission("used"), submission("used", other)], [submission("used", other), submission("used")]):
+        results = take_all(intake, batch)
+        assert isinstance(used, Submitted)
+        assert [one.job.id for one in results if isinstance(one, Submitted)] == [used.job.id]
+        assert [type(one) for one in results].count(jobs.IdempotencyConflictError) == 1
+
+
 def test_a_submission_that_is_refused_leaves_the_others_alone(intake: Intake, sessions: Sessions, sent: list[jobs.QueuedJob]) -> None:
     finished, unfinished = create(sessions), create(sessions)
     finish(sessions, claim_job(sessions, finished.id))

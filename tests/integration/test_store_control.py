@@ -270,9 +270,11 @@ def test_idempotency_keys_are_kept_for_two_days(sessions: Sessions) -> None:
     with sessions.begin() as session:
         remember_keys(session=session, submissions=[(Keyed("k", digest(spec)), job)])
     with reading(sessions) as session:
-        found = find_submitted(session=session, submissions=[Keyed(key, digest(spec)) for key in ("k", "another")])
-        assert {key: getattr(earlier, "id", earlier) for key, earlier in found.items()} == {"k": job.id}
-        conflict = find_submitted(session=session, submissions=[Keyed("k", digest(other))])["k"]
+        same, new, changed = Keyed("k", digest(spec)), Keyed("another", digest(spec)), Keyed("k", digest(other))
+        found = find_submitted(session=session, submissions=[same, new, changed])
+        assert found.keys() == {same, changed}
+        assert getattr(found[same], "id", None) == job.id
+        conflict = found[changed]
         assert isinstance(conflict, jobs.IdempotencyConflictError)
         assert job.id in str(conflict)
         assert find_submitted(session=session, submissions=[]) == {}
