@@ -32,11 +32,12 @@ from cliprd_core.objective import Objective
 from cliprd_core.objective_spec import ObjectiveSpec
 from cliprd_core.optim import build_optimizer
 from cliprd_core.precision import autocast_type
-from cliprd_core.spec import Precision, StudentSpec, TrainingSpec
+from cliprd_core.spec import StudentSpec
 from cliprd_core.step_module import StudentWithObjective, WholeBatch
 from cliprd_core.store_dir import StoreKey
 from cliprd_core.teacher_features import TeacherFeatures
 from cliprd_core.teacher_store import TeacherStore, open_store
+from cliprd_core.training_spec import Precision, TrainingSpec
 
 PLAIN = {"fd": 0.0, "icl": 0.0, "hrd": 0.0, "vrd": 0.0, "xrd": 0.0}
 START_TOKEN, END_TOKEN = 49406, 49407

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from cliprd_core.model_size import Activations, ModelSize, Tower
 from cliprd_core.objective_spec import MAX_BLOCK_ELEMENTS, ObjectiveSpec, TeacherCombination
-from cliprd_core.spec import Device, JobSpec, Precision
+from cliprd_core.spec import Device, JobSpec
+from cliprd_core.training_spec import Precision
 
 FP32_BYTES = 4
 STORE_CHUNK_ROWS = 256

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from cliprd_core.spec import Schedule, TrainingSpec
+from cliprd_core.training_spec import Schedule, TrainingSpec
 
 
 def build_optimizer(module: nn.Module, training: TrainingSpec) -> torch.optim.AdamW:

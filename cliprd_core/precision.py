@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from cliprd_core.cpu_autocast import install_rules
-from cliprd_core.spec import Precision
+from cliprd_core.training_spec import Precision
 
 _AUTOCAST_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 

@@ -37,10 +37,11 @@ from cliprd_core.precision import autocast_type
 from cliprd_core.retention import BestSoFar
 from cliprd_core.run_dir import ATTEMPT_VARIABLE, cache_dir
 from cliprd_core.run_stores import open_teacher_stores
-from cliprd_core.spec import Device, JobSpec, Precision
+from cliprd_core.spec import Device, JobSpec
 from cliprd_core.step_module import MASK_PATCH_SIZE, Passes, StudentWithObjective, WholeBatch
 from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
 from cliprd_core.teacher_features import TeacherFeatures
+from cliprd_core.training_spec import Precision
 
 logger = logging.getLogger(__name__)
 

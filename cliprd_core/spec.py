@@ -1,8 +1,9 @@
 """The job spec: everything a distillation run needs to know, typed, frozen and validated.
 
 This module is one of the project's three contracts. It imports pydantic only, because the API and the worker read specs too and
-neither may load torch. Every field states its unit and its default here, those of `objective` in `objective_spec`, and nowhere else. A
-recipe (``recipes/*.json``) holds only what it changes against these defaults, which are the CLIP-RD paper's (arXiv 2603.25383, section 4).
+neither may load torch. Every field states its unit and its default here, those of its larger parts in `objective_spec`,
+`training_spec` and `evaluation_spec`, and nowhere else. A recipe (``recipes/*.json``) holds only what it changes against these defaults,
+which are the CLIP-RD paper's (arXiv 2603.25383, section 4).
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
+from pydantic import Field, StrictFloat, StrictInt, field_validator, model_validator
 
+from cliprd_core.evaluation_spec import EvaluationSpec
 from cliprd_core.objective_spec import ObjectiveSpec
-from cliprd_core.retention import RETRIEVAL_METRICS, ZERO_SHOT_METRICS, CheckpointsToKeep
-from cliprd_core.spec_model import SpecModel
+from cliprd_core.retention import RETRIEVAL_METRICS, ZERO_SHOT_METRICS
+from cliprd_core.spec_model import MAX_COUNT, MAX_LIST_LENGTH, Fraction, Path, SpecModel
+from cliprd_core.training_spec import Precision, TrainingSpec
 
-Fraction = Annotated[StrictFloat, Field(gt=0.0, le=1.0)]
 JOB_ID_PATTERN = r"^[0-9a-z-]{8,64}$"
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
-Path = Annotated[str, Field(min_length=1, max_length=4096)]
 
 NAMED_ELSEWHERE = (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name"), ("text_cfg", "hf_tokenizer_name"))
 """Keys of model configs that timm and Hugging Face's libraries look up, and which those also take as folders of the machine."""
@@ -34,9 +35,6 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,128}$")]
 
-MAX_LIST_LENGTH = 256
-MAX_COUNT = 10**12
-"""Of pairs and steps: more than anyone has, and exact in any program that reads the spec."""
 MAX_TEACHERS = 8
 
 
@@ -168,115 +166,6 @@ class DataSpec(SpecModel):
         if value[0] > value[1]:
             raise ValueError("the first number (smallest area) must not exceed the second (largest area)")
         return value
-
-
-class Schedule(StrEnum):
-    """Learning rate after the warm-up."""
-
-    COSINE = "cosine"
-    """Half a cosine from `learning_rate` to 0 at the last step."""
-    CONSTANT = "constant"
-    """`learning_rate` to the end."""
-
-
-class Precision(StrEnum):
-    """Arithmetic of the forward and backward passes; master weights and the losses' softmaxes are always fp32."""
-
-    BF16 = "bf16"
-    """On a CPU without instructions for it, computed in fp32."""
-    FP16 = "fp16"
-    """With a gradient scaler; CUDA only."""
-    FP32 = "fp32"
-
-
-class TrainingSpec(SpecModel):
-    """Optimisation: AdamW with linear warm-up."""
-
-    epochs: StrictInt = Field(default=32, ge=1, le=10_000, description="Passes over the training pairs.")
-    global_batch_size: StrictInt = Field(
-        default=1024, ge=2, le=1_048_576, description="Pairs of one step over all processes; also the number of negatives."
-    )
-    micro_batch_size: StrictInt | None = Field(
-        default=None,
-        ge=1,
-        le=1_048_576,
-        description="At most so many pairs per process in one forward and backward pass: less memory and more time, with all negatives of"
-        " `global_batch_size`. Need not divide it. Null: the whole batch at once.",
-    )
-    learning_rate: StrictFloat = Field(default=1e-3, gt=0, le=1, description="Peak learning rate.")
-    weight_decay: StrictFloat = Field(default=0.1, ge=0, le=10, description="Decoupled; none on gains, biases, 1-d parameters and scales.")
-    betas: tuple[Annotated[StrictFloat, Field(ge=0, lt=1)], Annotated[StrictFloat, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.98))
-    eps: StrictFloat = Field(default=1e-6, gt=0, le=1)
-    warmup_steps: StrictInt = Field(default=10_000, ge=0, le=MAX_COUNT, description="Steps of linear warm-up from 0 to `learning_rate`.")
-    schedule: Schedule = Schedule.COSINE
-    grad_clip_norm: StrictFloat | None = Field(
-        default=None, gt=0, description="Clip the gradient's global L2 norm to this. Null: no clipping."
-    )
-    precision: Precision = Precision.BF16
-    compile: StrictBool = Field(
-        default=False,
-        description="Whether the student goes through torch.compile: a minute or more at the start of each attempt, then faster steps.",
-    )
-    seed: StrictInt = Field(default=0, ge=0, le=2**31 - 1, description="Determines initial weights, order and crops.")
-    checkpoint_every_steps: StrictInt = Field(
-        default=1000, ge=1, le=MAX_COUNT, description="Steps between checkpoints; one more is saved when the run stops."
-    )
-    keep_checkpoints: CheckpointsToKeep = CheckpointsToKeep()
-    log_every_steps: StrictInt = Field(default=10, ge=1, le=MAX_COUNT, description="Steps between metric records.")
-    num_data_workers: StrictInt = Field(
-        default=2, ge=0, le=256, description="Data-loading processes per training process; 0 loads in the training process."
-    )
-
-    @model_validator(mode="after")
-    def _kept_are_saved(self) -> Self:
-        every = self.keep_checkpoints.every_steps
-        if every is not None and every % self.checkpoint_every_steps:
-            raise ValueError(
-                f"`keep_checkpoints.every_steps` ({every}) must be a multiple of `checkpoint_every_steps` ({self.checkpoint_every_steps}),"
-                " or there is nothing to keep at some of them; change one of the two"
-            )
-        return self
-
-
-class EvaluationSet(SpecModel):
-    """One data set in clip_benchmark's webdataset layout (`classnames.txt`, `SPLIT/nshards.txt`, `SPLIT/0.tar`, …)."""
-
-    path: Path = Field(description="Folder of the data set.")
-    split: str = Field(default="test", pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    name: str = Field(default="", max_length=128, description="Name in metrics and tables. Empty: the folder's name.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_from_folder(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not value.get("name") and isinstance(value.get("path"), str):
-            return {**value, "name": value["path"].rstrip("/").rsplit("/", 1)[-1]}
-        return value
-
-
-def _path_only(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-EvaluationSetOrPath = Annotated[EvaluationSet, BeforeValidator(_path_only, json_schema_input_type=EvaluationSet | str)]
-
-
-class EvaluationSpec(SpecModel):
-    """What is measured, and when. The last epoch is always evaluated."""
-
-    every_epochs: StrictInt = Field(default=1, ge=1, le=10_000, description="Epochs between evaluations.")
-    zero_shot: list[EvaluationSetOrPath] = Field(
-        default=[], max_length=MAX_LIST_LENGTH, description="Classification sets; a bare path will do."
-    )
-    retrieval: list[EvaluationSetOrPath] = Field(default=[], max_length=MAX_LIST_LENGTH, description="Retrieval sets; a bare path will do.")
-
-    @model_validator(mode="after")
-    def _unique_names(self) -> Self:
-        for kind, sets in (("zero_shot", self.zero_shot), ("retrieval", self.retrieval)):
-            names = [one.name for one in sets]
-            for name in names:
-                if names.count(name) > 1:
-                    raise ValueError(f"two sets of `{kind}` are named {name!r}; give each its own `name`")
-        return self
 
 
 class Device(StrEnum):

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat
+
+Fraction = Annotated[StrictFloat, Field(gt=0.0, le=1.0)]
+Path = Annotated[str, Field(min_length=1, max_length=4096)]
+
+MAX_LIST_LENGTH = 256
+MAX_COUNT = 10**12
+"""Of pairs and steps: more than anyone has, and exact in any program that reads the spec."""
 
 
 class SpecModel(BaseModel):

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
-from cliprd_core.spec import CsvSource, EvaluationSet
+from cliprd_core.evaluation_spec import EvaluationSet
+from cliprd_core.spec import CsvSource
 from service.problems import FieldProblem, closest
 
 Found = tuple[str, str] | None

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cliprd_core.evaluation_spec import EvaluationSet
 from cliprd_core.locations import ForbiddenLocationError, Locations, ServiceFileError
-from cliprd_core.spec import DataSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
+from cliprd_core.spec import DataSource, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service import data_files, model_names
 from service.model_config_check import model_config_problems
 from service.pair_counts import known_num_pairs, num_steps_of

@@ -7,17 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-from cliprd_core.spec import (
-    MAX_LIST_LENGTH,
-    MAX_TEACHERS,
-    CsvSource,
-    DataSource,
-    EvaluationSet,
-    EvaluationSetOrPath,
-    StudentSpec,
-    TeacherSpec,
-    WebDatasetSource,
-)
+from cliprd_core.evaluation_spec import EvaluationSet, EvaluationSetOrPath
+from cliprd_core.spec import MAX_TEACHERS, CsvSource, DataSource, StudentSpec, TeacherSpec, WebDatasetSource
+from cliprd_core.spec_model import MAX_LIST_LENGTH
 
 SpecPart = StudentSpec | TeacherSpec | WebDatasetSource | CsvSource | EvaluationSet
 

@@ -21,8 +21,8 @@ from cliprd_core.data.errors import InvalidDataError
 from cliprd_core.data.shard_index import load_shard_index
 from cliprd_core.data.shard_reader import ShardReader
 from cliprd_core.data.sources import PairSource, clean_caption
+from cliprd_core.evaluation_spec import EvaluationSet
 from cliprd_core.locations import ForbiddenLocationError, Locations
-from cliprd_core.spec import EvaluationSet
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
 from cliprd_core.data.transforms import Normalise, center_crop, decode_rgb
 from cliprd_core.evaluation.datasets import ImageSet, Truth
 from cliprd_core.precision import autocast, autocast_type
-from cliprd_core.spec import Precision
 from cliprd_core.text_encoding import encode_text
+from cliprd_core.training_spec import Precision
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from cliprd_core.evaluation.features import ClipModel, Evaluator
 from cliprd_core.evaluation.result import EvaluationResult
 from cliprd_core.evaluation.retrieval import evaluate_retrieval
 from cliprd_core.evaluation.zero_shot import evaluate_zero_shot
-from cliprd_core.spec import EvaluationSpec, Precision
+from cliprd_core.evaluation_spec import EvaluationSpec
+from cliprd_core.training_spec import Precision
 
 VALIDATION = "validation"
 

@@ -12,7 +12,8 @@ from cliprd_core import distributed
 from cliprd_core.control import ControlGroup
 from cliprd_core.data.sources import open_sources
 from cliprd_core.evaluation import features
-from cliprd_core.spec import EvaluationSpec, WebDatasetSource
+from cliprd_core.evaluation_spec import EvaluationSpec
+from cliprd_core.spec import WebDatasetSource
 from tests.process_group import join_group, run_processes
 from tests.unit.test_evaluation_run import COLOURS, ColourModel, run, write_classification, write_retrieval
 

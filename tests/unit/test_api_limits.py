@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from cliprd_core.spec import MAX_COUNT, MAX_LIST_LENGTH
+from cliprd_core.spec_model import MAX_COUNT, MAX_LIST_LENGTH
 from service.settings import Settings
 from service.store import artifacts
 from service.store.blobs import BlobStore

@@ -31,7 +31,7 @@ from cliprd_core.checkpoint import (
 from cliprd_core.optim import build_optimizer
 from cliprd_core.retention import BestCheckpoint, CheckpointsToKeep
 from cliprd_core.run_dir import CHECKPOINT_MARKER, CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, step_of
-from cliprd_core.spec import TrainingSpec
+from cliprd_core.training_spec import TrainingSpec
 from tests.tiny import tiny_spec
 
 

@@ -21,7 +21,9 @@ from cliprd_core.evaluation.features import Evaluator
 from cliprd_core.evaluation.result import EvaluationResult
 from cliprd_core.evaluation.run import check_evaluation_sets, evaluate
 from cliprd_core.evaluation.zero_shot import class_embeddings
-from cliprd_core.spec import EvaluationSet, EvaluationSpec, Precision, WebDatasetSource
+from cliprd_core.evaluation_spec import EvaluationSet, EvaluationSpec
+from cliprd_core.spec import WebDatasetSource
+from cliprd_core.training_spec import Precision
 from tests.data_files import write_tar
 
 NAMES = ["red", "green", "blue", "grey", "cyan", "pink"]

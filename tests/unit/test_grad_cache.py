@@ -17,8 +17,9 @@ from cliprd_core.grad_cache import FeatureEncoder, GradCache, encode_in_micro_ba
 from cliprd_core.models import load_student
 from cliprd_core.objective import Objective
 from cliprd_core.objective_spec import ObjectiveSpec
-from cliprd_core.spec import StudentSpec, TrainingSpec
+from cliprd_core.spec import StudentSpec
 from cliprd_core.step_module import Passes, StepLosses, StudentWithObjective, WholeBatch
+from cliprd_core.training_spec import TrainingSpec
 from tests.tiny import CONTEXT_LENGTH, MODEL_IMAGE_SIZE, tiny_config
 
 NUM_PAIRS = 10

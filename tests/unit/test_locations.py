@@ -14,9 +14,10 @@ import pytest
 from cliprd_core.data.errors import CorruptSampleError, InvalidDataError
 from cliprd_core.data.sources import expand_shards, open_sources
 from cliprd_core.evaluation.datasets import load_classification_set
+from cliprd_core.evaluation_spec import EvaluationSet
 from cliprd_core.locations import DATA_ROOTS_VARIABLE, REMOTE_HOSTS_VARIABLE, ForbiddenLocationError, Locations, ServiceFileError
 from cliprd_core.models import load_student, load_teacher
-from cliprd_core.spec import CsvSource, EvaluationSet, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
+from cliprd_core.spec import CsvSource, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service.problems import FieldProblem, SpecError
 from service.settings import Settings
 from service.spec_check import MAX_PATH_DEPTH, check_spec

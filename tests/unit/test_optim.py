@@ -13,7 +13,8 @@ from cliprd_core.models import load_student
 from cliprd_core.objective import Objective
 from cliprd_core.objective_spec import ObjectiveSpec
 from cliprd_core.optim import build_optimizer, check_schedule, lr_at, set_learning_rate
-from cliprd_core.spec import Schedule, StudentSpec, TrainingSpec
+from cliprd_core.spec import StudentSpec
+from cliprd_core.training_spec import Schedule, TrainingSpec
 from tests.tiny import tiny_config
 
 
