@@ -30,14 +30,18 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CACHE_NAME = "compiled"
 
-OPTIONS: dict[str, Any] = {
-    "fallback_random": True,  # dropout draws what it draws uncompiled, so that a micro batch's two passes still agree (`grad_cache.py`)
-    "compile_threads": 1,  # no pool of processes that would outlive a killed trainer
-}
-
 ALIKE = ((37, 13), (1, 13))
 """Captions, and tokens of each, that a trimmed text tower is compiled for. Its kernels then take any numbers, but for a single caption,
 which gets its own. Primes: a number that a width or the number of heads also has would be taken for that."""
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Of the compiler."""
+    # Dropout draws what it draws uncompiled, so that a micro batch's two passes still agree (`grad_cache.py`).
+    options: dict[str, Any] = {"fallback_random": True}
+    if device.type == "cpu":
+        options["compile_threads"] = 1  # a handful of kernels are not worth a pool of processes; hundreds on a GPU are
+    return options
 
 
 def compile_towers(
@@ -63,13 +67,13 @@ def compile_towers(
     """
     started = time.monotonic()
     os.environ[CACHE_VARIABLE] = str(cache_dir / CACHE_NAME)  # which torch may have set to a folder in /tmp when it was imported
-    model = student.model
+    model, options = student.model, _options(device)
     layers = trimmed_layers(model)
-    model.visual.compile(options=OPTIONS)
+    model.visual.compile(options=options)
     if layers is not None:
-        layers.compile(options=OPTIONS, dynamic=True)
+        layers.compile(options=options, dynamic=True)
     elif isinstance(text := getattr(model, "text", None), nn.Module):
-        text.compile(options=OPTIONS)
+        text.compile(options=options)
     size = student.preprocess.image_size
     batches = [torch.zeros(count, 3, size, size, device=device) for count in dict.fromkeys(batch_sizes)]
     passes: list[Callable[[], Tensor]] = [partial(model.encode_image, one) for one in batches]

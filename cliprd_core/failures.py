@@ -68,7 +68,10 @@ def _device_bytes(error: BaseException) -> int | None:
 
     if not isinstance(error, torch.OutOfMemoryError) or not torch.cuda.is_available():
         return None
-    free, _ = torch.cuda.mem_get_info()
+    try:
+        free, _ = torch.cuda.mem_get_info()
+    except RuntimeError:  # a device in such a state must not hide the error that is to be told
+        return None
     return free + torch.cuda.memory_reserved()
 
 

@@ -24,8 +24,8 @@ from cliprd_core.caption_groups import CaptionGroup, plan_groups
 
 CPU_GROUP_COST = 64
 """Tokens. Each further group adds to every weight's gradient once more, which costs as much as some tokens' work at any width."""
-GPU_GROUP_COST = 4096
-"""Tokens. A group launches a few hundred kernels, about a millisecond, in which a GPU takes a middling tower through so many tokens."""
+GPU_GROUP_COST = 16384
+"""Tokens. A group launches a few hundred kernels, a few milliseconds, in which a GPU takes a small tower through so many tokens."""
 GPU_LENGTH_MULTIPLE = 8
 """Tokens. Keeps attention masks aligned for the fused kernels, and shapes few."""
 

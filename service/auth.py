@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -44,6 +45,15 @@ class Refusal:
     """`WWW-Authenticate` (RFC 6750, section 3)."""
 
 
+class Look(NamedTuple):
+    """What the look at a request's key found."""
+
+    refusal: Refusal | None
+    """Why the request may not pass; None: it may."""
+    stale_key_id: str | None = None
+    """The key, if its time of last use should be written again."""
+
+
 class Authorization:
     """Middleware that lets a request pass, or answers it with 401 or 403.
 
@@ -62,34 +72,38 @@ class Authorization:
         self._open_paths = open_paths
         self._always = always
         self._has_keys = False  # once there is a key, there always is
-        self._looks = Batches(self._refusals)
+        self._looks = Batches(self._look_at)
+        self._uses = Batches(self._mark_used)  # apart, so that a look, which all requests wait for, never waits for a writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _route_path(scope) in self._open_paths:
             await self.app(scope, receive, send)
             return
         try:
-            refusal = await self._looks.do(scope)
+            refusal, stale_key_id = await self._looks.do(scope)
         except SQLAlchemyError as error:
             await database_problem(scope["method"], scope["path"], error)(scope, receive, send)
             return
+        if stale_key_id is not None:
+            await self._uses.do(stale_key_id)
         if refusal is None:
             await self.app(scope, receive, send)
         else:
             await _answer(scope, refusal)(scope, receive, send)
 
-    def _refusals(self, scopes: Sequence[Scope]) -> list[Refusal | None]:
-        """Why each of the requests may not pass; None: it may."""
+    def _look_at(self, scopes: Sequence[Scope]) -> list[Look]:
         given = [_given_key(scope) for scope in scopes]
         with reading(self._sessions) as session:
-            self._has_keys = self._has_keys or any_keys(session=session)
-            found = find_keys(session=session, keys={key for key in given if key}) if self._has_keys else {}
+            has_keys = self._has_keys or any_keys(session=session)
+            found = find_keys(session=session, keys={key for key in given if key}) if has_keys else {}
             stale = stale_keys(session=session, keys=found.values())
-        if not self._has_keys:
-            return [self._refusal_without_keys(scope) for scope in scopes]
-        if stale:
-            self._mark_used(stale)
-        return [self._refusal(scope, key, found.get(key)) for scope, key in zip(scopes, given, strict=True)]
+        if not has_keys:
+            return [Look(self._refusal_without_keys(scope)) for scope in scopes]
+        self._has_keys = True
+        return [self._look(scope, key, found.get(key), stale) for scope, key in zip(scopes, given, strict=True)]
+
+    def _look(self, scope: Scope, key: str, found: ApiKey | None, stale: Collection[str]) -> Look:
+        return Look(self._refusal(scope, key, found), found.id if found is not None and found.id in stale else None)
 
     def _refusal_without_keys(self, scope: Scope) -> Refusal | None:
         return Refusal(401, f"no API key has been made yet; {_MAKE_ONE}") if self._always else _refusal_of_others(scope)
@@ -105,13 +119,15 @@ class Authorization:
         detail = f"this needs an API key of scope `{needed}`, but `{found.name}` has `{found.scope}`; use one that has it"
         return Refusal(403, detail, f'Bearer error="insufficient_scope", scope="{needed}"')
 
-    def _mark_used(self, key_ids: Sequence[str]) -> None:
+    def _mark_used(self, key_ids: Sequence[str]) -> list[None]:
         """A database too busy for this is no reason to refuse the requests."""
+        distinct = sorted(set(key_ids))
         try:
             with self._sessions.begin() as session:
-                mark_used(session=session, key_ids=key_ids)
+                mark_used(session=session, key_ids=distinct)
         except SQLAlchemyError as error:
-            logger.warning("the use of API keys %s was not recorded: %s", ", ".join(key_ids), error)
+            logger.warning("the use of API keys %s was not recorded: %s", ", ".join(distinct), error)
+        return [None] * len(key_ids)
 
 
 def needed_scope(method: str) -> KeyScope:

@@ -75,9 +75,11 @@ def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1)
         )
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], *, attempt: int = 1) -> None:
+def wait_for_step(
+    run: Path, step: int, process: subprocess.Popen[bytes], *, attempt: int = 1, timeout_seconds: float = TIMEOUT_SECONDS
+) -> None:
     """Return as soon as `attempt` has recorded `step`, so within a few milliseconds of the update."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + timeout_seconds
     while not any(record.step >= step and record.attempt == attempt for record in metrics(run)):
         assert process.poll() is None, (run / "log.txt").read_text()
         assert time.monotonic() < deadline, (run / "log.txt").read_text()

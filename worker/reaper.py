@@ -18,6 +18,7 @@ from service.store.idempotency import forget_keys
 from service.store.jobs import QueuedJob, deleted_among, jobs_to_send, requeue_expired
 from service.store.session import database_now, make_engine, make_sessions, reading
 from service.store.unneeded_blobs import forget_unneeded, unneeded_keys
+from worker import lease_guard
 from worker.held_job import OUT_OF_REACH
 from worker.rounds import Rounds
 from worker.run_dirs import remove_deleted
@@ -42,9 +43,9 @@ class Reaper:
         self._run_dirs_at = 0.0
         """When to look at the run directories next (monotonic seconds)."""
         self._clock: tuple[float, datetime] | None = None
-        """When the database's clock was last looked at (monotonic seconds), and what it said."""
+        """When the database's clock was last asked for (`lease_guard.now`), and what it said."""
         self._patient_until = 0.0
-        """Until then no lease counts as run out (monotonic seconds)."""
+        """Until then no lease counts as run out (`lease_guard.now`)."""
         self._rounds = Rounds("reaper", self.reap, pause_seconds=settings.reaper_seconds)
 
     def start(self) -> None:
@@ -82,26 +83,27 @@ class Reaper:
 
     def _requeue_expired(self, sessions: sessionmaker[Session]) -> None:
         with sessions.begin() as session:
+            asked_at = lease_guard.now()
             now = database_now(session)
-            self._look_at_clock(now)
-            if time.monotonic() < self._patient_until:
+            self._look_at_clock(asked_at, now)
+            if asked_at < self._patient_until:
                 return
             expired = requeue_expired(session=session, now=now)
         for job in expired:
             logger.warning("job %s: its worker vanished; it is queued again", job.job_id)
         send(self._app, sessions, expired)
 
-    def _look_at_clock(self, now: datetime) -> None:
+    def _look_at_clock(self, asked_at: float, now: datetime) -> None:
         """A clock that is set forward, as when another database server takes over, makes leases run out whose holders are well and train
         on until they hear of it; so they get the time to renew them. A jump of less than a heartbeat no lease runs out by, since it lasts
         for two at least."""
-        before, self._clock = self._clock, (time.monotonic(), now)
+        before, self._clock = self._clock, (asked_at, now)
         if before is None:
             return
-        jumped = (now - before[1]).total_seconds() - (self._clock[0] - before[0])
+        jumped = (now - before[1]).total_seconds() - (asked_at - before[0])
         if jumped > self._settings.heartbeat_seconds:
             logger.warning("the database's clock jumped forward by %.0f s; no lease counts as run out for now", jumped)
-            self._patient_until = time.monotonic() + self._settings.lease_seconds
+            self._patient_until = asked_at + self._settings.lease_seconds
 
     def _forget_keys(self, sessions: sessionmaker[Session]) -> None:
         with sessions.begin() as session:

@@ -36,6 +36,8 @@ def record_event(job: Job, kind: EventKind, *, now: datetime, **data: Any) -> No
 
 def record_events(session: Session, events: Sequence[NewEvent], *, now: datetime) -> None:
     """Write events of jobs that the session holds, in this order, and tell of them."""
+    if not events:
+        return
     rows = [{"job_id": job.id, "kind": kind, "attempt": job.attempt, "data": data, "created_at": now} for job, kind, data in events]
     ids = session.scalars(insert(JobEvent).returning(JobEvent.id, sort_by_parameter_order=True), rows).all()
     told = [Told(*event, event_id) for event, event_id in zip(events, ids, strict=True) if event.kind not in NOT_SENT]

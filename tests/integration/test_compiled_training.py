@@ -40,7 +40,7 @@ def test_compiled_and_killed_a_run_ends_with_the_weights_of_one_that_was_not(tmp
     assert any((tmp_path / "cache" / CACHE_NAME).iterdir())
 
     process = start(killed, inputs.spec(**changes))
-    wait_for_step(killed, 5, process)
+    wait_for_step(killed, 5, process, timeout_seconds=COMPILE_SECONDS)
     process.kill()
     process.wait()
     process = start(killed, inputs.spec(**changes), attempt=2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
@@ -109,6 +111,21 @@ def test_each_scope_allows_what_it_says_and_what_is_below(client: TestClient, se
     problem(client.delete(href, headers=keys["submit"]), 403)
     assert client.delete(href, headers=keys["admin"]).status_code == 204
     assert client.get("/healthz").status_code == 200
+
+
+def test_requests_of_one_moment_are_each_let_in_or_refused_by_their_own_key(client: TestClient, settings: Settings) -> None:
+    revoked = make_key(settings, "admin")
+    assert run(settings, "revoke", run(settings, "list")[1].splitlines()[1].split()[0])[0] == 0
+    expected = {bearer(make_key(settings, "read"))["Authorization"]: 403, bearer(make_key(settings, "submit"))["Authorization"]: 404}
+    expected |= {bearer(revoked)["Authorization"]: 401, bearer("cliprd_unknown")["Authorization"]: 401, "": 401}
+    sent = [authorization for _ in range(20) for authorization in expected]
+
+    async def all_at_once() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://127.0.0.1") as asynchronous:
+            requests = [asynchronous.post("/jobs/00000000-none/pause", headers={"Authorization": one} if one else {}) for one in sent]
+            return [response.status_code for response in await asyncio.gather(*requests)]
+
+    assert asyncio.run(all_at_once()) == [expected[authorization] for authorization in sent]
 
 
 def test_keys_are_listed_with_their_use_and_revoked(client: TestClient, settings: Settings) -> None:
