@@ -58,7 +58,7 @@ def openapi_of(app: FastAPI) -> dict[str, Any]:
 
 def _complete(operation: dict[str, Any], links: Mapping[str, Iterable[str]], *, is_open: bool) -> None:
     """Add the refusals that any operation may answer with, in place of FastAPI's own, and the links of its answers."""
-    refusals = problem_responses(422)
+    refusals = problem_responses(422, 431)
     refusals[422]["description"] += ": fields to correct, or query parameters that are unknown here or given more than once"
     if "requestBody" in operation:
         refusals |= problem_responses(400, 413)
