@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
+from cliprd_core.models import LoadedModel, build_architecture, load_student, load_teacher, num_parameters
 from cliprd_core.spec import StudentSpec, TeacherSpec
-from tests.tiny import tiny_config, write_teacher
+from tests.tiny import CONTEXT_LENGTH, MODEL_IMAGE_SIZE, tiny_config, write_teacher
 
 
 def tiny_student(seed: int = 0, **kwargs: Any) -> LoadedModel:
@@ -189,3 +189,15 @@ def test_siglip_bias_is_kept_but_not_trained() -> None:
     loaded = load_student(StudentSpec(config=tiny_config() | {"init_logit_bias": -10.0}), seed=0)
     frozen = [key for key, parameter in loaded.model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["logit_bias"]
+
+
+def test_features_do_not_depend_on_the_order_in_which_a_transformer_computes() -> None:
+    loaded = load_student(StudentSpec(config=tiny_config()), seed=0).model.eval()
+    own = build_architecture("student", tiny_config()).eval()
+    own.load_state_dict(loaded.state_dict())
+    assert not loaded.visual.transformer.batch_first
+    assert own.visual.transformer.batch_first
+    images, tokens = torch.randn(3, 3, MODEL_IMAGE_SIZE, MODEL_IMAGE_SIZE), torch.randint(1, 99, (3, CONTEXT_LENGTH))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode_image(images), own.encode_image(images))
+        torch.testing.assert_close(loaded.encode_text(tokens), own.encode_text(tokens))
