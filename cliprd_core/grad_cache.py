@@ -108,16 +108,16 @@ class GradCache:
         outer = self._outer_parameters()
         found = torch.autograd.grad(loss, [*forwarded.features, *outer])
         feature_gradients, outer_gradients = found[: len(forwarded.features)], found[len(forwarded.features) :]
-        num_parts = len(forwarded.generator_states)
+        sizes = micro_batch_sizes(len(forwarded.images), self._micro_batch_size)
         parts = zip(
             micro_batches(forwarded.images, forwarded.tokens, self._micro_batch_size, self._device),
             forwarded.generator_states,
-            zip(*(gradient.tensor_split(num_parts) for gradient in feature_gradients), strict=True),
+            zip(*(torch.split(gradient, sizes) for gradient in feature_gradients), strict=True),
             strict=True,
         )
         with without_running_statistics(self._module):
             for number, (inputs, generator_state, gradients) in enumerate(parts, start=1):
-                is_last = number == num_parts
+                is_last = number == len(sizes)
                 with nullcontext() if is_last else self._unsynchronised():
                     generator_state.restore(self._device)
                     features = self._encoder(*inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from cliprd_core.memory_estimate import estimate_memory
+from cliprd_core.memory_estimate import estimate_memory, pairs_at_once
 from cliprd_core.model_size import ModelSize, UnknownSizeError, size_of_config, size_of_known_model
 from cliprd_core.spec import JobSpec, StudentSpec, TeacherSpec
 
@@ -29,12 +29,6 @@ def memory_advice(spec: JobSpec | None, device_bytes: int | None) -> str:
     if not fitting:
         return f"By estimate no `training.micro_batch_size` is small enough: {others}"
     return f"Set `training.micro_batch_size` to {max(fitting)} (it keeps the batch and its negatives, and fits by estimate), {others}"
-
-
-def pairs_at_once(spec: JobSpec) -> int:
-    """Pairs of one process in one pass through the student."""
-    share = spec.training.global_batch_size // spec.resources.num_processes
-    return min(share, spec.training.micro_batch_size or share)
 
 
 def _fitting_micro_batches(spec: JobSpec, at_once: int, device_bytes: int) -> list[int] | None:

@@ -49,15 +49,24 @@ class _Step:
 
     @classmethod
     def of(cls, spec: JobSpec) -> _Step:
-        share = spec.training.global_batch_size // spec.resources.num_processes
-        at_once = min(share, spec.training.micro_batch_size or share)
+        at_once = pairs_at_once(spec)
         teacher_rows = min(at_once, STORE_CHUNK_ROWS) if spec.data.teacher_views else at_once
-        return cls(share, at_once, teacher_rows, computes_in_half(spec))
+        return cls(_pairs_of_process(spec), at_once, teacher_rows, computes_in_half(spec))
 
     def activations_of(self, tower: Tower) -> Activations:
         activations = tower.bf16 if self.is_half else tower.fp32
         assert activations is not None
         return activations
+
+
+def pairs_at_once(spec: JobSpec) -> int:
+    """Pairs of one process in one pass through the student."""
+    share = _pairs_of_process(spec)
+    return min(share, spec.training.micro_batch_size or share)
+
+
+def _pairs_of_process(spec: JobSpec) -> int:
+    return spec.training.global_batch_size // spec.resources.num_processes
 
 
 def computes_in_half(spec: JobSpec) -> bool:
