@@ -77,13 +77,33 @@ class Locations:
             ForbiddenLocationError: what it leads to is under no root.
             ServiceFileError: it is the service's own.
         """
+        if self.roots is not None:
+            self._check_real(self.roots, str(path), os.path.realpath(path))
+
+    def check_paths(self, paths: Iterable[str]) -> None:
+        """As `check_path` for each in turn; folders that many of them share are followed once.
+
+        Raises:
+            ForbiddenLocationError: what one of them leads to is under no root.
+            ServiceFileError: one of them is the service's own.
+        """
         if self.roots is None:
             return
-        real = os.path.realpath(path)
+        real_folders: dict[str, str] = {}
+        for path in paths:
+            folder, name = os.path.split(path)
+            if folder not in real_folders:
+                real_folders[folder] = os.path.realpath(folder)
+            real = os.path.join(real_folders[folder], name)  # noqa: PTH118  many
+            if name in ("", os.curdir, os.pardir) or os.path.islink(real):  # noqa: PTH114
+                real = os.path.realpath(path)
+            self._check_real(self.roots, path, real)
+
+    def _check_real(self, roots: tuple[str, ...], path: str, real: str) -> None:
         leads = "" if real == os.path.normpath(path) else f" (it leads to {real})"
-        found = [root for root in self.roots if _holds(root, real)]
+        found = [root for root in roots if _holds(root, real)]
         if not found:
-            raise ForbiddenLocationError(f"{path}{leads} is outside the folders that jobs may read: {', '.join(self.roots) or 'none'}")
+            raise ForbiddenLocationError(f"{path}{leads} is outside the folders that jobs may read: {', '.join(roots) or 'none'}")
         if self.home is not None and _holds(self.home, real) and not any(_holds(self.home, root) and root != self.home for root in found):
             raise ServiceFileError(f"{path}{leads} is in {self.home}, where the service keeps its own files, which no job may read as data")
 

@@ -8,15 +8,16 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
-from prometheus_client import CollectorRegistry
 
 from service.auth import OPEN_PATHS, Authorization
 from service.errors import install_handlers
 from service.intake import Intake
 from service.logs import configure
+from service.messages import Messages
 from service.middleware import HeadLikeGet, ProblemsOnly, RequestLimits, SecurityHeaders
-from service.monitoring import JobCollector, RequestMonitor, WorkerCollector
+from service.monitoring import RequestMonitor, make_registry
 from service.openapi import DESCRIPTION, openapi_of
+from service.preparation import Preparation
 from service.queue import JobQueue
 from service.routes import artifacts, control, docs, health, jobs, streams, teacher_stores, workers
 from service.routes.dependencies import Services
@@ -64,18 +65,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _make_services(settings: Settings) -> Services:
     engine = make_engine(settings.database_url)
     sessions = make_sessions(engine)
-    registry = CollectorRegistry()
-    registry.register(JobCollector(sessions))
-    registry.register(WorkerCollector(sessions))
     queue = JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds)
+    preparation, intake = Preparation(settings, sessions), Intake(sessions, max_attempts=settings.max_attempts)
     return Services(
-        registry=registry,
+        registry=make_registry(sessions),
         settings=settings,
         engine=engine,
         sessions=sessions,
         blobs=make_blobs(settings.artifacts_url, settings.artifacts_root),
         queue=queue,
-        intake=Intake(sessions, queue, max_attempts=settings.max_attempts),
+        preparation=preparation,
+        intake=intake,
+        messages=Messages(queue, is_busy=lambda: preparation.is_busy or intake.is_busy),
         streams=Streams(
             max_open=settings.max_streams,
             poll_seconds=settings.stream_poll_seconds,
@@ -92,6 +93,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(migrate, services.settings.database_url)
     try:
         yield
+        await services.messages.drain()
     finally:
         services.queue.close()
         services.engine.dispose()

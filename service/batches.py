@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 MAX_ITEMS = 100
 """Of one call: what comes first is not to wait long for what comes after it."""
 MAX_CALLS = 2
-"""At once, so that one that waits for a lock or a silent server does not hold up all that come after it."""
+"""At once, so that one that waits for a lock or a silent server does not hold up all that come after it. Not more: threads that call the
+system again and again, each of which waits for Python's lock every time, take several times as long as one that does their work."""
 
 
 class Batches(Generic[Item, Result]):
@@ -26,18 +27,25 @@ class Batches(Generic[Item, Result]):
 
     Args:
         work: Gives for each item its result, or the exception that is to be raised for it. What it raises itself is raised for all.
+        max_calls: At once.
     """
 
-    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result | Exception]]) -> None:
+    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result | Exception]], *, max_calls: int = MAX_CALLS) -> None:
         self._work = work
+        self._max_calls = max_calls
         self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
         self._calling: set[asyncio.Task[None]] = set()  # touched by the event loop alone, as what waits is
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anyone waits for a result."""
+        return bool(self._calling)
 
     async def do(self, item: Item) -> Result:
         """The item's result."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if len(self._calling) < MAX_CALLS:
+        if len(self._calling) < self._max_calls:
             # In no request's context: its log lines are about many of them.
             self._calling.add(asyncio.get_running_loop().create_task(self._call(), context=Context()))
         return await future

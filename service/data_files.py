@@ -26,6 +26,8 @@ Found = tuple[str, str] | None
 Look = Callable[[str], Found]
 
 MAX_SHARDS = 100_000
+MAX_NAME_CHARACTERS = 2**25
+"""Of all names of a pattern together: they are in memory at once."""
 MAX_HEADER_CHARACTERS = 1_000_000
 MAX_LOOKS_INSIDE = 64  # shards opened for a look at their first header
 MAX_BYTES_COUNTED = 64 * 2**20  # tars and tables that are larger together are not counted at submission
@@ -55,10 +57,19 @@ def pattern_problem(pattern: str) -> Found:
     if found is not None:
         return found
     try:
-        num_names = sum(1 for _ in islice(braceexpand(pattern), MAX_SHARDS + 1))
+        num_names = count_names(pattern)
     except ValueError:
         return f"`{pattern}` has unbalanced braces", "Write a range as {00000..00007}."
-    return _num_shards_problem(num_names)
+    return _num_shards_problem(num_names) or _length_problem(num_names, pattern)
+
+
+def count_names(pattern: str) -> int:
+    """Names of a pattern whose ranges are not too wide; of too many, some that are too many.
+
+    Raises:
+        ValueError: unbalanced braces.
+    """
+    return sum(1 for _ in islice(braceexpand(pattern), MAX_SHARDS + 1))
 
 
 def shards_problem(pattern: str) -> Found:
@@ -82,14 +93,14 @@ def remote_problem(pattern: str) -> Found:
     if found is not None:
         return found
     try:
-        urls = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
-        parts = [urlsplit(url) for url in urls]
+        num_names = count_names(pattern)
+        too_many = _num_shards_problem(num_names) or _length_problem(num_names, pattern)
+        addresses = [] if too_many else [(url, urlsplit(url)) for url in expand_remote(pattern)]
     except ValueError as error:
         return f"`{pattern}` is no pattern of addresses: {error}", "Write a range as {00000..00007}, and brackets only in a host's number."
-    too_many = _num_shards_problem(len(urls))
     if too_many is not None:
         return too_many
-    for url, part in zip(urls, parts, strict=True):
+    for url, part in addresses:
         if part.scheme not in ("s3", "http", "https") or not part.netloc or part.path in ("", "/") or any(c.isspace() for c in url):
             return f"`{url}` is no address of a shard", "Write s3://BUCKET/KEY.tar or https://HOST/PATH.tar."
         if part.scheme != "s3" and "*" in part.path:
@@ -99,6 +110,12 @@ def remote_problem(pattern: str) -> Found:
 
 def _num_shards_problem(num_shards: int) -> Found:
     return (f"names more than {MAX_SHARDS} shards", "Use fewer and larger shards.") if num_shards > MAX_SHARDS else None
+
+
+def _length_problem(num_names: int, pattern: str) -> Found:
+    if num_names * len(pattern) <= MAX_NAME_CHARACTERS:
+        return None
+    return f"names {num_names} shards at great length", f"Use shorter paths or fewer shards: {MAX_NAME_CHARACTERS} characters in all."
 
 
 def _files_problem(files: list[Path]) -> Found:
@@ -143,9 +160,11 @@ def expand_remote(pattern: str) -> Iterator[str]:
 
 def expand_folders(pattern: str) -> Iterator[str]:
     """For each name of a well-formed pattern: itself, or the folder from which its glob starts to look, without `..`."""
-    for name in braceexpand(pattern):
-        parts = Path(os.path.normpath(name)).parts
-        yield str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
+    for given in braceexpand(pattern):
+        name = os.path.normpath(given)
+        if glob.has_magic(name):
+            name = str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(name).parts)))
+        yield name
 
 
 def expand_shards(pattern: str) -> Iterator[Path]:

@@ -26,13 +26,18 @@ def wrap(command: list[str], parent: str | None = None) -> list[str]:
     return [sys.executable, "-I", "-S", str(Path(__file__).resolve()), parent or str(os.getpid()), *command]
 
 
+def die_with_parent(parent: int) -> None:
+    """From here on the kernel kills this process when its parent, whose process id is given, dies. It exits if that has happened."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        sys.exit(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent:
+        sys.exit("the parent died before the command started")  # before the promise was made, so no signal will come
+
+
 def main() -> None:
     parent = os.environ[LAUNCHER_VARIABLE] if sys.argv[1] == LAUNCHER else sys.argv[1]
     command = sys.argv[2:]
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        sys.exit(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != int(parent):
-        sys.exit("the parent died before the command started")  # before the promise was made, so no signal will come
+    die_with_parent(int(parent))
     os.execvpe(command[0], command, os.environ | {LAUNCHER_VARIABLE: str(os.getpid())})  # noqa: S606  (no shell is what we want)
 
 

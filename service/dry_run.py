@@ -13,9 +13,8 @@ from service.routes.dependencies import Services
 from service.store.session import reading
 from service.store.speeds import recorded_speeds
 from service.store.states import JobState
-from service.store.teachers import lock_teachers, teacher_jobs
+from service.store.teachers import lock_teachers_of, teacher_jobs
 from service.store.workers import complaint_about_queue, list_workers
-from service.submission import checked
 
 
 def dry_run(services: Services, spec: JobSpec) -> DryRunView:
@@ -26,10 +25,10 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         TeacherUnavailableError: a teacher can't be had.
     """
     settings = services.settings
-    resolved = checked(services, spec)
+    resolved = services.preparation.check(spec)
     locations = settings.locations if settings.check_files else None
     with reading(services.sessions) as session:
-        [teachers] = lock_teachers(session, [resolved])
+        teachers = lock_teachers_of(session, resolved)
         students = {field: job.spec["student"] for field, job in teacher_jobs(session=session, spec=resolved).items()}
         speeds = recorded_speeds(session=session, spec=resolved)
         workers = list_workers(session=session)

@@ -1,4 +1,4 @@
-"""Stores submissions and sends them to the workers: all that wait at once, in one transaction."""
+"""Stores submissions: all that wait at once, in one transaction."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.spec import JobSpec
 from service.batches import Batches
-from service.queue import JobQueue
 from service.store import jobs
 from service.store.idempotency import Keyed, find_submitted, remember_keys
-from service.store.jobs import QueuedJob
 from service.store.models import Job
 from service.store.session import OUT_OF_REACH
-from service.store.states import JobState
 
 
 @dataclass(frozen=True)
@@ -37,28 +34,26 @@ class Submitted(NamedTuple):
 
 
 class Intake:
-    """What a submission's way ends with, for a whole process."""
+    """Where all submissions of a process are stored."""
 
-    def __init__(self, sessions: sessionmaker[Session], queue: JobQueue, *, max_attempts: int) -> None:
+    def __init__(self, sessions: sessionmaker[Session], *, max_attempts: int) -> None:
         self._sessions = sessions
-        self._queue = queue
         self._max_attempts = max_attempts
-        self._batches = Batches(self._take_all)
+        self._batches = Batches(self._store_each)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any submission is being stored."""
+        return self._batches.is_busy
 
     async def take(self, submission: Submission) -> Submitted:
-        """Store the submission's job and send it, unless one was submitted under its key before.
+        """Store the submission's job, unless one was submitted under its key before.
 
         Raises:
             TeacherUnavailableError: a teacher can't be had.
             IdempotencyConflictError: the key was used for another spec.
         """
         return await self._batches.do(submission)
-
-    def _take_all(self, submissions: Sequence[Submission]) -> list[Submitted | Exception]:
-        results = self._store_each(submissions)
-        new = [one.job for one in results if isinstance(one, Submitted) and not one.is_replayed]
-        self._queue.send([QueuedJob(job.id, job.queue) for job in new if job.state is JobState.QUEUED])
-        return results
 
     def _store_each(self, submissions: Sequence[Submission]) -> list[Submitted | Exception]:
         """All in one transaction; where one of them can't be stored, each in its own."""
@@ -82,14 +77,12 @@ class Intake:
             found = find_submitted(session=session, submissions=keys)
             new = [one for one in submissions if one.keyed is None or one.keyed not in found]
             created = jobs.create_jobs(session=session, specs=[one.resolved for one in new], max_attempts=self._max_attempts)
-            keyed = [(one.keyed, job) for one, job in zip(new, created, strict=True) if one.keyed is not None]
-            remember_keys(session=session, submissions=keyed)
-        made = iter(created)
+            made = [(one.keyed, job) for one, job in zip(new, created, strict=True) if isinstance(job, Job)]
+            remember_keys(session=session, submissions=[(keyed, job) for keyed, job in made if keyed is not None])
+        of_new = iter(created)
         results: list[Submitted | Exception] = []
         for one in submissions:
             earlier = None if one.keyed is None else found.get(one.keyed)
-            if isinstance(earlier, Exception):
-                results.append(earlier)
-            else:
-                results.append(Submitted(next(made), is_replayed=False) if earlier is None else Submitted(earlier, is_replayed=True))
+            result = next(of_new) if earlier is None else earlier
+            results.append(Submitted(result, is_replayed=earlier is not None) if isinstance(result, Job) else result)
         return results

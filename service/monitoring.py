@@ -1,7 +1,8 @@
-"""What `/metrics` tells Prometheus: jobs as the database has them, and how long this process takes to answer."""
+"""What `/metrics` tells Prometheus: jobs as the database has them, and how long this API takes to answer."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +28,20 @@ GPU_METRICS: dict[str, tuple[str, Callable[[GpuReading], float | None]]] = {
     "cliprd_gpu_temperature_celsius": ("Temperature of the GPU.", lambda gpu: gpu.temperature_celsius),
 }
 _JOB_PATH = re.compile(r"/jobs/([0-9a-z-]{8,64})(?:/|$)")
+
+
+SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""prometheus_client's: where it is set, the processes of one API keep their measurements in files of this folder, for each to tell all."""
+
+
+def make_registry(sessions: sessionmaker[Session]) -> CollectorRegistry:
+    """What `/metrics` tells beside the measurements that are registered with it."""
+    registry = CollectorRegistry()
+    registry.register(JobCollector(sessions))
+    registry.register(WorkerCollector(sessions))
+    if SHARED_FOLDER_VARIABLE in os.environ:
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # it registers itself
+    return registry
 
 
 class DatabaseCollector(Collector):
@@ -95,7 +111,7 @@ class RequestMonitor:
             "Seconds from a request to the end of its answer.",
             labelnames=["method", "route", "status"],
             buckets=BUCKETS_SECONDS,
-            registry=registry,
+            registry=None if SHARED_FOLDER_VARIABLE in os.environ else registry,  # else each process would tell its own besides
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ def at_most_num_pairs(source: DataSource) -> int | None:
     return min(known, default=None)
 
 
-def known_num_pairs(spec: JobSpec) -> int | None:
+def known_num_pairs(spec: JobSpec, *, count: Callable[[DataSource], int | None] = at_most_num_pairs) -> int | None:
     """The training pairs of a resolved spec, at most: unreadable ones are among them. None: unknown without much reading."""
-    counts = [at_most_num_pairs(source) for source in spec.data.train]
+    counts = [count(source) for source in spec.data.train]
     return None if None in counts else sum(count for count in counts if count is not None)
 
 

@@ -72,6 +72,13 @@ class Settings(EnvironmentSettings):
     metrics_need_key: bool = Field(
         default=True, description="Whether `/metrics` needs an API key like all routes; false: anyone who reaches the service may read it."
     )
+    api_processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that answer requests on the one port (`python -m service`). One uses one core. Only with PostgreSQL"
+        " more are faster; each has database connections and event streams of its own.",
+    )
     migrate_on_start: bool = Field(default=True, description="Bring the database to the newest schema when the API starts.")
     max_body_bytes: int = Field(default=1_000_000, ge=1_000, description="A longer request body is refused (413).")
     max_header_bytes: int = Field(default=32_768, ge=4_096, description="A longer URL with header fields is refused (431).")

@@ -6,6 +6,7 @@ It needs pydantic, braceexpand and the standard library. All problems are collec
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,18 +18,24 @@ from cliprd_core.evaluation_spec import EvaluationSet
 from cliprd_core.locations import ForbiddenLocationError, Locations, ServiceFileError
 from cliprd_core.spec import DataSource, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
 from service import data_files, model_names
+from service.looks import Looks
 from service.model_config_check import model_config_problems
-from service.pair_counts import known_num_pairs, num_steps_of
+from service.pair_counts import at_most_num_pairs, known_num_pairs, num_steps_of
 from service.problems import FieldProblem, SpecError
 from service.spec_parts import SpecPart, valid_parts
 
 MAX_CONFIG_DEPTH = 16
 MAX_PATH_DEPTH = 64
+MAX_NAMES = 200_000
+"""Shards that all patterns of a spec name together: each is looked at, while the submission waits."""
 
+Place = TypeVar("Place")
 ModelSpec = TypeVar("ModelSpec", StudentSpec, TeacherSpec)
 
 
-def check_spec(spec: JobSpec, *, data_root: Path, locations: Locations | None = None, check_files: bool = True) -> JobSpec:
+def check_spec(
+    spec: JobSpec, *, data_root: Path, locations: Locations | None = None, check_files: bool = True, looks: Looks | None = None
+) -> JobSpec:
     """The resolved spec: relative paths made absolute from `data_root`, so that a worker can take them as they are.
 
     Args:
@@ -36,11 +43,12 @@ def check_spec(spec: JobSpec, *, data_root: Path, locations: Locations | None = 
         data_root: where its relative paths start.
         locations: where its data and checkpoints may lie. Left out: anywhere.
         check_files: False where this machine doesn't see the files; names and numbers are checked all the same.
+        looks: shared by specs that are checked at one time. Left out: its own.
 
     Raises:
         SpecError: with every problem that was found.
     """
-    check = _Check(data_root.absolute(), locations or Locations(), check_files)
+    check = _Check(data_root.absolute(), locations or Locations(), check_files, looks)
     resolved = check.resolve(spec)
     if check.problems:
         raise SpecError(check.problems)
@@ -73,14 +81,18 @@ def check_values(spec: JobSpec) -> None:
 class _Check:
     """Walks a spec once: makes its paths absolute and collects problems on the way."""
 
-    def __init__(self, data_root: Path, locations: Locations, check_files: bool) -> None:
+    def __init__(self, data_root: Path, locations: Locations, check_files: bool, looks: Looks | None = None) -> None:
         self.data_root = data_root
         self.locations = locations
         self.check_files = check_files
+        self.look = looks or Looks()
         self.problems: list[FieldProblem] = []
+        self._num_names = 0
 
     def values(self, spec: JobSpec) -> None:
-        self._check_values("", spec.model_dump(exclude={"student": {"config"}, "teacher": {"config"}, "teachers": {"__all__": {"config"}}}))
+        dumped = spec.model_dump(exclude={"student": {"config"}, "teacher": {"config"}, "teachers": {"__all__": {"config"}}})
+        if not _is_plain(dumped):
+            self._check_values("", dumped)
         self._check_values("student.config", spec.student.config)
         for field, teacher in spec.teacher_fields.items():
             self._check_values(f"{field}.config", teacher.config)
@@ -129,7 +141,7 @@ class _Check:
         return resolved
 
     def _absolute(self, path: str) -> str:
-        return os.path.normpath(self.data_root / path)
+        return os.path.normpath(os.path.join(self.data_root, path))  # noqa: PTH118  a tenth of a Path's time
 
     def _check_values(self, path: str, value: Any) -> None:
         """Refuse what neither JSON nor the database can hold, wherever it is in the spec."""
@@ -177,14 +189,11 @@ class _Check:
     def _source(self, field: str, source: DataSource) -> DataSource:
         if isinstance(source, WebDatasetSource):
             if source.is_remote:
-                found = data_files.remote_problem(source.shards) or location_problem(
-                    self.locations.check_url, data_files.expand_remote(source.shards)
-                )
-                if found is not None:
-                    self._add(f"{field}.shards", *found)
+                self._add_shards(f"{field}.shards", source.shards, data_files.remote_problem, _remote_problem)
                 return source
             shards = source.model_copy(update={"shards": self._absolute(source.shards)})
-            self._add_shards(f"{field}.shards", shards.shards)
+            look = _local_problem if self.check_files else _local_place_problem
+            self._add_shards(f"{field}.shards", shards.shards, data_files.pattern_problem, look)
             return shards
         image_root = None if source.image_root is None else self._absolute(source.image_root)
         table = source.model_copy(update={"path": self._absolute(source.path), "image_root": image_root})
@@ -192,7 +201,7 @@ class _Check:
         if image_root is not None:
             is_allowed &= self._is_allowed(f"{field}.image_root", [image_root])
         if self.check_files and is_allowed:
-            self.problems += data_files.table_problems(field, table)
+            self.problems += self.look(data_files.table_problems, field, table)
         return table
 
     def _evaluation_sets(self, kind: str, sets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
@@ -200,16 +209,19 @@ class _Check:
 
     def _evaluation_set(self, field: str, one: EvaluationSet) -> EvaluationSet:
         resolved = one.model_copy(update={"path": self._absolute(one.path)})
-        if self._is_allowed(f"{field}.path", data_files.evaluation_files(resolved)) and self.check_files:
+        found = self.look(_evaluation_problem, self.locations, resolved)
+        if found is not None:
+            self._add(f"{field}.path", *found)
+        elif self.check_files:
             _, kind, _ = field.split(".")
-            self.problems += data_files.evaluation_problems(field, kind, resolved)
+            self.problems += self.look(data_files.evaluation_problems, field, kind, resolved)
         return resolved
 
     def _check_num_steps(self, spec: JobSpec) -> None:
         """Batch and warm-up against the number of pairs, as far as that is known without reading the data."""
         if not self.check_files or self.problems:
             return
-        num_pairs = known_num_pairs(spec)
+        num_pairs = known_num_pairs(spec, count=lambda source: self.look(at_most_num_pairs, source))
         if num_pairs is None:
             return
         training = spec.training
@@ -234,38 +246,74 @@ class _Check:
     def _add_files(self, field: str, look: data_files.Look, path: str, files: Iterable[str] = ()) -> None:
         """What `look` finds, if `path`, and the `files` it stands for, lie where they may."""
         is_allowed = self._is_allowed(field, itertools.chain([path], files))
-        found = look(path) if is_allowed and self.check_files else None
+        found = self.look(look, path) if is_allowed and self.check_files else None
         if found is not None:
             self._add(field, *found)
 
-    def _add_shards(self, field: str, pattern: str) -> None:
-        """The folders in which globs look are checked first, so that none looks where it may not; then what was found."""
-        found = data_files.pattern_problem(pattern) or location_problem(self.locations.check_path, data_files.expand_folders(pattern))
-        if found is None and self.check_files:
-            with suppress(FileNotFoundError):
-                found = location_problem(self.locations.check_path, data_files.expand_shards(pattern))  # before a look at any of them
-            found = found or data_files.shards_problem(pattern)
+    def _add_shards(self, field: str, pattern: str, check: data_files.Look, look: Callable[[Locations, str], data_files.Found]) -> None:
+        """What `check` finds wrong with a pattern itself, or `look` with what it names."""
+        found = self.look(check, pattern)
+        if found is None:
+            self._num_names += self.look(data_files.count_names, pattern)
+            if self._num_names > MAX_NAMES:
+                found = f"makes the spec's shards more than {MAX_NAMES}", "Use fewer and larger shards, or `*` in place of braces."
+        found = found or self.look(look, self.locations, pattern)
         if found is not None:
             self._add(field, *found)
 
     def _is_allowed(self, field: str, paths: Iterable[str]) -> bool:
-        found = location_problem(self.locations.check_path, paths)
+        found = self.look(_paths_problem, self.locations, tuple(paths))
         if found is not None:
             self._add(field, *found)
         return found is None
 
 
-def location_problem(check: Callable[[str], None], places: Iterable[str | Path]) -> data_files.Found:
+def _paths_problem(locations: Locations, paths: Sequence[str]) -> data_files.Found:
+    return location_problem(locations.check_paths, [paths])
+
+
+def _evaluation_problem(locations: Locations, one: EvaluationSet) -> data_files.Found:
+    return location_problem(locations.check_paths, [data_files.evaluation_files(one)])
+
+
+def _local_place_problem(locations: Locations, pattern: str) -> data_files.Found:
+    """The folders in which globs look, and what is named without any, must lie where jobs may read."""
+    return location_problem(locations.check_paths, [data_files.expand_folders(pattern)])
+
+
+def _local_problem(locations: Locations, pattern: str) -> data_files.Found:
+    """So must what is found, before a look at any of it."""
+    found = _local_place_problem(locations, pattern)
+    if found is None:
+        with suppress(FileNotFoundError):
+            found = location_problem(locations.check_paths, [map(str, data_files.expand_shards(pattern))])
+    return found or data_files.shards_problem(pattern)
+
+
+def _remote_problem(locations: Locations, pattern: str) -> data_files.Found:
+    return location_problem(locations.check_url, data_files.expand_remote(pattern))
+
+
+def location_problem(check: Callable[[Place], None], places: Iterable[Place]) -> data_files.Found:
     """The first of the places that jobs may not read from."""
     for place in places:
         try:
-            check(str(place))
+            check(place)
         except ServiceFileError as error:
             remedy = 'Keep data elsewhere; a trained model is named by {"job": ID} or {"artifact": ID}.'
             return str(error), remedy
         except ForbiddenLocationError as error:
             return str(error), "Move the data there, or ask the service's operator to allow it (CLIPRD_DATA_ROOTS, CLIPRD_REMOTE_HOSTS)."
     return None
+
+
+def _is_plain(dumped: Mapping[str, Any]) -> bool:
+    """Whether nothing in a spec without configs, which is nowhere deep, can be amiss: seen in its JSON, in a tenth of a walk's time."""
+    try:
+        text = json.dumps(dumped, allow_nan=False)
+    except ValueError:
+        return False
+    return "\\u" not in text and text.count("/") <= MAX_PATH_DEPTH
 
 
 def _is_unicode(text: str) -> bool:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, MetricsRecord, Progress, ResultRecord
 from cliprd_core.spec import JobSpec
+from service.queue import JobQueue
 from service.store import jobs
 from service.store.models import Job
 from service.store.session import reading
@@ -117,7 +118,12 @@ def report(
 def sent_jobs(monkeypatch: pytest.MonkeyPatch) -> list[jobs.QueuedJob]:
     """What the API sends from now on, in place of sending it."""
     sent: list[jobs.QueuedJob] = []
-    monkeypatch.setattr("service.queue.JobQueue.send", lambda _, queued: sent.extend(queued))
+
+    def send(_: JobQueue, queued: Sequence[jobs.QueuedJob]) -> bool:
+        sent.extend(queued)
+        return True
+
+    monkeypatch.setattr(JobQueue, "send", send)
     return sent
 
 

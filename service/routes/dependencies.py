@@ -12,6 +12,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.intake import Intake
+from service.messages import Messages
+from service.preparation import Preparation
 from service.queue import JobQueue
 from service.settings import Settings
 from service.store.blobs import Blobs
@@ -30,7 +32,9 @@ class Services:
     sessions: sessionmaker[Session]
     blobs: Blobs
     queue: JobQueue
+    preparation: Preparation
     intake: Intake
+    messages: Messages
     streams: Streams
     registry: CollectorRegistry
     """What `/metrics` tells."""

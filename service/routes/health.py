@@ -56,7 +56,7 @@ def readyz(services: ServicesOf) -> Health:
     responses={200: {"description": "Prometheus' text format", "content": {"text/plain": {}}}, **problem_responses(500, 503)},
 )
 def prometheus_metrics(services: ServicesOf) -> Response:
-    """Jobs by state and queue, age of queues, attempts and lost ones, speed of running jobs, seconds of this process's answers."""
+    """Jobs by state and queue, age of queues, attempts and lost ones, speed of running jobs, seconds of this API's answers."""
     return Response(generate_latest(services.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -16,7 +16,7 @@ from service.store.events import EventKind, record_event
 from service.store.models import Artifact, DeletedJob, Job, JobLabel, JobTeacher
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.teachers import lock_teachers
+from service.store.teachers import lock_teachers_of
 from service.store.transitions import QueuedJob, move, settle_dependents, waits_for_a_teacher
 from service.store.unneeded_blobs import note_unneeded
 
@@ -123,7 +123,7 @@ def retry_job(*, session: Session, job_id: str) -> Changed:
         spec = JobSpec.model_validate(before.spec)
     except ValidationError as error:
         raise JobConflictError(job_id, "has a spec that this version does not take any more; submit a new one") from error
-    [teachers] = lock_teachers(session, [spec])
+    teachers = lock_teachers_of(session, spec)
     job = _lock(session, job_id)
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise JobConflictError(job_id, f"is {job.state}; only a failed or cancelled job can be tried again")

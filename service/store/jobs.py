@@ -103,34 +103,46 @@ __all__ = [
 
 
 def create_job(*, session: Session, spec: JobSpec, max_attempts: int = DEFAULT_MAX_ATTEMPTS) -> Job:
-    """Store a job, as `create_jobs` does."""
-    return create_jobs(session=session, specs=[spec], max_attempts=max_attempts)[0]
-
-
-def create_jobs(*, session: Session, specs: Sequence[JobSpec], max_attempts: int = DEFAULT_MAX_ATTEMPTS) -> list[Job]:
-    """Store a job for each spec: `queued`, or `waiting` if a teacher is a job that hasn't finished.
-
-    `specs` are resolved: the worker takes their paths as they are.
+    """Store a job, as `create_jobs` does.
 
     Raises:
-        TeacherUnavailableError: a teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
+        TeacherUnavailableError: a teacher can't be had.
+    """
+    [job] = create_jobs(session=session, specs=[spec], max_attempts=max_attempts)
+    if isinstance(job, TeacherUnavailableError):
+        raise job
+    return job
+
+
+def create_jobs(
+    *, session: Session, specs: Sequence[JobSpec], max_attempts: int = DEFAULT_MAX_ATTEMPTS
+) -> list[Job | TeacherUnavailableError]:
+    """Store a job for each spec: `queued`, or `waiting` if a teacher is a job that hasn't finished; none for one whose teacher's job or
+    artifact doesn't exist, or failed, or was cancelled, or is no model.
+
+    `specs` are resolved: the worker takes their paths as they are.
     """
     if not specs:
         return []
     teachers = lock_teachers(session, specs)
     now = database_now(session)
-    jobs = [_new_job(spec, of_job, max_attempts, now) for spec, of_job in zip(specs, teachers, strict=True)]
+    results: list[Job | TeacherUnavailableError] = [
+        of_job if isinstance(of_job, TeacherUnavailableError) else _new_job(spec, of_job, max_attempts, now)
+        for spec, of_job in zip(specs, teachers, strict=True)
+    ]
+    jobs = [job for job in results if isinstance(job, Job)]
     session.add_all(jobs)
     session.flush()
     labels = [{"job_id": job.id, "key": key, "value": value} for job in jobs for key, value in job.labels.items()]
     if labels:
         session.execute(insert(JobLabel), labels)
-    of_jobs = [{"job_id": job.id, "teacher_job_id": one.id} for job, of_job in zip(jobs, teachers, strict=True) for one in of_job]
+    had = [of_job for of_job in teachers if not isinstance(of_job, TeacherUnavailableError)]
+    of_jobs = [{"job_id": job.id, "teacher_job_id": one.id} for job, of_job in zip(jobs, had, strict=True) for one in of_job]
     if of_jobs:
         session.execute(insert(JobTeacher), of_jobs)
     kinds = [(job, kind) for job in jobs for kind in (EventKind.CREATED, EventKind(job.state.value))]
     record_events(session, [NewEvent(job, kind) for job, kind in kinds], now=now)
-    return jobs
+    return results
 
 
 def _new_job(spec: JobSpec, teachers: Sequence[Job], max_attempts: int, now: datetime) -> Job:
@@ -145,6 +157,7 @@ def _new_job(spec: JobSpec, teachers: Sequence[Job], max_attempts: int, now: dat
         priority=spec.resources.priority,
         attempt=0,
         num_releases=0,
+        num_lost=0,  # as what has a default in the database would be read back, which takes longer than the insert
         max_attempts=max_attempts,
         created_at=now,
         queued_at=None if waits else now,

@@ -13,40 +13,55 @@ from service.store.models import Artifact, ArtifactKind, Job
 from service.store.states import JobState
 
 
-def lock_teachers(session: Session, specs: Sequence[JobSpec]) -> list[list[Job]]:
-    """Of each spec the jobs whose results are teachers, locked so that they can't finish or be deleted between our look and our insert.
-
-    Raises:
-        TeacherUnavailableError: a teacher's job or artifact doesn't exist, or failed, or was cancelled, or is no model.
-    """
+def lock_teachers(session: Session, specs: Sequence[JobSpec]) -> list[list[Job] | TeacherUnavailableError]:
+    """Of each spec the jobs whose results are teachers, locked so that they can't finish or be deleted between our look and our insert; or
+    why a teacher can't be had: its job or artifact doesn't exist, or failed, or was cancelled, or is no model."""
     fields_of_specs = [_fields_of_jobs(session, spec) for spec in specs]
-    job_ids = {job_id for fields_of_jobs in fields_of_specs for job_id in fields_of_jobs}
+    job_ids = {job_id for one in fields_of_specs if isinstance(one, dict) for job_id in one}
     if not job_ids:
-        return [[] for _ in specs]
+        return [one if isinstance(one, TeacherUnavailableError) else [] for one in fields_of_specs]
     # In the order of their ids, as everyone locks several jobs.
     query = select(Job).where(Job.id.in_(job_ids)).order_by(Job.id).with_for_update()
     locked = {job.id: job for job in session.scalars(query.execution_options(populate_existing=True))}
-    return [[_available(locked, job_id, field) for job_id, field in one.items()] for one in fields_of_specs]
+    return [one if isinstance(one, TeacherUnavailableError) else _available(locked, one) for one in fields_of_specs]
 
 
-def _fields_of_jobs(session: Session, spec: JobSpec) -> dict[str, str]:
+def lock_teachers_of(session: Session, spec: JobSpec) -> list[Job]:
+    """As `lock_teachers`, of one spec.
+
+    Raises:
+        TeacherUnavailableError: a teacher can't be had.
+    """
+    [teachers] = lock_teachers(session, [spec])
+    if isinstance(teachers, TeacherUnavailableError):
+        raise teachers
+    return teachers
+
+
+def _fields_of_jobs(session: Session, spec: JobSpec) -> dict[str, str] | TeacherUnavailableError:
     """By the id of each job whose result is a teacher, the spec's field that names it."""
     found: dict[str, str] = {}
-    for field, teacher in spec.teacher_fields.items():
-        if teacher.artifact is not None:
-            found.setdefault(_job_of_artifact(session, f"{field}.artifact", teacher.artifact), f"{field}.artifact")
-        elif teacher.job is not None:
-            found.setdefault(teacher.job, f"{field}.job")
+    try:
+        for field, teacher in spec.teacher_fields.items():
+            if teacher.artifact is not None:
+                found.setdefault(_job_of_artifact(session, f"{field}.artifact", teacher.artifact), f"{field}.artifact")
+            elif teacher.job is not None:
+                found.setdefault(teacher.job, f"{field}.job")
+    except TeacherUnavailableError as error:
+        return error
     return found
 
 
-def _available(jobs: Mapping[str, Job], job_id: str, field: str) -> Job:
-    job = jobs.get(job_id)
-    if job is None:
-        raise TeacherUnavailableError(field, f"there is no job {job_id!r}")
-    if job.state in (JobState.FAILED, JobState.CANCELLED):
-        raise TeacherUnavailableError(field, f"job {job_id!r} ended as {job.state}, so it has no model to offer")
-    return job
+def _available(jobs: Mapping[str, Job], fields_of_jobs: Mapping[str, str]) -> list[Job] | TeacherUnavailableError:
+    found = []
+    for job_id, field in fields_of_jobs.items():
+        job = jobs.get(job_id)
+        if job is None:
+            return TeacherUnavailableError(field, f"there is no job {job_id!r}")
+        if job.state in (JobState.FAILED, JobState.CANCELLED):
+            return TeacherUnavailableError(field, f"job {job_id!r} ended as {job.state}, so it has no model to offer")
+        found.append(job)
+    return found
 
 
 def teacher_jobs(*, session: Session, spec: JobSpec) -> dict[str, Job]:

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
 from cliprd_core.spec import JobSpec
 from service.intake import Intake, Submission, Submitted
-from service.queue import JobQueue
 from service.store import jobs
 from service.store.events import EventKind, list_events
 from service.store.idempotency import Keyed, digest
 from service.store.models import Job, WebhookDelivery
 from service.store.session import reading
 from service.store.states import JobState
-from tests.store_helpers import Sessions, create, distilled_spec, finish, sent_jobs, spec_dict
+from tests.store_helpers import FAILURE, Sessions, create, distilled_spec, finish, spec_dict
 from tests.store_helpers import claim as claim_job
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[jobs.QueuedJob]:
-    return sent_jobs(monkeypatch)
-
-
-@pytest.fixture
-def intake(sessions: Sessions) -> Iterator[Intake]:
-    queue = JobQueue("memory://", timeout_seconds=1)
-    yield Intake(sessions, queue, max_attempts=3)
-    queue.close()
+def intake(sessions: Sessions) -> Intake:
+    return Intake(sessions, max_attempts=3)
 
 
 def submission(key: str | None = None, spec: JobSpec | None = None) -> Submission:
@@ -45,12 +37,11 @@ def take_all(intake: Intake, submissions: Sequence[Submission]) -> list[Submitte
     return asyncio.run(all_at_once())
 
 
-def test_many_at_once_are_stored_whole_and_sent_once(intake: Intake, sessions: Sessions, sent: list[jobs.QueuedJob]) -> None:
+def test_many_at_once_are_stored_whole(intake: Intake, sessions: Sessions) -> None:
     specs = [JobSpec.model_validate(spec_dict(name=f"job {number}", labels={"number": f"{number}"})) for number in range(250)]
     results = take_all(intake, [submission(f"key-{spec.name}".replace(" ", "-"), spec) for spec in specs])
     made = [one.job for one in results if isinstance(one, Submitted) and not one.is_replayed]
     assert [job.name for job in made] == [spec.name for spec in specs], results[0]
-    assert sorted(sent) == sorted(jobs.QueuedJob(job.id, "default") for job in made)
     with reading(sessions) as session:
         for number in (0, 249):
             found = jobs.list_jobs(session=session, labels={"number": f"{number}"}).rows
@@ -61,7 +52,6 @@ def test_many_at_once_are_stored_whole_and_sent_once(intake: Intake, sessions: S
         assert session.query(WebhookDelivery).count() == 500
 
 
-@pytest.mark.usefixtures("sent")
 def test_one_key_with_its_spec_and_with_another_at_once(intake: Intake) -> None:
     [used] = take_all(intake, [submission("used")])
     other = JobSpec.model_validate(spec_dict(name="other"))
@@ -72,12 +62,11 @@ def test_one_key_with_its_spec_and_with_another_at_once(intake: Intake) -> None:
         assert [type(one) for one in results].count(jobs.IdempotencyConflictError) == 1
 
 
-def test_a_submission_that_is_refused_leaves_the_others_alone(intake: Intake, sessions: Sessions, sent: list[jobs.QueuedJob]) -> None:
+def test_a_submission_that_is_refused_leaves_the_others_alone(intake: Intake, sessions: Sessions) -> None:
     finished, unfinished = create(sessions), create(sessions)
     finish(sessions, claim_job(sessions, finished.id))
     [used] = take_all(intake, [submission("used")])
     assert isinstance(used, Submitted)
-    sent.clear()
     other = JobSpec.model_validate(spec_dict(name="other"))
     results = take_all(
         intake,
@@ -106,21 +95,32 @@ def test_a_submission_that_is_refused_leaves_the_others_alone(intake: Intake, se
         (JobState.QUEUED, False),
     ]
     new = [one.job.id for one in results if isinstance(one, Submitted) and not one.is_replayed and one.job.state is JobState.QUEUED]
-    assert [one.job_id for one in sent] == new
     assert len(new) == 3
     with reading(sessions) as session:
         assert session.query(Job).count() == 3 + 1 + len(new)
 
 
-def test_a_database_out_of_reach_refuses_all_that_wait(
-    intake: Intake, sessions: Sessions, sent: list[jobs.QueuedJob], monkeypatch: pytest.MonkeyPatch
+def test_those_refused_for_their_teacher_cost_the_others_no_transaction(
+    intake: Intake, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    failed = create(sessions)
+    finish(sessions, claim_job(sessions, failed.id), FAILURE)
+    calls = []
+    create_jobs = jobs.create_jobs
+    monkeypatch.setattr("service.store.jobs.create_jobs", lambda **given: calls.append(len(given["specs"])) or create_jobs(**given))
+    bad = [submission(None, distilled_spec(teacher)) for teacher in (failed.id, "00000000-none")]
+    results = take_all(intake, [submission("first"), submission("second"), *bad, submission("third")])
+    assert [type(one) for one in results] == [Submitted, Submitted, *[jobs.TeacherUnavailableError] * 2, Submitted]
+    assert sum(calls) == len(results)
+    assert len(calls) <= 3  # the first two come alone
+
+
+def test_a_database_out_of_reach_refuses_all_that_wait(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_reach(**_: object) -> None:
         raise OperationalError("", {}, OSError("gone"))
 
     with monkeypatch.context() as patched:
         patched.setattr("service.store.jobs.create_jobs", out_of_reach)
         assert [type(one) for one in take_all(intake, [submission("a"), submission("b")])] == [OperationalError] * 2
-    assert sent == []
     again = take_all(intake, [submission("a"), submission("b")])
     assert [isinstance(one, Submitted) and not one.is_replayed for one in again] == [True, True]

@@ -114,6 +114,8 @@ def test_a_pretrained_tag_is_left_alone_and_a_file_found(root: Path) -> None:
         ({"data": shards("https://host/a b.tar")}, "data.train.0.shards", "no address of a shard", "https://HOST"),
         ({"data": shards("http://host/{0..99999999}.tar")}, "data.train.0.shards", "at most 100000", "narrower"),
         ({"data": shards("{0..99999999999999999999}.tar")}, "data.train.0.shards", "at most 100000", "narrower"),
+        ({"data": shards("x" * 3000 + "{0..99999}.tar")}, "data.train.0.shards", "names 100000 shards at great length", "shorter"),
+        ({"data": shards("https://h/" + "x" * 3000 + "{0..99999}")}, "data.train.0.shards", "100000 shards at great length", "shorter"),
         ({"data": shards("train")}, "data.train.0.shards", "no readable file", "Check"),
         ({"data": shards("x" * 300)}, "data.train.0.shards", "missing", "Check"),
         ({"data": table(caption_column="titel")}, "data.train.0.caption_column", "no column `titel`", "`title`"),
@@ -300,3 +302,9 @@ def test_parts_are_checked_as_in_a_whole_spec(root: Path) -> None:
 @pytest.mark.parametrize("body", [{}, {"student": 1, "data": [], "evaluation": None}, {"data": {"train": {"type": "csv"}}}])
 def test_a_body_without_sound_parts_adds_no_problems(root: Path, body: dict[str, Any]) -> None:
     assert parts_problems(root, body) == {}
+
+
+def test_sources_name_no_more_shards_together_than_can_be_looked_at(root: Path) -> None:
+    many = {"type": "webdataset", "shards": "https://host/{00000..99999}.tar"}
+    found = problems(root, data={"train": [many, many, shards("train/*.tar")["train"][0]]})
+    assert found["data.train.2.shards"].problem == "makes the spec's shards more than 200000"

@@ -1,0 +1,100 @@
+"""One API of several processes: they share a port, tell of all measurements, and none outlives what started them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.process_group import free_port
+
+NUM_PROCESSES = 2
+TIMEOUT_SECONDS = 60.0
+
+
+@pytest.fixture
+def api(postgres_url: str, tmp_path: Path) -> Iterator[tuple[str, psutil.Process]]:
+    port = free_port()
+    environment = {
+        "CLIPRD_API_PROCESSES": str(NUM_PROCESSES),
+        "CLIPRD_DATABASE_URL": postgres_url,
+        "CLIPRD_BROKER_URL": "memory://",
+        "CLIPRD_ARTIFACTS_ROOT": str(tmp_path / "artifacts"),
+        "CLIPRD_PORT": str(port),
+    }
+    with subprocess.Popen([sys.executable, "-m", "service"], env={**os.environ, **environment}) as process:
+        url = f"http://127.0.0.1:{port}"
+        parent = psutil.Process(process.pid)
+        try:
+            wait_for(lambda: is_ready(url) and len(servers(parent)) == NUM_PROCESSES)
+            yield url, parent
+        finally:
+            process.terminate()
+            process.wait(TIMEOUT_SECONDS)
+
+
+def is_ready(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/readyz", trust_env=False).is_success
+    return False
+
+
+def servers(parent: psutil.Process) -> list[psutil.Process]:
+    """The processes that answer; Python's resource tracker is none of them."""
+    found = []
+    for child in parent.children():
+        with suppress(psutil.NoSuchProcess):  # a zombie, too
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def num_answers(url: str) -> int:
+    """Answers to /healthz, as one of the processes tells."""
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    found = re.findall(r'^cliprd_request_seconds_count\{[^}]*route="/healthz"[^}]*\} ([0-9.]+)$', text, flags=re.MULTILINE)
+    assert len(found) <= 1, "a series of each process"
+    return int(float(found[0])) if found else 0
+
+
+def test_each_tells_the_measurements_of_all(api: tuple[str, psutil.Process]) -> None:
+    url, _ = api
+    for _ in range(40):  # over connections of their own, which any process may take
+        assert httpx.get(f"{url}/healthz", trust_env=False).is_success
+    assert {num_answers(url) for _ in range(10)} == {40}
+
+
+def test_one_that_dies_is_replaced_and_its_measurements_stay(api: tuple[str, psutil.Process]) -> None:
+    url, parent = api
+    httpx.get(f"{url}/healthz", trust_env=False).raise_for_status()
+    killed = servers(parent)
+    for one in killed:
+        one.kill()
+    wait_for(lambda: len([one for one in servers(parent) if one not in killed]) == NUM_PROCESSES and is_ready(url))
+    assert num_answers(url) == 1
+
+
+def test_none_outlives_what_started_them(api: tuple[str, psutil.Process]) -> None:
+    _, parent = api
+    children = servers(parent)
+    parent.send_signal(signal.SIGKILL)
+    gone, alive = psutil.wait_procs(children, timeout=TIMEOUT_SECONDS)
+    assert len(gone) == NUM_PROCESSES
+    assert alive == []
