@@ -43,7 +43,10 @@ class WorkerSettings(EnvironmentSettings):
     shard_cache_bytes: int = Field(default=DEFAULT_SHARD_CACHE_BYTES, ge=1, description="Most that copies of remote shards take there.")
     queues: Annotated[tuple[str, ...], NoDecode] = Field(default=("default",), description="Queues to take jobs from; comma-separated.")
     lease_seconds: float = Field(
-        default=60.0, gt=0, le=LONGEST_LEASE_SECONDS, description="A worker silent for this long loses its job to another; 600 at most."
+        default=120.0,
+        gt=0,
+        le=LONGEST_LEASE_SECONDS,
+        description="A worker silent for this long loses its job to another; 600 at most. So long it trains on without its database.",
     )
     heartbeat_seconds: float = Field(default=10.0, gt=0, description="Pause between renewals of the lease.")
     grace_seconds: float = Field(default=25.0, gt=0, description="From SIGTERM to SIGKILL: the time a run has to save a checkpoint.")

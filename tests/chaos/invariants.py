@@ -51,8 +51,12 @@ def _check_files(lab: Lab, job_id: str) -> Faults:
 
 
 def check_never_twice(lab: Lab) -> Faults:
-    """No two runs of a job were ever seen training at once, and the job was claimed once for each attempt, after the one before ended."""
+    """Each submission made one job, no two runs of a job were ever seen training at once, and the job was claimed once for each attempt,
+    after the one before ended."""
     faults = [f"two runs trained at once for {overlap.last_seen - overlap.first_seen:.1f} s" for overlap in lab.watch.overlaps()]
+    made = [job.id for job in lab.client.jobs()]
+    if sorted(made) != sorted(lab.jobs):
+        faults.append(f"{len(lab.jobs)} jobs were submitted, and {len(made)} are there")
     for job_id in lab.jobs:
         faults += check_claims(list(lab.client.events(job_id)))
         attempts = len(lab.watch.cookies.get(job_id, []))

@@ -1,4 +1,4 @@
-"""The whole service as real processes: API, two workers, Redis, and PostgreSQL behind a proxy. Everything dies with this process."""
+"""The whole service as real processes: API, two workers, Redis, and PostgreSQL, both behind proxies. Everything dies with this process."""
 
 from __future__ import annotations
 
@@ -105,6 +105,7 @@ class Stack:
         self._cleanup = ExitStack()
         self.proxy = Proxy(postgres.socket, cut_probability=CUT_PROBABILITY, rng=rng)
         self.redis = RedisServer()
+        self.broker_proxy = Proxy(self.redis.port, cut_probability=CUT_PROBABILITY, rng=rng)
         self.port = choose_port(0)
         self.url = f"http://127.0.0.1:{self.port}"
         self.workers: list[Worker] = []
@@ -122,6 +123,7 @@ class Stack:
         self.database_url = cleanup.enter_context(self.postgres.database())
         cleanup.enter_context(self.proxy)
         cleanup.enter_context(self.redis)
+        cleanup.enter_context(self.broker_proxy)
         self.api = self._child("api", [sys.executable, "-m", "service"], API_GRACE_SECONDS + 2.0, self.environment())
         for number in (1, 2):
             runs = f"runs-{number}" if self._are_apart else "runs"
@@ -144,7 +146,7 @@ class Stack:
             **os.environ,
             **{MARK_VARIABLE: self.mark, "OMP_NUM_THREADS": "1", PACE_VARIABLE: str(STEP_SECONDS)},
             "CLIPRD_DATABASE_URL": database.render_as_string(hide_password=False),
-            "CLIPRD_BROKER_URL": self.redis.url,
+            "CLIPRD_BROKER_URL": f"redis://127.0.0.1:{self.broker_proxy.port}/0",
             "CLIPRD_PORT": str(self.port),
             "CLIPRD_ARTIFACTS_ROOT": str(self.home / "artifacts"),
             "CLIPRD_RUNS_ROOT": str(self.home / runs),

@@ -6,8 +6,11 @@ import signal
 
 from service.store.states import JobState
 from tests.chaos.lab import Lab
+from tests.chaos.proxy import Network
 from tests.chaos.scenario import scenario
 from tests.live import eventually
+
+NUM_JOBS = 3
 
 
 @scenario("redis-restarted-empty", "Redis killed and started again empty: two jobs train, and a third one's message is lost")
@@ -37,3 +40,15 @@ def redis_down(lab: Lab) -> str:
         assert lab.finish(job_id).attempt == 1
     eventually(lambda: lab.stack.is_ready() or None)
     return f"away for {lab.bench.outage_seconds:.0f} s"
+
+
+@scenario("broker-connections-cut", "connections to Redis break at random, before or after what was sent has arrived")
+def broker_connections_cut(lab: Lab) -> str:
+    lab.stack.broker_proxy.set(Network.CUTTING)
+    jobs = [lab.train() for _ in range(NUM_JOBS)]
+    lab.struck(jobs[0])
+    for job_id in jobs:
+        assert lab.finish(job_id).attempt == 1
+    lab.stack.broker_proxy.set(Network.WHOLE)
+    assert lab.stack.broker_proxy.num_cut > 0
+    return f"{lab.stack.broker_proxy.num_cut} connections broke"

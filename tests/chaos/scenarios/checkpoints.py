@@ -32,20 +32,20 @@ def flip_a_bit(file: Path) -> None:
 
 
 def damage_in_run_directory(lab: Lab, damage: Damage) -> None:
-    """Kill a job's worker once two checkpoints are there, and damage the newest before the other worker goes on in the same folder.
-
-    It goes on from the newest one's mirror if that was made, else from the one before.
-    """
+    """Kill a job's worker once two checkpoints are there, and damage the newest, and its mirror if that was made, before the other worker
+    goes on in the same folder: it goes on from the one before."""
     job_id = lab.train()
     lab.wait_for_step(job_id, SECOND_CHECKPOINT + 1)
     lab.holder(job_id).kill()
     lab.struck(job_id)
     eventually(lambda: not lab.ranks(job_id) or None)
     before, newest = complete_checkpoints(lab.run_dir(job_id))[-2:]
+    mirrors = lab.client.artifacts(job_id, ArtifactKind.CHECKPOINT)
+    for file in (stored_at(lab, mirror) for mirror in mirrors if (mirror.group, mirror.name) == (newest.name, DAMAGED_FILE)):
+        damage(file)
     damage(newest / DAMAGED_FILE)
-    is_mirrored = newest.name in {file.group for file in lab.client.artifacts(job_id, ArtifactKind.CHECKPOINT)}
     lab.finish(job_id)
-    assert_resumed_from(lab, job_id, step_of(newest if is_mirrored else before))
+    assert_resumed_from(lab, job_id, step_of(before))
 
 
 def damage_in_store(lab: Lab, damage: Damage) -> None:
@@ -79,12 +79,12 @@ def assert_resumed_from(lab: Lab, job_id: str, step: int) -> None:
     assert first == step + 1, f"attempt 2 began with step {first}, not after the checkpoint of step {step}, the newest that is intact"
 
 
-@scenario("checkpoint-truncated", "the newest checkpoint is cut in half after its worker was killed")
+@scenario("checkpoint-truncated", "the newest checkpoint and its mirror are cut in half after its worker was killed")
 def checkpoint_truncated(lab: Lab) -> None:
     damage_in_run_directory(lab, truncate)
 
 
-@scenario("checkpoint-bit-flipped", "a bit of the newest checkpoint flips after its worker was killed")
+@scenario("checkpoint-bit-flipped", "a bit of the newest checkpoint and of its mirror flips after its worker was killed")
 def checkpoint_bit_flipped(lab: Lab) -> None:
     damage_in_run_directory(lab, flip_a_bit)
 

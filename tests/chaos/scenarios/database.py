@@ -7,8 +7,10 @@ from tests.chaos.paced_trainer import PACE_VARIABLE
 from tests.chaos.proxy import Network
 from tests.chaos.scenario import scenario
 from tests.live import SHORT_LEASES, eventually
+from worker.settings import WorkerSettings
 
 FIRST_STEPS = 3
+MAX_OUTAGE_SECONDS = 60.0
 
 
 @scenario("postgres-restarted", "PostgreSQL restarted in good order while a job trains")
@@ -29,18 +31,29 @@ def restart(lab: Lab, mode: str) -> None:
 
 
 def train_through(bench: Bench) -> dict[str, str]:
-    """Settings for a lease and a run that outlast the outage."""
+    """The lease and heartbeat that workers have where nobody sets them, and a run that outlasts the outage."""
+    defaults = {name: WorkerSettings.model_fields[name].default for name in ("lease_seconds", "heartbeat_seconds")}
+    assert bench.outage_seconds <= MAX_OUTAGE_SECONDS, "a worker does not train on for longer without its database"
     return {
-        "CLIPRD_LEASE_SECONDS": str(bench.outage_seconds + 30),
+        **{f"CLIPRD_{name.upper()}": str(value) for name, value in defaults.items()},
         PACE_VARIABLE: str(bench.outage_seconds / (bench.num_steps - 2 * FIRST_STEPS)),
     }
 
 
-@scenario("postgres-unreachable", "PostgreSQL unreachable while a job trains on, for less than the lease lasts", settings=train_through)
+@scenario("postgres-unreachable", "PostgreSQL unreachable while a job trains on; leases as by default", settings=train_through)
 def postgres_unreachable(lab: Lab) -> str:
+    return train_without(lab, Network.REFUSING)
+
+
+@scenario("postgres-silent", "nothing arrives at PostgreSQL or from it while a job trains on, then late; likewise", settings=train_through)
+def postgres_silent(lab: Lab) -> str:
+    return train_without(lab, Network.SILENT)
+
+
+def train_without(lab: Lab, network: Network) -> str:
     job_id = lab.train()
     lab.wait_for_step(job_id, FIRST_STEPS)
-    lab.stack.proxy.set(Network.REFUSING)
+    lab.stack.proxy.set(network)
     before = len(lab.records(job_id))
     with lab.outage(job_id) as outage:
         outage.wait()
@@ -52,7 +65,7 @@ def postgres_unreachable(lab: Lab) -> str:
 
 
 @scenario("postgres-silent-past-lease", "nothing arrives at PostgreSQL or from it for longer than the lease lasts, then late")
-def postgres_silent(lab: Lab) -> str:
+def postgres_silent_past_lease(lab: Lab) -> str:
     job_id = lab.train_to_checkpoint()
     lab.stack.proxy.set(Network.SILENT)
     with lab.outage(job_id, 3 * float(SHORT_LEASES["CLIPRD_LEASE_SECONDS"])) as outage:

@@ -60,11 +60,17 @@ def fill_until_given_up(lab: Lab, folder: Path) -> None:
     assert ends[0].data["reason"] == "disk_full"
 
 
-@scenario("disk-full-at-checkpoint", "the disk of the run directories is full when a checkpoint is saved", around=small_disk("runs"))
+@scenario(
+    "disk-full-at-checkpoint",
+    "the disk of the run directories is full when a checkpoint is saved; then freed, and told to go on",
+    around=small_disk("runs"),
+)
 def disk_full_at_checkpoint(lab: Lab) -> None:
     fill_until_given_up(lab, lab.runs)
 
 
-@scenario("disk-full-at-upload", "the disk of the artifact store is full until the model is uploaded", around=small_disk("artifacts"))
+@scenario(
+    "disk-full-at-upload", "the disk of the artifact store is full until the model is uploaded; likewise", around=small_disk("artifacts")
+)
 def disk_full_at_upload(lab: Lab) -> None:
     fill_until_given_up(lab, lab.stack.home / "artifacts")
