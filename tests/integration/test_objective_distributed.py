@@ -179,7 +179,9 @@ def check_collectives(rank: int, num_processes: int, port: int) -> None:
 
     logs = torch.tensor([float(rank), -torch.inf, 1000.0 if rank == 0 else -torch.inf])
     expected = torch.logsumexp(torch.arange(num_processes, dtype=torch.float32), dim=0)
-    torch.testing.assert_close(distributed.all_reduce_logsumexp(logs), torch.tensor([expected, -torch.inf, 1000.0]))
+    largest, sums = distributed.all_reduce_exp_sum(logs, (logs > -torch.inf).float())
+    assert largest.tolist() == [num_processes - 1, -torch.inf, 1000.0]
+    torch.testing.assert_close(largest + sums.log(), torch.tensor([expected, -torch.inf, 1000.0]))
     assert distributed.gather_row_counts(rank + 3) == [3 + one for one in range(num_processes)]
     distributed.shutdown()
     assert distributed.world_size() == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from cliprd_core import losses
-from cliprd_core import objective as objective_module
+from cliprd_core import losses, objective_features
 from cliprd_core.objective import Objective, ObjectiveOutput
+from cliprd_core.objective_similarity import Similarity
 from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode
-from cliprd_core.objective_terms import Similarity
 from tests.unit import numpy_objective as oracle
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
@@ -305,7 +302,7 @@ def test_exponentiated_scales_are_kept_within_the_clamp() -> None:
     assert objective.image_scale is not None
     objective.cross_scale.data.fill_(7.0)
     objective.image_scale.data.fill_(-1.0)
-    objective(**make_features(5, 6, 6), student_logit_scale=torch.tensor(10.0))
+    objective.clamp_scales()
     assert {name: value.item() for name, value in objective.scales().items()} == pytest.approx(
         {"cross_scale": 100.0, "image_scale": 1.0, "text_scale": 1 / 0.07}
     )
@@ -550,6 +547,39 @@ def test_gd_shares_similarities_and_their_columns_sums(
     assert len(calls) == num_calls * 3  # three blocks of two rows
 
 
+class MatrixProducts(TorchDispatchMode):
+    """How many there were inside it."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_products"),
+    [
+        ({"vrd_kl": 1}, 4 + 1),  # V_I and V_T in two passes, and the gradient of s_I: V_T is a target
+        ({"vrd_kl": 1, "vrd_ce_image": 1}, 4 + 1),
+        ({"vrd_kl": 1, "vrd_ce_text": 1}, 4 + 2),
+        ({"vrd_ce_text": 1}, 2 + 1),
+        ({"hrd": 1}, 4 + 2),
+        ({"task": 1}, 2 + 2),
+        ({"icl": 1}, 4 + 2),
+        ({"xrd": 1}, 4 + 2),
+        ({}, 12 + 6),
+    ],
+)
+def test_only_what_a_term_teaches_has_gradient_products(weights: dict[str, float], num_products: int) -> None:
+    spec = ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | weights)) if weights else PAPER
+    objective = make_objective(spec, 4, 4, max_block_elements=6 * 2)
+    features, scale = make_features(6, 4, 4), torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    with MatrixProducts() as products:
+        objective(**features, student_logit_scale=scale).loss.backward()
+    assert products.num == num_products * 3  # three blocks of two rows
+
+
 @pytest.mark.parametrize(
     ("weights", "teacher_width", "num_gathers"),
     [
@@ -571,7 +601,7 @@ def test_only_what_active_terms_need_is_gathered(
     weights: dict[str, Any], teacher_width: int, num_gathers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gathered: list[Tensor] = []
-    monkeypatch.setattr(objective_module, "gather_with_grad", lambda x, _: gathered.append(x) or x)
+    monkeypatch.setattr(objective_features, "gather_with_grad", lambda x, _: gathered.append(x) or x)
     objective = make_objective(ObjectiveSpec(**(dict.fromkeys(TERMS, 0.0) | weights)), 4, teacher_width)
     objective(**make_features(6, 4, teacher_width), student_logit_scale=torch.tensor(10.0))
     assert len(gathered) == len({id(one) for one in gathered}) == num_gathers
@@ -599,55 +629,3 @@ def test_errors_name_the_field() -> None:
         objective(**(features | {"teacher_image_features": torch.zeros(5, 3)}), student_logit_scale=scale)
     with pytest.raises(ValueError, match="student_logit_scale"):
         objective(**features, student_logit_scale=torch.ones(2))
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of tensors made inside it that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-
-    def _free(self, num_bytes: int) -> None:
-        self.alive -= num_bytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor) or tensor.untyped_storage()._cdata in inputs:
-                continue
-            storage = tensor.untyped_storage()
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._free, storage.nbytes())
-        return result
-
-
-def peak_bytes(num_pairs: int, *, is_dense: bool, weights: ObjectiveSpec = PAPER) -> int:
-    features = make_features(num_pairs, 8, 8)
-    objective = make_objective(weights, 8, 8, max_block_elements=2**13)
-    scale = torch.tensor(10.0, dtype=torch.float64)
-    with PeakBytes() as measured:
-        if is_dense:
-            terms = dense_terms(objective, features, scale)
-            loss = sum((terms[name] for name in terms if name in TERMS), torch.zeros(()))
-        else:
-            loss = objective(**features, student_logit_scale=scale).loss
-        loss.backward()
-    return measured.peak
-
-
-def test_peak_memory_is_linear() -> None:
-    small, large = (peak_bytes(num_pairs, is_dense=False) for num_pairs in (300, 600))
-    assert large < 2.2 * small
-    assert large < 600 * 600 * 8 / 2, "not even half of one similarity matrix"
-    dense_small, dense_large = (peak_bytes(num_pairs, is_dense=True) for num_pairs in (300, 600))
-    assert dense_large > 3.5 * dense_small, "the measure sees quadratic growth where there is some"
-
-
-def test_peak_memory_is_linear_with_every_term() -> None:
-    weights = ObjectiveSpec(**dict.fromkeys(TERMS, 1.0))
-    small, large = (peak_bytes(num_pairs, is_dense=False, weights=weights) for num_pairs in (300, 600))
-    assert large < 2.2 * small
-    assert large < 600 * 600 * 8 / 2, "not even half of one similarity matrix"
