@@ -18,7 +18,7 @@ from cliprd_core.distributed import all_reduce_sum, gather_row_counts, rank, wor
 from cliprd_core.losses import compute_dtype, unit_rows
 from cliprd_core.objective_blocks import blocked_objective
 from cliprd_core.objective_features import GatherOnce, Side, StudentFeatures, TeacherFeatures, check_shapes, projected
-from cliprd_core.objective_spec import MAX_BLOCK_ELEMENTS, ObjectiveSpec, ScaleMode
+from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode, default_block_elements
 from cliprd_core.objective_terms import PARTS, Inputs, Settings, TeacherScales
 
 INITIAL_SCALE = math.log(1 / 0.07)
@@ -74,7 +74,7 @@ class Objective(nn.Module):
         teacher_width: int | None = None,
         teacher_logit_scale: float | None = None,
         normalise_teacher: Callable[[Tensor], Tensor] = unit_rows,
-        max_block_elements: int = MAX_BLOCK_ELEMENTS,
+        max_block_elements: int | None = None,
     ) -> None:
         """
         Args:
@@ -83,7 +83,8 @@ class Objective(nn.Module):
             teacher_width: D of the teacher's; needed by every term but `task`.
             teacher_logit_scale: σ_t, exponentiated; needed by hrd and gd, and by soft without a temperature.
             normalise_teacher: makes the rows that the terms meet of the teacher's features.
-            max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed.
+            max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed. None: as
+                `default_block_elements` says of device and batch.
 
         Raises:
             ValueError: a term is active without what it needs.
@@ -94,7 +95,7 @@ class Objective(nn.Module):
         for part, is_needed in (("hrd", weights.hrd), ("gd", weights.gd), ("soft", weights.soft and weights.soft_temperature is None)):
             if is_needed and teacher_logit_scale is None:
                 raise ValueError(f"`{part}` compares with the teacher's own logits: give `teacher_logit_scale`, or set its weight to 0")
-        if max_block_elements < 1:
+        if max_block_elements is not None and max_block_elements < 1:
             raise ValueError(f"`max_block_elements` must be at least 1, not {max_block_elements}")
         self.weights = weights
         self.student_width = student_width
@@ -158,7 +159,8 @@ class Objective(nn.Module):
         """Compute the objective of the global batch. A collective: every rank must call it, with its own pairs.
 
         Everything is computed in float32 (float64 if any features are), also under autocast, which is switched off here:
-        logits of up to 100 have errors of 0.4 in bfloat16. The result can be differentiated once.
+        logits of up to 100 have errors of 0.4 in bfloat16. TF32, which torch does not use by default, has 0.05; the trainer switches it
+        off (`precision.use_exact_products`). The result can be differentiated once.
 
         Args:
             student_image_features: (b, student_width), not normalised, any floating type; b may differ between ranks.
@@ -248,7 +250,7 @@ def combined_objective(
         student_logit_scale, gather = student.logit_scale.reshape(()).to(dtype), GatherOnce(row_counts)
         sides = [member.sides(student, own, teacher) for member, teacher in zip(members, teachers, strict=True)]
         inputs = [member.inputs(*both, student_logit_scale, gather) for member, both in zip(members, sides, strict=True)]
-        share, values = blocked_objective(_settings(members, row_counts), inputs)
+        share, values = blocked_objective(_settings(members, row_counts, student.image.device), inputs)
         if first.weights.mfd:
             pairs = zip(members, sides, strict=True)
             mfd = torch.stack([member.mfd(student.masked_image, images.teacher, sum(row_counts)) for member, (images, _) in pairs]).mean()
@@ -256,14 +258,17 @@ def combined_objective(
         return _output(first.weights, share * world_size(), all_reduce_sum(values))
 
 
-def _settings(members: Sequence[Objective], row_counts: list[int]) -> Settings:
+def _settings(members: Sequence[Objective], row_counts: list[int], device: torch.device) -> Settings:
+    max_block_elements = members[0].max_block_elements
+    if max_block_elements is None:
+        max_block_elements = default_block_elements(sum(row_counts), on_gpu=device.type == "cuda")
     return Settings(
         weights=members[0].weights.part_weights,
         teachers=tuple(member.teacher_scales() for member in members),
         first_row=sum(row_counts[: rank()]),
         num_rows=row_counts[rank()],
         num_columns=sum(row_counts),
-        max_block_elements=members[0].max_block_elements,
+        max_block_elements=max_block_elements,
     )
 
 

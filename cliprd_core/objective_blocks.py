@@ -29,10 +29,8 @@ from torch.autograd.function import once_differentiable
 from cliprd_core.distributed import all_reduce_exp_sum
 from cliprd_core.objective_gradients import add_gradient_distillation
 from cliprd_core.objective_similarity import Gradients, Similarities, Similarity
+from cliprd_core.objective_spec import MAX_KEPT_BLOCKS
 from cliprd_core.objective_terms import PARTS, Group, Inputs, Settings, Turn, active_groups, contrasts
-
-_MAX_KEPT_BLOCKS = 8
-"""Logits of a rank's only block are kept between the passes, unless those of all similarities would be more than so many whole blocks."""
 
 
 def blocked_objective(settings: Settings, teachers: Sequence[Inputs]) -> tuple[Tensor, Tensor]:
@@ -108,7 +106,7 @@ class _Pass:
         if not similarities:
             return
         num_elements = len(similarities) * self._settings.num_rows * self._settings.num_columns
-        keeps_block = len(blocks) == 1 and num_elements <= _MAX_KEPT_BLOCKS * self._settings.max_block_elements
+        keeps_block = len(blocks) == 1 and num_elements <= MAX_KEPT_BLOCKS * self._settings.max_block_elements
         local = [similarity.local_column_sums(blocks, keeps_block=keeps_block) for similarity in similarities]
         largest_SB, total_SB = all_reduce_exp_sum(*(torch.stack(one) for one in zip(*local, strict=True)))
         for similarity, largest_B, log_sum_B in zip(similarities, largest_SB, total_SB.log_(), strict=True):

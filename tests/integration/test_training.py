@@ -326,6 +326,18 @@ def test_plain_clip_without_a_teacher_and_gradient_clipping(inputs: Inputs, tmp_
     assert records[0].values["train/learning_rate"] == 1e-3
 
 
+def test_fp32_is_fp32_though_tf32_was_allowed(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 allows it at torch's start."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert run_here(tmp_path / "run", inputs.spec(training={"epochs": 1})) == 0
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" in caplog.text
+
+
 @pytest.mark.parametrize("num_teachers", [1, 2])
 def test_records_and_checkpoints_hold_the_scales_that_the_next_step_uses(inputs: Inputs, tmp_path: Path, num_teachers: int) -> None:
     """At this learning rate exponentiated scales leave CLIP's bounds within a few steps."""
