@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -172,6 +173,23 @@ def test_equals_dense(active: set[str], teacher_width: int, max_block_elements: 
 
 weight = st.sampled_from([0.0, 0.25, 1.0, 30.0])
 
+HARD_ROWS = ("zero", "duplicate", "identical")
+
+
+@st.composite
+def hard_rows(draw: st.DrawFn, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mostly `rows` themselves; else some are zero, or two are equal, or all are."""
+    rows = rows.copy()
+    kind = draw(st.sampled_from([None, None, *HARD_ROWS]))
+    first, second = (draw(st.integers(0, len(rows) - 1)) for _ in range(2))
+    if kind == "zero":
+        rows[[first, second]] = 0
+    elif kind == "duplicate":
+        rows[first] = rows[second]
+    elif kind == "identical":
+        rows[:] = rows[0]
+    return rows
+
 
 Problem = tuple[oracle.Variables, oracle.Teacher, dict[str, float], int]
 
@@ -196,12 +214,15 @@ def problems(draw: st.DrawFn) -> Problem:
     if variables.exponentiated:  # inside the clamp, also when moved a little
         variables = replace(variables, **{name: draw(st.floats(0.1, 4.5)) for name in ("cross_scale", "image_scale", "text_scale")})
     variables.student_masked_image = generator.normal(size=(num_pairs, student_width))
+    variables = replace(variables, **{name: draw(hard_rows(getattr(variables, name))) for name in STUDENT_FEATURES})
+    teacher = [draw(hard_rows(rows)) for rows in generator.normal(size=(2, num_pairs, teacher_width))]
+    if draw(st.sampled_from([False, False, False, True])):  # opposite
+        variables.student_text, teacher[1] = -variables.student_image, -teacher[0]
     weights = draw(st.fixed_dictionaries(dict.fromkeys(TERMS, weight)).filter(lambda drawn: any(drawn.values())))
     weights |= {"mfd": draw(weight)}
     if draw(st.booleans()):
         weights |= {part: draw(weight) for part in VERTICAL}
         weights["task"] = 1.0  # so that something is left where the parts are all 0
-    teacher = generator.normal(size=(2, num_pairs, teacher_width))
     temperature = draw(st.none() | st.floats(0.01, 2.0))
     return variables, oracle.Teacher(*teacher, draw(st.floats(1.0, 100.0)), temperature), weights, draw(st.integers(1, 60))
 
@@ -214,6 +235,7 @@ def run_problem(
     *,
     rows: slice = slice(None),
     row_counts: list[int] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[ObjectiveOutput, dict[str, Tensor]]:
     """Ours of this rank's rows, with the gradient for each of the oracle's variables that has one."""
     objective = Objective(
@@ -228,14 +250,14 @@ def run_problem(
     learned = {name.removesuffix(".weight").replace(".", "_"): parameter for name, parameter in objective.named_parameters()}
     for name, parameter in learned.items():
         parameter.data.copy_(torch.as_tensor(getattr(variables, name), dtype=torch.float64))
-    student = {name: torch.from_numpy(getattr(variables, name)[rows]).clone().requires_grad_() for name in STUDENT_FEATURES}
+    student = {name: torch.from_numpy(getattr(variables, name)[rows]).to(dtype, copy=True).requires_grad_() for name in STUDENT_FEATURES}
     log_scale = torch.tensor(variables.log_student_logit_scale, dtype=torch.float64, requires_grad=True)
     output = objective(
         student_image_features=student["student_image"],
         student_text_features=student["student_text"],
         student_logit_scale=log_scale.exp(),
-        teacher_image_features=torch.from_numpy(teacher.image[rows]),
-        teacher_text_features=torch.from_numpy(teacher.text[rows]),
+        teacher_image_features=torch.from_numpy(teacher.image[rows]).to(dtype),
+        teacher_text_features=torch.from_numpy(teacher.text[rows]).to(dtype),
         student_masked_image_features=student["student_masked_image"],
         row_counts=row_counts,
     )
@@ -244,7 +266,7 @@ def run_problem(
     return output, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(problems())
 def test_equals_numpy(problem: Problem) -> None:
     """Values, and the derivative along a random direction by central differences."""
@@ -257,8 +279,12 @@ def test_equals_numpy(problem: Problem) -> None:
         assert value.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-10)
 
     generator = np.random.default_rng(0)
-    size = {"student_image": np.abs(variables.student_image).mean()}
+    size = {name: np.abs(getattr(variables, name)).mean() for name in STUDENT_FEATURES}
     direction = {name: generator.normal(size=grad.shape) * size.get(name, 1.0) for name, grad in found.items()}
+    for name in direction.keys() & set(STUDENT_FEATURES):
+        is_zero = ~getattr(variables, name).any(axis=1)  # such a row has no direction, and a gradient of zero
+        direction[name][is_zero] = 0
+        assert not found[name][is_zero].any()
 
     def along(step: float) -> float:
         moved = replace(variables, **{name: getattr(variables, name) + step * one for name, one in direction.items()})
@@ -270,6 +296,27 @@ def test_equals_numpy(problem: Problem) -> None:
     numeric = (along(step) - along(-step)) / (2 * step)
     analytic = sum(float((grad.numpy() * direction[name]).sum()) for name, grad in found.items())
     assert analytic == pytest.approx(numeric, rel=1e-4, abs=1e-5 * (1 + abs(output.total.item())))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problems(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_features_of_any_precision_have_the_values_of_numpy(problem: Problem, dtype: torch.dtype) -> None:
+    """All is computed in float32. The features' own rounding is not ours: NumPy gets the rounded ones."""
+    variables, teacher, weights, max_block_elements = problem
+
+    def rounded(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        numbers: NDArray[np.float64] = torch.from_numpy(rows).to(dtype).double().numpy()
+        return numbers
+
+    output, found = run_problem(variables, teacher, weights, max_block_elements, dtype=dtype)
+    expected = oracle.terms(
+        replace(variables, **{name: rounded(getattr(variables, name)) for name in STUDENT_FEATURES}),
+        replace(teacher, image=rounded(teacher.image), text=rounded(teacher.text)),
+    )
+    for name in output.terms.keys() - {"vrd"}:
+        assert output.terms[name].item() == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+    assert output.loss.dtype == torch.float32
+    assert all(found[name].dtype == dtype for name in STUDENT_FEATURES[:2] if name in found)
 
 
 @pytest.mark.parametrize("active", [("vrd_kl",), ("vrd_ce_image",), ("vrd_ce_text",), ("vrd_kl", "vrd_ce_text"), VERTICAL])
