@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cliprd_core import objective_features
@@ -13,7 +19,10 @@ from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.objective_similarity import Similarity
 from cliprd_core.objective_spec import ObjectiveSpec, TeacherCombination
 from cliprd_core.teacher_ensemble import TeacherEnsemble, TeacherShape, build_objective
+from tests.unit import numpy_objective as oracle
+from tests.unit.numpy_objective import Matrix
 from tests.unit.peak_bytes import PeakBytes
+from tests.unit.test_objective import hard_rows
 
 NUM_PAIRS, STUDENT_WIDTH = 9, 6
 TEACHERS = [TeacherShape(6, 30.0), TeacherShape(10, 55.0), TeacherShape(4, 12.0)]
@@ -258,3 +267,67 @@ def test_no_teacher_and_wrong_features() -> None:
         features.run(objective, only=0)
     with pytest.raises(ValueError, match="`teacher_image_features` is missing"):
         objective(student_image_features=features.image, student_text_features=features.text, student_logit_scale=features.scale)
+
+
+def variables_of(objective: Objective, student: dict[str, Matrix], log_scale: float) -> oracle.Variables:
+    """The oracle's, with what `objective` has learned; what no active term uses is zero."""
+    assert objective.teacher_width is not None
+    if objective.teacher_width != objective.student_width:
+        unused = np.zeros((objective.teacher_width, objective.student_width))
+        student = {"image_projection": unused, "text_projection": unused} | student
+    learned = {name.removesuffix(".weight").replace(".", "_"): one.detach().numpy() for name, one in objective.named_parameters()}
+    scales = {name: float(learned.get(name, 0.0)) for name in ("cross_scale", "image_scale", "text_scale", "fusion_scale")}
+    return oracle.Variables(**(student | learned | scales), log_student_logit_scale=log_scale)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    widths=st.lists(st.integers(2, 5), min_size=2, max_size=4),
+    spec=st.fixed_dictionaries(
+        {
+            **dict.fromkeys((*NONE, "soft", "gd", "afd", "mfd"), st.sampled_from([0.0, 0.5, 3.0])),
+            "task": st.just(1.0),
+            "soft_temperature": st.none() | st.floats(0.05, 1.0),
+            "teacher_combination": st.sampled_from(TeacherCombination),
+        }
+    ).map(ObjectiveSpec.model_validate),
+    seed=st.integers(0, 2**32 - 1),
+    data=st.data(),
+)
+def test_several_teachers_equal_numpy(widths: list[int], spec: ObjectiveSpec, seed: int, data: st.DataObject) -> None:
+    """The total, and its derivative along a random direction of the student's features by central differences."""
+    generator = np.random.default_rng(seed)
+    num_pairs, student_width = int(generator.integers(1, 8)), widths[0]
+    torch.manual_seed(seed)
+    shapes = [TeacherShape(width, float(scale)) for width, scale in zip(widths, generator.uniform(1, 60, len(widths)), strict=True)]
+    built = TeacherEnsemble(spec, student_width=student_width, teachers=shapes).double()
+    members = [member for member in built.objectives if isinstance(member, Objective)]
+    names = ("student_image", "student_text", "student_masked_image")
+    student = {name: data.draw(hard_rows(generator.normal(size=(num_pairs, student_width)))) for name in names}
+    rows = [[data.draw(hard_rows(generator.normal(size=(num_pairs, width)))) for width in widths] for _ in range(2)]
+    teachers = [oracle.Teacher(*both, shape.logit_scale, spec.soft_temperature) for *both, shape in zip(*rows, shapes, strict=True)]
+    if spec.teacher_combination is TeacherCombination.CONCATENATE:
+        teachers = [oracle.side_by_side(teachers)]
+
+    leaves = {f"{name}_features": torch.from_numpy(one.copy()).requires_grad_() for name, one in student.items()}
+    output = built(
+        **leaves,
+        student_logit_scale=torch.tensor(9.0, dtype=torch.float64),
+        teacher_image_features=torch.from_numpy(np.hstack(rows[0])),
+        teacher_text_features=torch.from_numpy(np.hstack(rows[1])),
+    )
+    output.loss.backward()
+    here = [variables_of(member, student, math.log(9.0)) for member in members]
+    part_weights = {part: value for part, value in (spec.part_weights | {"mfd": spec.mfd}).items() if value}
+
+    def total_at(step: float) -> float:
+        moved = {name: one + step * direction[name] for name, one in student.items()}
+        return oracle.mean_total([replace(one, **moved) for one in here], teachers, part_weights, here)
+
+    direction = {name: generator.normal(size=one.shape) * one.any(axis=1, keepdims=True) for name, one in student.items()}
+    assert output.total.item() == pytest.approx(total_at(0.0), rel=1e-9, abs=1e-10)
+    step = 1e-5
+    found = {name: leaves[f"{name}_features"].grad for name in names}
+    analytic = sum(float((gradient.numpy() * direction[name]).sum()) for name, gradient in found.items() if gradient is not None)
+    numeric = (total_at(step) - total_at(-step)) / (2 * step)
+    assert analytic == pytest.approx(numeric, rel=1e-4, abs=1e-5 * (1 + abs(output.total.item())))
