@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cliprd_core import losses
-from cliprd_core.objective import INITIAL_SCALE, MAX_BLOCK_ELEMENTS, Objective
+from cliprd_core.objective import BLOCK_ELEMENTS, INITIAL_SCALE, Objective
 from cliprd_core.objective_spec import ObjectiveSpec
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda; default: both where there is a GPU")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--terms", choices=WEIGHTS, default="paper", help="CLIP-RD's six terms (`paper`), or every term there is (`all`)")
-    parser.add_argument("--max-block-elements", type=int, default=MAX_BLOCK_ELEMENTS)
+    parser.add_argument("--max-block-elements", type=int, default=BLOCK_ELEMENTS)
     parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

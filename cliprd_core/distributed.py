@@ -67,14 +67,22 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _all_reduced(x, dist.ReduceOp.SUM)
 
 
-def all_reduce_logsumexp(x: Tensor) -> Tensor:
-    """log Σ_ranks exp(x), elementwise and without overflow; any shape, equal on all ranks. -inf stands for an empty sum."""
+def all_reduce_exp_sum(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_ranks exp(largest) · total, elementwise and without overflow, in the same form; any shape, equal on all ranks.
+
+    Args:
+        largest: this rank's largest exponent, -inf where its sum is empty.
+        total: this rank's sum of exponentials over exp(largest), 0 where it is empty.
+
+    Returns:
+        The largest exponent of all ranks, and the sum of all over its exponential. Detached.
+    """
     if world_size() == 1:
-        return x.detach()
-    largest = _all_reduced(x, dist.ReduceOp.MAX)
+        return largest.detach(), total.detach()
+    largest_of_all = _all_reduced(largest, dist.ReduceOp.MAX)
     # Where every rank's sum is empty, -inf − -inf would be NaN.
-    shifted = (x.detach() - largest).masked_fill(largest == -torch.inf, -torch.inf)
-    return largest + all_reduce_sum(shifted.exp()).log()
+    shifted = (largest.detach() - largest_of_all).masked_fill(largest_of_all == -torch.inf, -torch.inf)
+    return largest_of_all, all_reduce_sum(shifted.exp() * total)
 
 
 @torch.no_grad()

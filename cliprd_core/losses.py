@@ -3,8 +3,9 @@
 What belongs here is maths on whole batches of features, with no knowledge of ranks, weights, blocks or specs. Training uses
 ``cliprd_core.objective``, which computes the same numbers in bounded memory; these functions hold (B, B) matrices.
 
-Sources: "CLIP-RD: Relational Distillation for Efficient CLIP Knowledge Distillation" (arXiv 2603.25383) and "CLIP-KD"
-(arXiv 2307.12732). Each function returns an unweighted 0-d tensor.
+Sources: "CLIP-RD: Relational Distillation for Efficient CLIP Knowledge Distillation" (arXiv 2603.25383) and "CLIP-KD: An Empirical
+Study of CLIP Model Distillation" (arXiv 2307.12732); each function names its paper, and the name that the term has there. Each function
+returns an unweighted 0-d tensor.
 
 Shapes: B pairs in the batch, D width of the features. Row b of every matrix belongs to pair b, so a similarity matrix has its
 matching pairs on the diagonal. Features are L2-normalised rows (see :func:`unit_rows`). Scales are factors, used as they are
@@ -60,12 +61,12 @@ def task(student_image_BD: Tensor, student_text_BD: Tensor, *, student_logit_sca
 
 
 def fd(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor) -> Tensor:
-    """Feature distillation (arXiv 2307.12732): mean((s_I − t_I)²) + mean((s_T − t_T)²), means over all B·D elements."""
+    """Feature Distillation, FD (arXiv 2307.12732): mean((s_I − t_I)²) + mean((s_T − t_T)²), means over all B·D elements."""
     return F.mse_loss(student_image_BD, teacher_image_BD) + F.mse_loss(student_text_BD, teacher_text_BD)
 
 
 def mfd(masked_student_image_BD: Tensor, teacher_image_BD: Tensor) -> Tensor:
-    """Masked feature distillation (arXiv 2307.12732): mean((s̃_I − t_I)²), s̃_I the student's features of masked images.
+    """Masked Feature Distillation, MFD (arXiv 2307.12732): mean((s̃_I − t_I)²), s̃_I the student's features of masked images.
 
     Images only: CLIP-KD's code has no such term but a mask ratio, with which `fd`, text part included, and every other term sees masked
     images. Masked patches are left out of the student's sequence there; here the masked view is one more, so that students without
@@ -75,7 +76,7 @@ def mfd(masked_student_image_BD: Tensor, teacher_image_BD: Tensor) -> Tensor:
 
 
 def icl(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor, cross_scale: Scale) -> Tensor:
-    """Interactive contrastive learning (arXiv 2307.12732): ½[CE(σ_x s_I t_Tᵀ) + CE(σ_x s_T t_Iᵀ)].
+    """Interactive Contrastive Learning, ICL (arXiv 2307.12732): ½[CE(σ_x s_I t_Tᵀ) + CE(σ_x s_T t_Iᵀ)].
 
     `cross_scale` is σ_x, learned and used as it is, not exponentiated, as the published numbers were made.
     """
@@ -93,8 +94,9 @@ def hrd(
     student_logit_scale: Scale,
     teacher_logit_scale: Scale,
 ) -> Tensor:
-    """Horizontal relational distillation, CLIP-KD's CRD: ½[KL(σ_t t_I t_Tᵀ ‖ σ_s s_I s_Tᵀ) + KL(σ_t t_T t_Iᵀ ‖ σ_s s_T s_Iᵀ)].
+    """Horizontal relational distillation: ½[KL(σ_t t_I t_Tᵀ ‖ σ_s s_I s_Tᵀ) + KL(σ_t t_T t_Iᵀ ‖ σ_s s_T s_Iᵀ)].
 
+    Contrastive Relational Distillation, CRD, in CLIP-KD (arXiv 2307.12732).
     Student and teacher widths may differ, since only (B, B) matrices meet.
     """
     student_BB = student_logit_scale * student_image_BD @ student_text_BD.T
@@ -146,7 +148,7 @@ def gd(
     student_logit_scale: Scale,
     teacher_logit_scale: Scale,
 ) -> Tensor:
-    """Gradient distillation (arXiv 2307.12732): mean((G_I − H_I)²) + mean((G_T − H_T)²), means over all B·D elements.
+    """Gradient Distillation, GD (arXiv 2307.12732): mean((G_I − H_I)²) + mean((G_T − H_T)²), means over all B·D elements.
 
     G are the student's :func:`contrastive_gradients` at σ_s, H the teacher's at σ_t. As in CLIP-KD's code, gradients of the contrastive
     loss with respect to normalised features are matched by squared error, and the student's are differentiated. It departs in three
@@ -160,7 +162,7 @@ def gd(
 
 
 def afd(fused_image_BD: Tensor, fused_text_BD: Tensor, *, fusion_scale: Scale) -> Tensor:
-    """Augmented feature distillation (arXiv 2307.12732): ½[CE(σ_f f_I f_Tᵀ) + CE(σ_f f_T f_Iᵀ)].
+    """Augmented Feature Distillation, AFD (arXiv 2307.12732): ½[CE(σ_f f_I f_Tᵀ) + CE(σ_f f_T f_Iᵀ)].
 
     f = the normalised rows of W [s; t] + b, one learned linear map per modality of the student's own and the teacher's normalised
     features, concatenated in that order, to the student's width. σ_f is learned. So it is in CLIP-KD's code for equal widths.
@@ -177,7 +179,7 @@ def vrd_kl(
     image_scale: Scale,
     text_scale: Scale,
 ) -> Tensor:
-    """Vertical relational distillation (arXiv 2603.25383), agreement part: ½[KL(V_T ‖ V_I) + KL(V_Tᵀ ‖ V_Iᵀ)].
+    """Vertical Relational Distillation, VRD (arXiv 2603.25383), agreement part: ½[KL(V_T ‖ V_I) + KL(V_Tᵀ ‖ V_Iᵀ)].
 
     V_I = σ_I t_I s_Iᵀ follows V_T = σ_T t_T s_Tᵀ, which carries no gradient here. Both scales are used as they are.
     """
@@ -199,7 +201,7 @@ def vrd_ce_text(student_text_BD: Tensor, teacher_text_BD: Tensor, *, text_scale:
 
 
 def xrd(student_image_BD: Tensor, student_text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor, cross_scale: Scale) -> Tensor:
-    """Cross relational distillation (arXiv 2603.25383): ¼[KL(C ‖ A) + KL(A ‖ C) + KL(Cᵀ ‖ Aᵀ) + KL(Aᵀ ‖ Cᵀ)].
+    """Cross Relational Distillation, XRD (arXiv 2603.25383): ¼[KL(C ‖ A) + KL(A ‖ C) + KL(Cᵀ ‖ Aᵀ) + KL(Aᵀ ‖ Cᵀ)].
 
     A = σ_x t_I s_Tᵀ and C = σ_x t_T s_Iᵀ. Each divergence's first argument is detached, so the four give each side its
     gradient. `cross_scale` is used as it is.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cliprd_core.model_size import Activations, ModelSize, Tower
-from cliprd_core.objective_spec import MAX_BLOCK_ELEMENTS, ObjectiveSpec, TeacherCombination
+from cliprd_core.objective_spec import MAX_KEPT_BLOCKS, ObjectiveSpec, TeacherCombination, default_block_elements
 from cliprd_core.spec import Device, JobSpec
 from cliprd_core.training_spec import Precision
 
@@ -19,6 +19,8 @@ STORE_CHUNK_ROWS = 256
 """Pairs that go through a teacher at once to fill its store, on a GPU; fewer on a CPU."""
 BLOCKS_ALIVE = 8
 """Of similarities, at once."""
+LOGITS_KEPT = 6
+"""Of each teacher's similarities, beside those of the terms at work, where a process's rows are one block: 4 (the paper's) to 6."""
 
 
 @dataclass(frozen=True)
@@ -151,5 +153,14 @@ def _of_objective(spec: JobSpec, step: _Step, student: ModelSize, teachers: Sequ
         numbers += 2 * step.num_pairs * (2 * teacher.embed_dim + matched)
     if spec.resources.num_processes > 1:
         numbers += batch_size * (5 * sum(teacher.embed_dim for teacher in teachers) or 2 * width)
-    numbers += BLOCKS_ALIVE * min(MAX_BLOCK_ELEMENTS, step.num_pairs * batch_size)
-    return FP32_BYTES * numbers
+    return FP32_BYTES * (numbers + _in_blocks(spec, step, len(teachers)))
+
+
+def _in_blocks(spec: JobSpec, step: _Step, num_teachers: int) -> int:
+    """Numbers in blocks of similarities."""
+    batch_size = spec.training.global_batch_size
+    block = default_block_elements(batch_size, on_gpu=spec.resources.device is not Device.CPU)
+    similarity = step.num_pairs * batch_size
+    if similarity > block:
+        return BLOCKS_ALIVE * block
+    return BLOCKS_ALIVE * similarity + min(LOGITS_KEPT * max(1, num_teachers) * similarity, MAX_KEPT_BLOCKS * block)

@@ -7,18 +7,19 @@ in bounded memory is in ``cliprd_core.objective_blocks``. Sources: "CLIP-RD" (ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cliprd_core.distributed import all_reduce_sum, gather_row_counts, gather_with_grad, rank, world_size
+from cliprd_core.distributed import all_reduce_sum, gather_row_counts, rank, world_size
 from cliprd_core.losses import compute_dtype, unit_rows
 from cliprd_core.objective_blocks import blocked_objective
-from cliprd_core.objective_spec import MAX_BLOCK_ELEMENTS, ObjectiveSpec, ScaleMode
-from cliprd_core.objective_terms import PARTS, Inputs, Settings
+from cliprd_core.objective_features import GatherOnce, Side, StudentFeatures, TeacherFeatures, check_shapes, projected
+from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode, default_block_elements
+from cliprd_core.objective_terms import PARTS, Inputs, Settings, TeacherScales
 
 INITIAL_SCALE = math.log(1 / 0.07)
 """Start of the parameters of the cross, image and text scales. By default they are used as they are: the published numbers were
@@ -72,7 +73,8 @@ class Objective(nn.Module):
         student_width: int,
         teacher_width: int | None = None,
         teacher_logit_scale: float | None = None,
-        max_block_elements: int = MAX_BLOCK_ELEMENTS,
+        normalise_teacher: Callable[[Tensor], Tensor] = unit_rows,
+        max_block_elements: int | None = None,
     ) -> None:
         """
         Args:
@@ -80,7 +82,9 @@ class Objective(nn.Module):
             student_width: D of the student's features.
             teacher_width: D of the teacher's; needed by every term but `task`.
             teacher_logit_scale: σ_t, exponentiated; needed by hrd and gd, and by soft without a temperature.
-            max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed.
+            normalise_teacher: makes the rows that the terms meet of the teacher's features.
+            max_block_elements: bound on the rows times columns of similarities computed at once; memory against speed. None: as
+                `default_block_elements` says of device and batch.
 
         Raises:
             ValueError: a term is active without what it needs.
@@ -91,13 +95,14 @@ class Objective(nn.Module):
         for part, is_needed in (("hrd", weights.hrd), ("gd", weights.gd), ("soft", weights.soft and weights.soft_temperature is None)):
             if is_needed and teacher_logit_scale is None:
                 raise ValueError(f"`{part}` compares with the teacher's own logits: give `teacher_logit_scale`, or set its weight to 0")
-        if max_block_elements < 1:
+        if max_block_elements is not None and max_block_elements < 1:
             raise ValueError(f"`max_block_elements` must be at least 1, not {max_block_elements}")
         self.weights = weights
         self.student_width = student_width
         self.teacher_width = teacher_width
         self.teacher_logit_scale = teacher_logit_scale
         self.max_block_elements = max_block_elements
+        self._normalise_teacher = normalise_teacher
         self.cross_scale = _scale() if weights.icl or weights.xrd else None
         self.image_scale = _scale() if self._uses("vrd_kl", "vrd_ce_image") else None
         self.text_scale = _scale() if self._uses("vrd_kl", "vrd_ce_text") else None
@@ -134,8 +139,8 @@ class Objective(nn.Module):
         return parameter if self.weights.scale_mode is ScaleMode.RAW else parameter.exp()
 
     @torch.no_grad()
-    def _clamp_scales(self) -> None:
-        """CLIP clamps its logarithm after each step; before the next forward pass is the same, and needs no help of the trainer."""
+    def clamp_scales(self) -> None:
+        """To be called after each step, as CLIP clamps its own, so that metrics and checkpoints hold what the next step uses."""
         if self.weights.scale_mode is ScaleMode.EXP:
             for parameter in self._parameters_of_scales().values():
                 parameter.clamp_(0.0, MAX_LOG_SCALE)
@@ -154,7 +159,8 @@ class Objective(nn.Module):
         """Compute the objective of the global batch. A collective: every rank must call it, with its own pairs.
 
         Everything is computed in float32 (float64 if any features are), also under autocast, which is switched off here:
-        logits of up to 100 have errors of 0.4 in bfloat16. The result can be differentiated once.
+        logits of up to 100 have errors of 0.4 in bfloat16. TF32, which torch does not use by default, has 0.05; the trainer switches it
+        off (`precision.use_exact_products`). The result can be differentiated once.
 
         Args:
             student_image_features: (b, student_width), not normalised, any floating type; b may differ between ranks.
@@ -169,124 +175,114 @@ class Objective(nn.Module):
         Raises:
             ValueError: a shape is not as above, or the teacher's features are missing.
         """
-        student = {"student_image_features": student_image_features, "student_text_features": student_text_features}
-        _check_shapes(student, len(student_image_features), self.student_width)
-        if student_logit_scale.numel() != 1:
-            raise ValueError(f"`student_logit_scale` must be one number, not of shape {tuple(student_logit_scale.shape)}")
-        teacher: dict[str, Tensor | None] = {}
-        if self.weights.needs_teacher:
-            teacher = {"teacher_image_features": teacher_image_features, "teacher_text_features": teacher_text_features}
-            assert self.teacher_width is not None
-            _check_shapes(teacher, len(student_image_features), self.teacher_width)
-        features = [*student.values(), *teacher.values()]
-        dtype = compute_dtype(*(tensor for tensor in features if tensor is not None))
-        self._clamp_scales()
-        with torch.autocast(student_image_features.device.type, enabled=False):
-            if row_counts is None:
-                row_counts = gather_row_counts(len(student_image_features))
-            assert row_counts[rank()] == len(student_image_features), "row_counts do not belong to the features"
-            images = self._side(student_image_features, teacher.get("teacher_image_features"), self.image_projection, dtype)
-            texts = self._side(student_text_features, teacher.get("teacher_text_features"), self.text_projection, dtype)
-            inputs = self._inputs(images, texts, student_logit_scale.reshape(()), row_counts)
-            share, values = blocked_objective(self._settings(row_counts), inputs)
-            if self.weights.mfd:
-                mfd = self._mfd(student_masked_image_features, images.teacher, sum(row_counts))
-                share, values = share + self.weights.mfd * mfd, torch.cat([values, mfd.detach().to(values.dtype).reshape(1)])
-            return self._output(share * world_size(), all_reduce_sum(values))
+        student = StudentFeatures(student_image_features, student_text_features, student_logit_scale, student_masked_image_features)
+        return combined_objective([self], student, [TeacherFeatures(teacher_image_features, teacher_text_features)], row_counts)
 
-    def _mfd(self, masked_bD: Tensor | None, teacher_bD: Tensor | None, num_pairs: int) -> Tensor:
+    def sides(self, student: StudentFeatures, own: tuple[Tensor, Tensor], teacher: TeacherFeatures) -> tuple[Side, Side]:
+        """Images' and texts' features as the terms of this objective's teacher meet them. `own` are the student's, normalised."""
+        given = ((student.image, teacher.image, self.image_projection), (student.text, teacher.text, self.text_projection))
+        sides = []
+        for (student_bD, teacher_bD, projection), own_bD in zip(given, own, strict=True):
+            matched_bD = own_bD if projection is None else projected(student_bD, projection, own_bD.dtype)
+            sides.append(
+                Side(own_bD, matched_bD, None if teacher_bD is None else self._normalise_teacher(teacher_bD.detach().to(own_bD.dtype)))
+            )
+        return sides[0], sides[1]
+
+    def inputs(self, images: Side, texts: Side, student_logit_scale: Tensor, gather: GatherOnce) -> Inputs:
+        """What active terms meet, with all that they need of the other ranks."""
+        horizontal = self._uses("task", "hrd", "soft")
+        fused_text = texts.fused(self.text_fusion)
+        return Inputs(
+            student_logit_scale=student_logit_scale if self.weights.uses_student_logit_scale else None,
+            **{name: self._factor(parameter.to(images.own.dtype)) for name, parameter in self._parameters_of_scales().items()},
+            student_image_rows=images.own if horizontal else None,
+            student_text=gather.of(texts.own) if horizontal else None,
+            matched_image_rows=images.matched if self._uses("fd", "gd") else None,
+            matched_text_rows=texts.matched if self._uses("fd", "gd") else None,
+            matched_image=gather.of(images.matched) if self._uses("icl", "xrd", "vrd_kl", "vrd_ce_image") else None,
+            matched_text=gather.of(texts.matched) if self._uses("gd", "icl", "xrd", "vrd_kl", "vrd_ce_text") else None,
+            teacher_image_rows=images.teacher,
+            teacher_text_rows=texts.teacher,
+            teacher_text=gather.of(texts.teacher) if self._uses("hrd", "soft", "gd") and texts.teacher is not None else None,
+            fused_image_rows=images.fused(self.image_fusion),
+            fused_text=None if fused_text is None else gather.of(fused_text),
+        )
+
+    def teacher_scales(self) -> TeacherScales:
+        soft_temperature = self.weights.soft_temperature
+        return TeacherScales(self.teacher_logit_scale, self.teacher_logit_scale if soft_temperature is None else 1 / soft_temperature)
+
+    def mfd(self, masked_bD: Tensor | None, teacher_bD: Tensor | None, num_pairs: int) -> Tensor:
         """0-d: this rank's share of `losses.mfd` over the global batch of `num_pairs`."""
         if masked_bD is None:
             raise ValueError("`student_masked_image_features` is missing, but the weight `mfd` is above 0")
         assert teacher_bD is not None
-        _check_shapes({"student_masked_image_features": masked_bD}, len(teacher_bD), self.student_width)
-        matched_bD = self._side(masked_bD, None, self.image_projection, teacher_bD.dtype).matched
+        check_shapes({"student_masked_image_features": masked_bD}, len(teacher_bD), self.student_width)
+        projection, dtype = self.image_projection, teacher_bD.dtype
+        matched_bD = unit_rows(masked_bD.to(dtype)) if projection is None else projected(masked_bD, projection, dtype)
         return F.mse_loss(matched_bD, teacher_bD, reduction="sum") / (num_pairs * teacher_bD.shape[1])
 
-    def _settings(self, row_counts: list[int]) -> Settings:
-        return Settings(
-            weights=self.weights.part_weights,
-            teacher_logit_scale=self.teacher_logit_scale,
-            soft_scale=self.teacher_logit_scale if self.weights.soft_temperature is None else 1 / self.weights.soft_temperature,
-            first_row=sum(row_counts[: rank()]),
-            num_rows=row_counts[rank()],
-            num_columns=sum(row_counts),
-            max_block_elements=self.max_block_elements,
-        )
 
-    def _side(self, student_bD: Tensor, teacher_bD: Tensor | None, projection: nn.Linear | None, dtype: torch.dtype) -> _Side:
-        """One modality's features, normalised."""
-        student_bD = student_bD.to(dtype)
-        own_bD = unit_rows(student_bD)
-        matched_bD = own_bD if projection is None else unit_rows(F.linear(student_bD, projection.weight.to(dtype)))
-        return _Side(own_bD, matched_bD, None if teacher_bD is None else unit_rows(teacher_bD.detach().to(dtype)))
+def combined_objective(
+    members: Sequence[Objective], student: StudentFeatures, teachers: Sequence[TeacherFeatures], row_counts: list[int] | None
+) -> ObjectiveOutput:
+    """`task`, and the mean of each other term over `members`, one per teacher, alike but for teacher, projections and learned scales.
 
-    def _inputs(self, images: _Side, texts: _Side, student_logit_scale: Tensor, row_counts: list[int]) -> Inputs:
-        """Gather what active terms need of the other ranks, once each."""
-        horizontal = self._uses("task", "hrd", "soft")
-        matched_image = gather_with_grad(images.matched, row_counts) if self._uses("icl", "xrd", "vrd_kl", "vrd_ce_image") else None
-        matched_text = gather_with_grad(texts.matched, row_counts) if self._uses("gd", "icl", "xrd", "vrd_kl", "vrd_ce_text") else None
-        student_text = matched_text
-        if horizontal and (matched_text is None or texts.own is not texts.matched):
-            student_text = gather_with_grad(texts.own, row_counts)
-        dtype = images.own.dtype
-        return Inputs(
-            student_logit_scale=student_logit_scale.to(dtype) if self.weights.uses_student_logit_scale else None,
-            **{name: self._factor(parameter.to(dtype)) for name, parameter in self._parameters_of_scales().items()},
-            student_image_rows=images.own if horizontal else None,
-            student_text=student_text if horizontal else None,
-            matched_image_rows=images.matched if self._uses("fd", "gd") else None,
-            matched_text_rows=texts.matched if self._uses("fd", "gd") else None,
-            matched_image=matched_image,
-            matched_text=matched_text,
-            teacher_image_rows=images.teacher,
-            teacher_text_rows=texts.teacher,
-            fused_image_rows=_fuse(images, self.image_fusion),
-            fused_text=None if (fused_text := _fuse(texts, self.text_fusion)) is None else gather_with_grad(fused_text, row_counts),
-            teacher_text=gather_with_grad(texts.teacher, row_counts)
-            if self._uses("hrd", "soft", "gd") and texts.teacher is not None
-            else None,
-        )
-
-    def _output(self, loss: Tensor, values: Tensor) -> ObjectiveOutput:
-        weights = {**self.weights.part_weights, "mfd": self.weights.mfd}
-        parts = (*PARTS, "mfd") if self.weights.mfd else PARTS
-        terms = {part: value for part, value in zip(parts, values, strict=True) if weights[part]}
-        weighted = {part: value * weights[part] for part, value in terms.items()}
-        total = torch.stack(list(weighted.values())).sum()
-        if vertical := [part for part in terms if part.startswith("vrd_")]:
-            terms["vrd"] = torch.stack([terms[part] for part in vertical]).sum()
-            weighted["vrd"] = torch.stack([weighted[part] for part in vertical]).sum()
-        return ObjectiveOutput(loss, total, terms, weighted)
+    What members have in common is computed and gathered once. Otherwise as :meth:`Objective.forward`.
+    """
+    first = members[0]
+    student.check(first.student_width)
+    features = [student.image, student.text]
+    if first.weights.needs_teacher:
+        for member, teacher in zip(members, teachers, strict=True):
+            assert member.teacher_width is not None
+            named = {"teacher_image_features": teacher.image, "teacher_text_features": teacher.text}
+            check_shapes(named, len(student.image), member.teacher_width)
+            features += [tensor for tensor in named.values() if tensor is not None]
+    else:
+        teachers = [TeacherFeatures(None, None)]
+    dtype = compute_dtype(*features)
+    with torch.autocast(student.image.device.type, enabled=False):
+        row_counts = gather_row_counts(len(student.image)) if row_counts is None else row_counts
+        assert row_counts[rank()] == len(student.image), "row_counts do not belong to the features"
+        own = (unit_rows(student.image.to(dtype)), unit_rows(student.text.to(dtype)))
+        student_logit_scale, gather = student.logit_scale.reshape(()).to(dtype), GatherOnce(row_counts)
+        sides = [member.sides(student, own, teacher) for member, teacher in zip(members, teachers, strict=True)]
+        inputs = [member.inputs(*both, student_logit_scale, gather) for member, both in zip(members, sides, strict=True)]
+        share, values = blocked_objective(_settings(members, row_counts, student.image.device), inputs)
+        if first.weights.mfd:
+            pairs = zip(members, sides, strict=True)
+            mfd = torch.stack([member.mfd(student.masked_image, images.teacher, sum(row_counts)) for member, (images, _) in pairs]).mean()
+            share, values = share + first.weights.mfd * mfd, torch.cat([values, mfd.detach().to(values.dtype).reshape(1)])
+        return _output(first.weights, share * world_size(), all_reduce_sum(values))
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One modality's normalised features of this rank's pairs."""
+def _settings(members: Sequence[Objective], row_counts: list[int], device: torch.device) -> Settings:
+    max_block_elements = members[0].max_block_elements
+    if max_block_elements is None:
+        max_block_elements = default_block_elements(sum(row_counts), on_gpu=device.type == "cuda")
+    return Settings(
+        weights=members[0].weights.part_weights,
+        teachers=tuple(member.teacher_scales() for member in members),
+        first_row=sum(row_counts[: rank()]),
+        num_rows=row_counts[rank()],
+        num_columns=sum(row_counts),
+        max_block_elements=max_block_elements,
+    )
 
-    own: Tensor  # (b, student_width)
-    matched: Tensor  # (b, teacher_width), or `own` itself where the widths are equal
-    teacher: Tensor | None  # (b, teacher_width)
 
-
-def _fuse(side: _Side, fusion: nn.Linear | None) -> Tensor | None:
-    """afd's features, (b, student_width)."""
-    if fusion is None or side.teacher is None:
-        return None
-    both = torch.cat((side.own, side.teacher), dim=1)
-    return unit_rows(F.linear(both, fusion.weight.to(both.dtype), fusion.bias.to(both.dtype)))
+def _output(spec: ObjectiveSpec, loss: Tensor, values: Tensor) -> ObjectiveOutput:
+    weights = {**spec.part_weights, "mfd": spec.mfd}
+    parts = (*PARTS, "mfd") if spec.mfd else PARTS
+    terms = {part: value for part, value in zip(parts, values, strict=True) if weights[part]}
+    weighted = {part: value * weights[part] for part, value in terms.items()}
+    total = torch.stack(list(weighted.values())).sum()
+    if vertical := [part for part in terms if part.startswith("vrd_")]:
+        terms["vrd"] = torch.stack([terms[part] for part in vertical]).sum()
+        weighted["vrd"] = torch.stack([weighted[part] for part in vertical]).sum()
+    return ObjectiveOutput(loss, total, terms, weighted)
 
 
 def _scale() -> nn.Parameter:
     return nn.Parameter(torch.tensor(INITIAL_SCALE))
-
-
-def _check_shapes(features: Mapping[str, Tensor | None], num_pairs: int, width: int) -> None:
-    for name, tensor in features.items():
-        if tensor is None:
-            raise ValueError(f"`{name}` is missing, but the objective has terms that need a teacher")
-        if tensor.shape != (num_pairs, width):
-            raise ValueError(
-                f"`{name}` must be of shape ({num_pairs}, {width}): one row per image, as wide as its model's embedding,"
-                f" not {tuple(tensor.shape)}"
-            )

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from cliprd_core.distributed import all_reduce_sum
-from cliprd_core.objective_terms import Gradients, Settings, Similarity
+from cliprd_core.objective_similarity import Gradients, Similarity
+from cliprd_core.objective_terms import Settings
 
 
 def add_gradient_distillation(
     settings: Settings, student_logits: Similarity, teacher_logits: Similarity, gradients: Gradients, blocks: list[slice]
 ) -> Tensor:
-    """Add the weighted gradients of `gd` to their buffers. A collective.
+    """Add the weighted gradients of one teacher's `gd` to their buffers. A collective.
 
     Both models' similarities have their columns' sums already.
 
@@ -33,7 +34,7 @@ def add_gradient_distillation(
     image_difference_bD = image_grad_bD - teacher_image_grad_bD
     text_difference_BD = all_reduce_sum(text_grad_BD - teacher_text_grad_BD)
 
-    mean = 1 / text_difference_BD.numel()
+    mean = settings.teacher_share / text_difference_BD.numel()
     own = slice(settings.first_row, settings.first_row + settings.num_rows)
     value = (image_difference_bD.square().sum() + text_difference_BD[own].square().sum()) * mean
     factor = 2 * mean * settings.weights["gd"]
@@ -54,7 +55,7 @@ class _Contrast:
 
     def _softmaxes(self, logits_rB: Tensor) -> tuple[Tensor, Tensor]:
         """Over rows, and over columns; (r, B) each."""
-        return logits_rB.softmax(dim=1), (logits_rB - self._similarity.column_logsumexp_B).exp_()
+        return logits_rB.softmax(dim=1), self._similarity.column_log_softmax(logits_rB).exp_()
 
     def _errors(self, block: slice, rows_rB: Tensor, columns_rB: Tensor) -> Tensor:
         """E, (r, B)."""
@@ -75,26 +76,32 @@ class _Contrast:
 
     def add_gradients(self, image_upstream_bD: Tensor, text_upstream_BD: Tensor, gradients: Gradients) -> None:
         """Back through G_I and G_T into the features and, through the softmaxes, into the logits."""
-        scale = self._similarity.scale
-
-        def half_error_gradient(block: slice) -> Tensor:
-            grad_rB = (image_upstream_bD[block] * scale) @ self._text_BD.T
-            return grad_rB.addmm_(self._image_bD[block] * scale, text_upstream_BD.T).div_(2)
-
+        upstream = (image_upstream_bD, text_upstream_BD)
         column_sums_B = self._text_BD.new_zeros(len(self._text_BD))
         for block in self._blocks:
-            columns_rB = (self._similarity.logits(block) - self._similarity.column_logsumexp_B).exp_()
-            column_sums_B += columns_rB.mul_(half_error_gradient(block)).sum(dim=0)
+            columns_rB = self._similarity.column_log_softmax(self._similarity.logits(block)).exp_()
+            column_sums_B += columns_rB.mul_(self._half_error_gradient(block, *upstream)).sum(dim=0)
         column_sums_B = all_reduce_sum(column_sums_B)
-        grad_image_bD, grad_text_BD = gradients.of(self._image_bD), gradients.of(self._text_BD)
         for block in self._blocks:
-            logits_rB = self._similarity.logits(block)
-            rows_rB, columns_rB = self._softmaxes(logits_rB)
-            errors_rB, half_rB = self._errors(block, rows_rB, columns_rB), half_error_gradient(block)
-            if grad_image_bD is not None:
-                grad_image_bD[block] += (errors_rB @ text_upstream_BD) * scale
-            if grad_text_BD is not None:
-                grad_text_BD.addmm_(errors_rB.T, image_upstream_bD[block] * scale)
-            row_sums_r1 = (rows_rB * half_rB).sum(dim=1, keepdim=True)
-            grad_logits_rB = rows_rB.mul_(half_rB - row_sums_r1) + columns_rB.mul_(half_rB - column_sums_B)
-            self._similarity.add_gradient(block, grad_logits_rB, logits_rB)
+            self._add_block(block, *upstream, column_sums_B, gradients)
+
+    def _half_error_gradient(self, block: slice, image_upstream_bD: Tensor, text_upstream_BD: Tensor) -> Tensor:
+        """Half of the gradient of E, (r, B)."""
+        scale = self._similarity.scale
+        grad_rB = (image_upstream_bD[block] * scale) @ self._text_BD.T
+        return grad_rB.addmm_(self._image_bD[block] * scale, text_upstream_BD.T).div_(2)
+
+    def _add_block(
+        self, block: slice, image_upstream_bD: Tensor, text_upstream_BD: Tensor, column_sums_B: Tensor, gradients: Gradients
+    ) -> None:
+        logits_rB, scale = self._similarity.logits(block), self._similarity.scale
+        rows_rB, columns_rB = self._softmaxes(logits_rB)
+        errors_rB = self._errors(block, rows_rB, columns_rB)
+        if (grad_image_bD := gradients.of(self._image_bD)) is not None:
+            grad_image_bD[block] += (errors_rB @ text_upstream_BD) * scale
+        if (grad_text_BD := gradients.of(self._text_BD)) is not None:
+            grad_text_BD.addmm_(errors_rB.T, image_upstream_bD[block] * scale)
+        half_rB = self._half_error_gradient(block, image_upstream_bD, text_upstream_BD)
+        row_sums_r1 = (rows_rB * half_rB).sum(dim=1, keepdim=True)
+        grad_logits_rB = rows_rB.mul_(half_rB - row_sums_r1).add_(columns_rB.mul_(half_rB.sub_(column_sums_B)))
+        self._similarity.add_gradient(block, grad_logits_rB, logits_rB)

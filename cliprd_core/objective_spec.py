@@ -12,10 +12,27 @@ from pydantic import Field, StrictFloat, model_validator
 
 from cliprd_core.spec_model import SpecModel
 
-MAX_BLOCK_ELEMENTS = 2**21
-"""Elements of one block of similarities; about eight such blocks are alive at once, 67 MB in float32."""
+BLOCK_ELEMENTS = 2**21
+"""Of one block of similarities on a CPU, and on a GPU at large batches; about eight such blocks are alive at once, 67 MB in float32."""
+
+MAX_KEPT_BLOCKS = 8
+"""A process whose rows are one block keeps its logits between the passes, unless those of all similarities are more than so many blocks."""
+
+_BATCH_OF_SMALLEST_BLOCKS = 2**15
+_LARGEST_BLOCK = 4 * BLOCK_ELEMENTS
 
 Weight = Annotated[StrictFloat, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
+
+
+def default_block_elements(batch_size: int, *, on_gpu: bool) -> int:
+    """The most elements of one block of similarities, for `batch_size` pairs over all processes.
+
+    Blocks of 2^21 elements keep a CPU busy. A GPU spends more time on launching their kernels, so smaller batches have larger blocks there:
+    as large as the memory allows that a batch of 32,768 takes with blocks of 2^21, most of which is features and their gradients.
+    """
+    if not on_gpu:
+        return BLOCK_ELEMENTS
+    return max(BLOCK_ELEMENTS, min(_LARGEST_BLOCK, BLOCK_ELEMENTS * _BATCH_OF_SMALLEST_BLOCKS // batch_size))
 
 
 class ScaleMode(StrEnum):

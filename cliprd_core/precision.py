@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from functools import cache
 
@@ -9,6 +10,8 @@ import torch
 
 from cliprd_core.cpu_autocast import install_rules
 from cliprd_core.training_spec import Precision
+
+logger = logging.getLogger(__name__)
 
 _AUTOCAST_TYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
@@ -36,3 +39,15 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
         install_rules()
     context: AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     return context
+
+
+def use_exact_products() -> None:
+    """From now on this process multiplies fp32 matrices in fp32, though an environment variable may have allowed TF32.
+
+    TF32 keeps 11 bits of a number: 0.05 of a logit of 100, which the objective has.
+    """
+    if torch.get_float32_matmul_precision() != "highest":
+        logger.warning(
+            "fp32 products are computed in fp32: TF32, as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE allows it, is too coarse for the loss"
+        )
+        torch.set_float32_matmul_precision("highest")

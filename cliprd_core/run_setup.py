@@ -33,7 +33,7 @@ from cliprd_core.metrics_log import MetricsLog, Stopwatch
 from cliprd_core.models import LoadedModel, load_student, load_teacher, num_parameters
 from cliprd_core.objective import Objective
 from cliprd_core.optim import build_optimizer, check_schedule
-from cliprd_core.precision import autocast_type
+from cliprd_core.precision import autocast_type, use_exact_products
 from cliprd_core.retention import BestSoFar
 from cliprd_core.run_dir import ATTEMPT_VARIABLE, cache_dir
 from cliprd_core.run_stores import open_teacher_stores
@@ -144,6 +144,7 @@ def training_state(
 def _prepare(spec: JobSpec, run_dir: Path) -> Run:
     attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
     device = choose_device(spec)
+    use_exact_products()
     distributed.init(device)
     control = ControlGroup()
     if distributed.world_size() > 1:

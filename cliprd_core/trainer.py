@@ -102,6 +102,7 @@ def train_step(run: Run, batch: Batch, step: int) -> StepOutput:
     run.scaler.update()
     run.optimizer.zero_grad()
     _clamp_logit_scale(run.student.model)
+    run.objective.clamp_scales()
     run.teacher_features.flush()
     measured = _measured(run, losses, grad_norm)
     numbers = torch.stack([value.detach().float().to(run.device) for value in measured.values()])

@@ -16,7 +16,7 @@ from cliprd_core import distributed
 from cliprd_core import losses as losses_by_equation
 from cliprd_core.grad_cache import FeatureEncoder, GradCache
 from cliprd_core.objective import Objective
-from cliprd_core.objective_spec import ObjectiveSpec
+from cliprd_core.objective_spec import ObjectiveSpec, TeacherCombination
 from cliprd_core.run_dir import EXIT_CODE_STOPPED
 from cliprd_core.run_setup import prepare_run
 from cliprd_core.spec import JobSpec
@@ -25,7 +25,7 @@ from cliprd_core.trainer import train_step
 from tests.integration.test_training import TIMEOUT_SECONDS, assert_same_weights, losses, metrics, run_here, start, wait_for_step
 from tests.process_group import join_group, run_processes
 from tests.tiny import MODEL_IMAGE_SIZE, tiny_config, tiny_spec, write_shards, write_teacher
-from tests.unit.test_grad_cache import gradients_of, make_batch, make_module
+from tests.unit.test_grad_cache import EVERY_TERM, gradients_of, make_batch, make_module
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +177,39 @@ def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
 @pytest.mark.timeout(120)
 def test_two_processes_exchange_gradients_once() -> None:
     run_processes(check_one_exchange, 2)
+
+
+def masked_alike(images: torch.Tensor, *_: Any) -> torch.Tensor:
+    """In place of random masks, which every process draws for itself."""
+    return images * (images > 0)
+
+
+def check_every_term(rank: int, num_processes: int, port: int) -> None:
+    """Gradients of micro batches in a group equal those of one process on the whole batch, of one teacher and of two."""
+    cases = [(EVERY_TERM, (24,))]
+    cases += [(EVERY_TERM.model_copy(update={"teacher_combination": combination}), (16, 8)) for combination in TeacherCombination]
+    batch = make_batch(12)
+    with patch("cliprd_core.step_module.mask_patches", masked_alike):
+        expected = []
+        for weights, teacher_widths in cases:
+            module = make_module(weights, teacher_widths=teacher_widths)
+            expected.append(gradients_of(WholeBatch(module), module, batch))
+        join_group(rank, num_processes, port)
+        own = [tensor.tensor_split(num_processes)[rank] for tensor in batch]
+        for (weights, teacher_widths), (whole, gradients) in zip(cases, expected, strict=True):
+            module = make_module(weights, teacher_widths=teacher_widths)
+            encoder = DistributedDataParallel(FeatureEncoder(module), gradient_as_bucket_view=True)
+            losses_of_group, found = gradients_of(GradCache(module, encoder, 3, torch.device("cpu")), module, own)
+            for key in ("total", "terms", "weighted"):
+                torch.testing.assert_close(losses_of_group[key], whole[key], rtol=1e-9, atol=1e-12)
+            assert found.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+    distributed.all_reduce_sum(torch.zeros(1))  # so that none leaves before the others are done
+    distributed.shutdown()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_micro_batches_in_a_group_have_the_gradients_of_one_process_for_every_term(num_processes: int) -> None:
+    run_processes(check_every_term, num_processes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliprd_core import distributed
 from cliprd_core.objective import Objective, ObjectiveOutput
-from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode
+from cliprd_core.objective_spec import ObjectiveSpec, ScaleMode, TeacherCombination
+from cliprd_core.teacher_ensemble import TeacherShape, build_objective
 from tests.process_group import join_group, run_processes
 from tests.unit import numpy_objective as oracle
 from tests.unit.test_objective import STUDENT_FEATURES, Problem, problems, run_problem
@@ -32,15 +35,17 @@ STUDENT_WIDTH, RAW_WIDTH = 6, 5
 class TrainedModules(nn.Module):
     """A student of one linear map per modality with its scale, and the objective: all that a data-parallel wrapper takes."""
 
-    def __init__(self, weights: ObjectiveSpec, teacher_width: int) -> None:
+    def __init__(self, weights: ObjectiveSpec, teacher_widths: Sequence[int]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.image = nn.Linear(RAW_WIDTH, STUDENT_WIDTH)
         self.text = nn.Linear(RAW_WIDTH, STUDENT_WIDTH)
         self.log_logit_scale = nn.Parameter(torch.tensor(2.5)) if weights.uses_student_logit_scale else torch.tensor(2.5)
-        self.objective = Objective(
-            weights, student_width=STUDENT_WIDTH, teacher_width=teacher_width, teacher_logit_scale=40.0, max_block_elements=50
-        )
+        teachers = [TeacherShape(width, 40.0 - 10 * index) for index, width in enumerate(teacher_widths)]
+        self.objective = build_objective(weights, student_width=STUDENT_WIDTH, teachers=teachers)
+        for module in self.modules():
+            if isinstance(module, Objective):
+                module.max_block_elements = 50
         self.double()
 
     def forward(self, batch: list[Tensor], row_counts: list[int] | None = None) -> ObjectiveOutput:
@@ -71,24 +76,30 @@ def row_counts_of(num_processes: int) -> list[list[int]]:
 
 def check_objective(rank: int, num_processes: int, port: int) -> None:
     """What each process runs: first alone on the whole batch, then its share in a group, wrapped as training wraps it."""
+    several = [
+        (weights.model_copy(update={"teacher_combination": combination}), (STUDENT_WIDTH, 8, STUDENT_WIDTH), row_counts)
+        for weights in (PAPER, WIDENED)
+        for combination in TeacherCombination
+        for row_counts in row_counts_of(num_processes)
+    ]
     cases = [
-        (weights, teacher_width, row_counts)
+        (weights, (teacher_width,), row_counts)
         for weights in (PAPER, UNEQUAL_WEIGHTS, PLAIN_CLIP, CLIP_KD, NO_CONTRAST, FD_ONLY, WIDENED)
         for teacher_width in (STUDENT_WIDTH, 8)
         for row_counts in row_counts_of(num_processes)
-    ]
+    ] + (several if num_processes == 2 else [])
     expected = []
-    for weights, teacher_width, row_counts in cases:
-        alone = TrainedModules(weights, teacher_width)
-        output = alone(make_batch(sum(row_counts), teacher_width))
+    for weights, teacher_widths, row_counts in cases:
+        alone = TrainedModules(weights, teacher_widths)
+        output = alone(make_batch(sum(row_counts), sum(teacher_widths)))
         output.loss.backward()
         expected.append((output, {name: parameter.grad for name, parameter in alone.named_parameters()}))
     join_group(rank, num_processes, port)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, num_processes, rank == 0)
-    for number, ((weights, teacher_width, row_counts), (whole, gradients)) in enumerate(zip(cases, expected, strict=True)):
-        modules = TrainedModules(weights, teacher_width)
+    for number, ((weights, teacher_widths, row_counts), (whole, gradients)) in enumerate(zip(cases, expected, strict=True)):
+        modules = TrainedModules(weights, teacher_widths)
         wrapped: nn.Module = DistributedDataParallel(modules) if num_processes > 1 else modules
-        batch = make_batch(sum(row_counts), teacher_width)
+        batch = make_batch(sum(row_counts), sum(teacher_widths))
         known_row_counts = row_counts if number % 4 < 2 else None  # even and uneven ones, both with and without
         output = wrapped([tensor.split(row_counts)[rank] for tensor in batch], known_row_counts)
         output.loss.backward()
@@ -179,7 +190,9 @@ def check_collectives(rank: int, num_processes: int, port: int) -> None:
 
     logs = torch.tensor([float(rank), -torch.inf, 1000.0 if rank == 0 else -torch.inf])
     expected = torch.logsumexp(torch.arange(num_processes, dtype=torch.float32), dim=0)
-    torch.testing.assert_close(distributed.all_reduce_logsumexp(logs), torch.tensor([expected, -torch.inf, 1000.0]))
+    largest, sums = distributed.all_reduce_exp_sum(logs, (logs > -torch.inf).float())
+    assert largest.tolist() == [num_processes - 1, -torch.inf, 1000.0]
+    torch.testing.assert_close(largest + sums.log(), torch.tensor([expected, -torch.inf, 1000.0]))
     assert distributed.gather_row_counts(rank + 3) == [3 + one for one in range(num_processes)]
     distributed.shutdown()
     assert distributed.world_size() == 1

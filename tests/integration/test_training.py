@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cliprd_core import precision, train
-from cliprd_core.checkpoint import read_state
+from cliprd_core.checkpoint import TRAINING_FILE, read_state
 from cliprd_core.models import load_student
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.retention import BestCheckpoint
@@ -324,6 +324,41 @@ def test_plain_clip_without_a_teacher_and_gradient_clipping(inputs: Inputs, tmp_
     assert not [name for name in records[0].values if "fd" in name or "scale/" in name]
     assert records[0].values["train/grad_norm"] > 0.01, "the norm is reported as it was before clipping"
     assert records[0].values["train/learning_rate"] == 1e-3
+
+
+def test_fp32_is_fp32_though_tf32_was_allowed(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 allows it at torch's start."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert run_here(tmp_path / "run", inputs.spec(training={"epochs": 1})) == 0
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" in caplog.text
+
+
+@pytest.mark.parametrize("num_teachers", [1, 2])
+def test_records_and_checkpoints_hold_the_scales_that_the_next_step_uses(inputs: Inputs, tmp_path: Path, num_teachers: int) -> None:
+    """At this learning rate exponentiated scales leave CLIP's bounds within a few steps."""
+    spec = tiny_spec(
+        inputs.shards,
+        recipe="clip_rd",
+        teachers=[{"model": inputs.teacher}] * num_teachers,
+        objective={"scale_mode": "exp", "teacher_combination": "average"},
+        training={"warmup_steps": 0, "learning_rate": 1.0, "checkpoint_every_steps": 1, "keep_checkpoints": {"newest": NUM_STEPS}},
+    )
+    assert run_here(tmp_path / "run", spec) == 0
+    records = [{name: value for name, value in record.values.items() if "train/scale/" in name} for record in metrics(tmp_path / "run")]
+    factors = [factor for record in records for factor in record.values()]
+    assert len(factors) == NUM_STEPS * 3 * num_teachers
+    assert all(0.999 < factor < 100.001 for factor in factors), factors
+    assert any(factor == pytest.approx(bound) for factor in factors for bound in (1.0, 100.0)), "some are at a bound"
+    for folder in complete_checkpoints(tmp_path / "run"):
+        tensors = load_file(folder / TRAINING_FILE)
+        scales = {name: float(tensor) for name, tensor in tensors.items() if name.startswith("objective/") and name.endswith("_scale")}
+        assert len(scales) == 3 * num_teachers
+        assert all(0.0 <= scale <= math.log(100) + 1e-6 for scale in scales.values()), scales
 
 
 def test_diverging_names_step_and_term(inputs: Inputs, tmp_path: Path) -> None:

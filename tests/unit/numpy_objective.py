@@ -40,12 +40,13 @@ class Variables:
 
 @dataclass
 class Teacher:
-    """What is frozen. Features need not be normalised."""
+    """What is frozen. Features need not be normalised, and where `is_made` are not normalised here."""
 
     image: Matrix
     text: Matrix
     logit_scale: float
     soft_temperature: float | None = None
+    is_made: bool = False
 
 
 def normalize(rows: Matrix) -> Matrix:
@@ -112,7 +113,7 @@ def _matrices(v: Variables, t_i: Matrix, t_t: Matrix) -> _Matrices:
 
 def terms(moving: Variables, teacher: Teacher, frozen: Variables | None = None) -> dict[str, float]:
     """Every term, unweighted."""
-    t_i, t_t = normalize(teacher.image), normalize(teacher.text)
+    t_i, t_t = (teacher.image, teacher.text) if teacher.is_made else (normalize(teacher.image), normalize(teacher.text))
     s_i, s_t = _matched(moving)
     m = _matrices(moving, t_i, t_t)
     f = _matrices(frozen or moving, t_i, t_t)
@@ -150,3 +151,22 @@ def total(moving: Variables, teacher: Teacher, weights: dict[str, float], frozen
     """The weighted sum."""
     values = terms(moving, teacher, frozen)
     return sum(weight * values[name] for name, weight in weights.items())
+
+
+def side_by_side(teachers: list[Teacher]) -> Teacher:
+    """The one teacher of several whose logits are the mean of theirs: each one's unit rows times the root of its share of the scales."""
+    scales = np.array([teacher.logit_scale for teacher in teachers])
+    roots = np.sqrt(scales / scales.sum())
+    image = np.hstack([normalize(teacher.image) * root for teacher, root in zip(teachers, roots, strict=True)])
+    text = np.hstack([normalize(teacher.text) * root for teacher, root in zip(teachers, roots, strict=True)])
+    for i in range(len(image)):
+        for j in range(len(text)):
+            logits = [t.logit_scale * normalize(t.image)[i] @ normalize(t.text)[j] for t in teachers]
+            assert np.isclose(scales.mean() * image[i] @ text[j], np.mean(logits), atol=1e-9)
+    return Teacher(image, text, float(scales.mean()), teachers[0].soft_temperature, is_made=True)
+
+
+def mean_total(moving: list[Variables], teachers: list[Teacher], weights: dict[str, float], frozen: list[Variables]) -> float:
+    """The weighted sum of terms that are means over teachers (`task`, too), each with variables of its own beside the student's."""
+    totals = [total(v, teacher, weights, f) for v, teacher, f in zip(moving, teachers, frozen, strict=True)]
+    return float(np.mean(totals))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from cliprd_core import grad_cache
 from cliprd_core.grad_cache import FeatureEncoder, GradCache, encode_in_micro_batches, micro_batch_sizes, micro_batches
 from cliprd_core.models import load_student
-from cliprd_core.objective import Objective
 from cliprd_core.objective_spec import ObjectiveSpec
 from cliprd_core.spec import StudentSpec
 from cliprd_core.step_module import Passes, StepLosses, StudentWithObjective, WholeBatch
+from cliprd_core.teacher_ensemble import TeacherShape, build_objective
 from cliprd_core.training_spec import TrainingSpec
 from tests.tiny import CONTEXT_LENGTH, MODEL_IMAGE_SIZE, tiny_config
 
@@ -45,8 +45,12 @@ def make_module(
     dtype: torch.dtype = torch.float64,
     autocast_type: torch.dtype | None = None,
     device: str = "cpu",
+    teacher_widths: Sequence[int] = (TEACHER_WIDTH,),
 ) -> StudentWithObjective:
-    """A student of one layer per modality and its objective. `is_random`: with patch dropout, and dropout in both modalities."""
+    """A student of one layer per modality and its objective. `is_random`: with patch dropout, and dropout in both modalities.
+
+    `teacher_widths` add up to TEACHER_WIDTH.
+    """
     config = config or tiny_config(width=16, embed_dim=16)
     if is_random:
         config["vision_cfg"]["patch_dropout"] = 0.5
@@ -57,7 +61,8 @@ def make_module(
     if not (weights.task or weights.hrd):
         student.logit_scale.requires_grad_(False)
     torch.manual_seed(0)
-    objective = Objective(weights, student_width=config["embed_dim"], teacher_width=TEACHER_WIDTH, teacher_logit_scale=40.0)
+    teachers = [TeacherShape(width, 40.0 - 10 * index) for index, width in enumerate(teacher_widths)]
+    objective = build_objective(weights, student_width=config["embed_dim"], teachers=teachers)
     return StudentWithObjective(student, objective, autocast_type).to(device, dtype)
 
 
