@@ -41,8 +41,16 @@ class News(NamedTuple):
     data: dict[str, Any]
 
 
-Look = Callable[[Session, Job, int], Sequence[News]]
-"""What is new of a job after a position, oldest first."""
+class Found(NamedTuple):
+    """What a look found, oldest first."""
+
+    news: Sequence[News]
+    position: int
+    """Where the next look goes on; where this one began, if there is nothing more yet."""
+
+
+Look = Callable[[Session, Job, int], Found]
+"""What is new of a job after a position."""
 
 
 class Streams:
@@ -74,7 +82,7 @@ class Streams:
         stream: Response | None = None
         try:
             first, state = await run_in_threadpool(_look, sessions, job_id, look, position)
-            if is_resumed and state is not None and not first:
+            if is_resumed and state is not None and first.position == position:
                 return Response(status_code=204)
             shutdown = anyio.Event()
             stream = _CountedResponse(
@@ -97,14 +105,15 @@ class Streams:
     ) -> AsyncIterator[ServerSentEvent]:
         try:
             while not shutdown.is_set():
-                news, end_state = await run_in_threadpool(_look, sessions, job_id, look, position)
-                for one in news:
-                    position = one.position
-                    yield JSONServerSentEvent(one.data, event=one.name, id=str(position))
-                if not news and end_state is not None:
-                    yield JSONServerSentEvent({"state": end_state}, event="end")
+                found, end_state = await run_in_threadpool(_look, sessions, job_id, look, position)
+                for one in found.news:
+                    yield JSONServerSentEvent(one.data, event=one.name, id=str(one.position))
+                is_all = found.position == position
+                position = found.position
+                if is_all and end_state is not None:
+                    yield JSONServerSentEvent({"state": end_state}, event="end", id=str(position))
                     return
-                if not news:
+                if is_all:
                     with anyio.move_on_after(self._poll_seconds):
                         await shutdown.wait()
         except JobNotFoundError:
@@ -127,7 +136,7 @@ class _CountedResponse(EventSourceResponse):
             self._at_end()
 
 
-def _look(sessions: sessionmaker[Session], job_id: str, look: Look, position: int) -> tuple[Sequence[News], str | None]:
+def _look(sessions: sessionmaker[Session], job_id: str, look: Look, position: int) -> tuple[Found, str | None]:
     """News, and the state of a job that had ended before they were looked for, so that none can follow."""
     with reading(sessions) as session:
         job = get_job(session=session, job_id=job_id)

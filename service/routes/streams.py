@@ -17,7 +17,7 @@ from service.schemas import EventList, EventView
 from service.store import events, jobs, logs, metrics
 from service.store.models import Job
 from service.store.session import reading
-from service.streams import MEDIA_TYPE, News
+from service.streams import MEDIA_TYPE, Found, News
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -86,10 +86,11 @@ async def stream_metrics(
     since_step: Annotated[int, Query(ge=0, lt=2**63, description="First step of interest.")] = 0,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """One event `metrics` for each step: `{"step": …, "values": {name: value}}`, with the step as its `id`. A resumed run measures the
-    steps after its checkpoint again; a stream tells each step once. The last event is `end` with the job's state."""
-    look = partial(_metrics, [name.strip() for one in names for name in one.split(",")])
-    position = since_step - 1 if last_event_id is None else last_event_id
+    """Events `metrics`, `{"step": …, "values": {name: value}}`, in the order of writing. A step is told again, with all that is known of
+    it, when more of it becomes known: an evaluation's values come after the training's, and a resumed run measures the steps after its
+    checkpoint again. The later event counts. The last one is `end` with the job's state."""
+    look = partial(_metrics, [name.strip() for one in names for name in one.split(",")], since_step)
+    position = since_step if last_event_id is None else last_event_id
     return await services.streams.open(services.sessions, job_id, look, position, is_resumed=last_event_id is not None)
 
 
@@ -132,16 +133,19 @@ async def read_log(
     return PlainTextResponse(await run_in_threadpool(read))
 
 
-def _events(session: Session, job: Job, position: int) -> Sequence[News]:
+def _events(session: Session, job: Job, position: int) -> Found:
     found = events.list_events(session=session, job_id=job.id, after=position)
-    return [News(one.id, one.kind.value, EventView.of(one).model_dump(mode="json")) for one in found]
+    news = [News(one.id, one.kind.value, EventView.of(one).model_dump(mode="json")) for one in found]
+    return Found(news, news[-1].position if news else position)
 
 
-def _metrics(names: Sequence[str], session: Session, job: Job, position: int) -> Sequence[News]:
-    found = metrics.steps_after(session=session, job=job, names=names, after=position, limit=STEPS_PER_LOOK)
-    return [News(step, "metrics", {"step": step, "values": values}) for step, values in found.items()]
+def _metrics(names: Sequence[str], since_step: int, session: Session, job: Job, position: int) -> Found:
+    found, end = metrics.measured_after(
+        session=session, job_id=job.id, names=names, after=position, since_step=since_step, limit=STEPS_PER_LOOK
+    )
+    return Found([News(one.position, "metrics", {"step": one.step, "values": one.values}) for one in found], end)
 
 
-def _log(session: Session, job: Job, position: int) -> Sequence[News]:
+def _log(session: Session, job: Job, position: int) -> Found:
     text, end = logs.read_log(session=session, job_id=job.id, after=position, limit=CHUNKS_PER_LOOK)
-    return [News(end, "log", {"text": text})] if end > position else []
+    return Found([News(end, "log", {"text": text})] if end > position else [], end)

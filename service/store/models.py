@@ -251,6 +251,18 @@ class Metric(Base):
     value: Mapped[float] = mapped_column(Double)
 
 
+class MetricStep(Base):
+    """A step at which metrics were measured, with its place in the order of writing, by which streams of metrics go on."""
+
+    __tablename__ = "metric_steps"
+    __table_args__ = (Index("metric_steps_in_order", "job_id", "position", unique=True),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(BigInteger)
+    """Of a job's steps, the one that values were last written of has the highest. It is always more than the step itself."""
+
+
 class MetricRollup(Base):
     """The lowest and the highest point of a metric in `width` steps from step `bucket * width` on; see `service.store.rollups`."""
 
