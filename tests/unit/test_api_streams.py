@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -24,9 +25,11 @@ from service.app import create_app
 from service.settings import Settings
 from service.store import jobs, logs
 from service.store.errors import JobNotFoundError
+from service.store.keys import KeyScope, create_key, revoke_key
 from service.store.session import make_engine, make_sessions, migrate
-from service.streams import Found, Streams, TooManyStreamsError
-from tests.store_helpers import FAILURE, Sessions, claim, create, evaluated, finish, measured
+from service.streams import Found, Streams, TooManyStreamsError, Wanted
+from tests.live import eventually
+from tests.store_helpers import FAILURE, Sessions, claim, create, evaluated, finish, local_client, measured
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -238,12 +241,46 @@ def test_a_stream_that_is_left_makes_room(api: tuple[str, subprocess.Popen[bytes
                 time.sleep(0.05)
 
 
+def test_a_stream_ends_when_its_key_is_revoked(settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.streams.ALLOWED_SECONDS", 0.2)  # after what there is was told
+    job_id = create(sessions).id
+    with sessions.begin() as session:
+        stored, key = create_key(session=session, name="follower", scope=KeyScope.READ)
+        _, other = create_key(session=session, name="other", scope=KeyScope.READ)
+
+    def revoke() -> None:
+        with sessions.begin() as session:
+            revoke_key(session=session, key_id=stored.id)
+
+    def end_the_job() -> None:
+        claimed = claim(sessions, job_id)
+        finish(sessions, claimed, FAILURE)
+
+    with local_client(create_app(settings)) as client:
+        told: list[str] = []
+
+        def follow(key: str) -> None:
+            lines = client.get(f"/jobs/{job_id}/events", headers={**STREAM, "Authorization": f"Bearer {key}"}).text.splitlines()
+            told.append(" ".join(event for event, _, _ in parse(iter(lines))))
+
+        for one, then, expected in ((key, revoke, "created queued"), (other, end_the_job, "created queued claimed failed end")):
+            follower = threading.Thread(target=follow, args=(one,))
+            follower.start()
+            eventually(lambda: client.app.state.services.streams.num_open or None)  # type: ignore[attr-defined]
+            then()
+            follower.join(30)
+            assert told.pop() == expected
+
+
 def test_streams_that_are_opened_at_once_are_counted_until_they_end(sessions: Sessions) -> None:
     job_id, ended = create(sessions).id, lived(sessions)
     gone: dict[str, Any] = {"type": "http.disconnect"}
 
+    def wanted(job: str, *, is_resumed: bool = False) -> Wanted:
+        return Wanted(job, lambda *_: Found([], 0), 0, is_resumed=is_resumed, still_allowed=AsyncMock(return_value=True))
+
     async def opened(streams: Streams, job: str = job_id, *, is_resumed: bool = False) -> Response | BaseException:
-        opening = streams.open(sessions, job, lambda *_: Found([], 0), 0, is_resumed=is_resumed)
+        opening = streams.open(sessions, wanted(job, is_resumed=is_resumed))
         return (await asyncio.gather(opening, return_exceptions=True))[0]
 
     async def leave(response: Response) -> None:
@@ -271,7 +308,7 @@ def test_streams_that_are_opened_at_once_are_counted_until_they_end(sessions: Se
                 nothing_new = await opened(streams, ended, is_resumed=True)
                 assert isinstance(nothing_new, Response)
                 assert nothing_new.status_code == 204
-                waiting = asyncio.create_task(streams.open(sessions, job_id, lambda *_: Found([], 0), 0, is_resumed=False))
+                waiting = asyncio.create_task(streams.open(sessions, wanted(job_id)))
                 await asyncio.sleep(0)
                 waiting.cancel()
                 await asyncio.wait([waiting])
