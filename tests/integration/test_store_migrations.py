@@ -73,6 +73,24 @@ def test_metrics_of_an_older_database_are_streamed(sessions: Sessions, engine: E
     assert [(one.step, one.values) for one in found] == [(step, {"train/loss": 0.5}) for step in (0, 5, 9)]
 
 
+def test_idempotency_keys_of_an_older_database_outlive_their_jobs(database_url: str) -> None:
+    """Migration 0009 takes a constraint away that has no name on SQLite."""
+    migrate(database_url, "0008")
+    engine = make_engine(database_url)
+    insert_job = text(
+        "INSERT INTO jobs (id, name, recipe, state, spec, queue, priority, seconds_run, attempt, num_releases, max_attempts, created_at)"
+        " VALUES ('job-1', 'old', 'clip', 'failed', '{}', 'default', 0, 0, 0, 0, 3, '2026-01-01 00:00:00')"
+    )
+    with engine.begin() as connection:
+        connection.execute(insert_job)
+        connection.execute(text("INSERT INTO idempotency_keys VALUES ('key', 'digest', 'job-1', '2026-01-01 00:00:00')"))
+    migrate(database_url)
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM jobs"))
+        assert connection.execute(text("SELECT key, body_sha256, job_id FROM idempotency_keys")).all() == [("key", "digest", "job-1")]
+    engine.dispose()
+
+
 def test_an_empty_database_is_not_migrated(database_url: str) -> None:
     engine = make_engine(database_url)
     with engine.connect() as connection:
