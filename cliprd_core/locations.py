@@ -24,6 +24,12 @@ HOME_VARIABLE = "CLIPRD_HOME"
 
 ANY_HOST = "*"
 
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""RFC 6052: the last 32 bits are the IPv4 address that is reached."""
+
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
+"""RFC 8215: a network's own translators, which reach what their owner likes, at places in the address that the owner chose."""
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -169,10 +175,19 @@ def _is_address(name: str) -> bool:
 
 
 def _is_public(address: str) -> bool:
+    """Whether it is an address of the internet, and so is the IPv4 address that it may stand for on the way through a translator."""
     found = ipaddress.ip_address(address)
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
-        found = found.ipv4_mapped
-    return found.is_global and not found.is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        if found in _LOCAL_NAT64:
+            return False
+        found = _ipv4_within(found) or found
+    return found.is_global and not found.is_multicast and not found.is_reserved
+
+
+def _ipv4_within(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 def split_roots(text: str) -> tuple[str, ...]:

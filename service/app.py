@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import Engine
 
 from service.auth import OPEN_PATHS, Authorization
 from service.errors import install_handlers
@@ -19,11 +20,12 @@ from service.monitoring import RequestMonitor, make_registry
 from service.openapi import DESCRIPTION, openapi_of
 from service.preparation import Preparation
 from service.queue import JobQueue
+from service.readiness import Part, Readiness
 from service.routes import artifacts, control, docs, health, jobs, streams, teacher_stores, workers
 from service.routes.dependencies import Services
 from service.settings import Settings
-from service.store.blobs import make_blobs
-from service.store.session import make_engine, make_sessions, migrate
+from service.store.blobs import Blobs, make_blobs
+from service.store.session import check_database, make_engine, make_sessions, migrate
 from service.streams import Streams
 from service.strict_query import refuse_other_parameters
 
@@ -67,12 +69,13 @@ def _make_services(settings: Settings) -> Services:
     sessions = make_sessions(engine)
     queue = JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds)
     preparation, intake = Preparation(settings, sessions), Intake(sessions, max_attempts=settings.max_attempts)
+    blobs = make_blobs(settings.artifacts_url, settings.artifacts_root)
     return Services(
         registry=make_registry(sessions),
         settings=settings,
         engine=engine,
         sessions=sessions,
-        blobs=make_blobs(settings.artifacts_url, settings.artifacts_root),
+        blobs=blobs,
         queue=queue,
         preparation=preparation,
         intake=intake,
@@ -82,6 +85,19 @@ def _make_services(settings: Settings) -> Services:
             poll_seconds=settings.stream_poll_seconds,
             heartbeat_seconds=settings.stream_heartbeat_seconds,
         ),
+        readiness=_make_readiness(engine, queue, blobs),
+    )
+
+
+def _make_readiness(engine: Engine, queue: JobQueue, blobs: Blobs) -> Readiness:
+    writable = "Make the folder of CLIPRD_ARTIFACTS_ROOT, or the bucket of CLIPRD_ARTIFACTS_URL, writable for this process."
+    resent = "Look at CLIPRD_BROKER_URL and at the broker's log. Jobs are stored meanwhile and sent later."
+    return Readiness(
+        {
+            "database": Part(lambda: check_database(engine), "Look at CLIPRD_DATABASE_URL and at the database's log."),
+            "broker": Part(queue.check, resent),
+            "artifacts_root": Part(blobs.check_writable, writable),
+        }
     )
 
 

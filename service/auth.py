@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Need no key: what asks whether the service lives has none, and learns nothing else."""
 
+STILL_ALLOWED = "still_allowed"
+"""Of a request's state: a function that looks again whether the request may pass, for answers that take long."""
+
 _LEVELS = {scope: level for level, scope in enumerate(KeyScope)}
 _MAKE_ONE = (
     "make one where the service runs (on its machine, in its container) with `cliprd keys create --scope SCOPE --name NAME`,"
@@ -80,16 +83,29 @@ class Authorization:
             await self.app(scope, receive, send)
             return
         try:
-            refusal, stale_key_id = await self._looks.do(scope)
+            refusal = await self._refusal_now(scope)
         except SQLAlchemyError as error:
             await database_problem(scope["method"], scope["path"], error)(scope, receive, send)
             return
-        if stale_key_id is not None:
-            await self._uses.do(stale_key_id)
+
+        async def still_allowed() -> bool:
+            return await self._refusal_now(scope) is None
+
         if refusal is None:
+            scope.setdefault("state", {})[STILL_ALLOWED] = still_allowed
             await self.app(scope, receive, send)
         else:
             await _answer(scope, refusal)(scope, receive, send)
+
+    async def _refusal_now(self, scope: Scope) -> Refusal | None:
+        """
+        Raises:
+            SQLAlchemyError: the database can't tell.
+        """
+        refusal, stale_key_id = await self._looks.do(scope)
+        if stale_key_id is not None:
+            await self._uses.do(stale_key_id)
+        return refusal
 
     def _look_at(self, scopes: Sequence[Scope]) -> list[Look]:
         given = [_given_key(scope) for scope in scopes]

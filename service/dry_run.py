@@ -13,7 +13,7 @@ from service.routes.dependencies import Services
 from service.store.session import reading
 from service.store.speeds import recorded_speeds
 from service.store.states import JobState
-from service.store.teachers import lock_teachers_of, teacher_jobs
+from service.store.teachers import find_teachers_of, teacher_jobs
 from service.store.workers import complaint_about_queue, list_workers
 
 
@@ -28,7 +28,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
     resolved = services.preparation.check(spec)
     locations = settings.locations if settings.check_files else None
     with reading(services.sessions) as session:
-        teachers = lock_teachers_of(session, resolved)
+        teachers = find_teachers_of(session, resolved)
         students = {field: job.spec["student"] for field, job in teacher_jobs(session=session, spec=resolved).items()}
         speeds = recorded_speeds(session=session, spec=resolved)
         workers = list_workers(session=session)

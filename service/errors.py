@@ -172,7 +172,7 @@ def _on_refused_field(request: Request, error: Exception) -> Response:
             remedy = "Write it as `label=key=value`; repeat it for several."
             return _invalid(request, [FieldProblem(field="label", problem=str(error), remedy=remedy)])
         case IdempotencyConflictError():
-            remedy = "Use a new key for each job; repeat one only with the spec it was first sent with."
+            remedy = "Use a new key for each job; repeat one only with the spec it was first sent with, and while its job is there."
             return _invalid(request, [FieldProblem(field="Idempotency-Key", problem=str(error), remedy=remedy)])
         case _:
             remedy = "Leave it out to start at the first page."

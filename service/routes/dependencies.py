@@ -15,6 +15,7 @@ from service.intake import Intake
 from service.messages import Messages
 from service.preparation import Preparation
 from service.queue import JobQueue
+from service.readiness import Readiness
 from service.settings import Settings
 from service.store.blobs import Blobs
 from service.store.errors import ArtifactNotFoundError, JobNotFoundError
@@ -36,6 +37,7 @@ class Services:
     intake: Intake
     messages: Messages
     streams: Streams
+    readiness: Readiness
     registry: CollectorRegistry
     """What `/metrics` tells."""
 

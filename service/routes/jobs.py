@@ -54,7 +54,8 @@ async def submit_job(
     an otherwise sound spec tells: fields that don't fit each other, too few pairs for a batch, a teacher's job that can't be one.
 
     With an `Idempotency-Key` (a UUID, say) a submission whose answer was lost can be repeated for two days: the same key and spec answer
-    with the same job, and `Idempotency-Replayed: true`; the same key and another spec are refused (422).
+    with the same job, and `Idempotency-Replayed: true`. The same key and another spec are refused (422), as is the key of a job that was
+    deleted.
     """
     if is_dry_run:
         return JSONResponse((await run_in_threadpool(dry_run, services, spec)).model_dump(mode="json"))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sqlalchemy.orm import Session
 
+from service.auth import STILL_ALLOWED
 from service.errors import problem_responses
 from service.routes.dependencies import JobIdInPath, ServicesOf
 from service.schemas import EventList, EventView
 from service.store import events, jobs, logs, metrics
 from service.store.models import Job
 from service.store.session import reading
-from service.streams import MEDIA_TYPE, News
+from service.streams import MEDIA_TYPE, Found, Look, News, Wanted
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -33,6 +34,23 @@ def _wants_stream(accept: Annotated[str, Header(include_in_schema=False)] = "") 
 
 WantsStream = Annotated[bool, Depends(_wants_stream)]
 LastEventId = Annotated[int | None, Header(ge=0, lt=2**63, description="Of a stream: the `id` of the last event that arrived.")]
+
+
+async def _follow(
+    services: ServicesOf, request: Request, last_event_id: LastEventId = None
+) -> Callable[[str, Look, int], Awaitable[Response]]:
+    """Opens a stream about a job from a position on, or from where the client's last one broke off."""
+
+    async def follow(job_id: str, look: Look, position: int) -> Response:
+        is_resumed = last_event_id is not None
+        start = position if last_event_id is None else last_event_id
+        wanted = Wanted(job_id, look, start, is_resumed=is_resumed, still_allowed=getattr(request.state, STILL_ALLOWED))
+        return await services.streams.open(services.sessions, wanted)
+
+    return follow
+
+
+Follow = Annotated[Callable[[str, Look, int], Awaitable[Response]], Depends(_follow)]
 
 
 @router.get(
@@ -52,14 +70,13 @@ async def read_events(
     is_stream: WantsStream,
     after: Annotated[int, Query(ge=0, lt=2**63, description="Only events with a higher id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="Events, at most; a stream has all.")] = 100,
-    last_event_id: LastEventId = None,
+    follow: Follow,
 ) -> Response:
     """Events, oldest first; each was written together with the change it tells of. With `Accept: text/event-stream` they come as they
     happen, until the job ends: `event` is the kind, `id` serves to go on after a break, and the last one is `end` with the job's state.
     """
     if is_stream:
-        position = after if last_event_id is None else last_event_id
-        return await services.streams.open(services.sessions, job_id, _events, position, is_resumed=last_event_id is not None)
+        return await follow(job_id, _events, after)
 
     def read() -> EventList:
         with reading(services.sessions) as session:
@@ -80,17 +97,16 @@ async def read_events(
     },
 )
 async def stream_metrics(
-    services: ServicesOf,
+    follow: Follow,
     job_id: JobIdInPath,
     names: Annotated[list[str], Query(max_length=256, description="As of the metric series.")] = ["*"],  # noqa: B006
     since_step: Annotated[int, Query(ge=0, lt=2**63, description="First step of interest.")] = 0,
-    last_event_id: LastEventId = None,
 ) -> Response:
-    """One event `metrics` for each step: `{"step": …, "values": {name: value}}`, with the step as its `id`. A resumed run measures the
-    steps after its checkpoint again; a stream tells each step once. The last event is `end` with the job's state."""
-    look = partial(_metrics, [name.strip() for one in names for name in one.split(",")])
-    position = since_step - 1 if last_event_id is None else last_event_id
-    return await services.streams.open(services.sessions, job_id, look, position, is_resumed=last_event_id is not None)
+    """Events `metrics`, `{"step": …, "values": {name: value}}`, in the order of writing. A step is told again, with all that is known of
+    it, when more of it becomes known: an evaluation's values come after the training's, and a resumed run measures the steps after its
+    checkpoint again. The later event counts. The last one is `end` with the job's state."""
+    look = partial(_metrics, [name.strip() for one in names for name in one.split(",")], since_step)
+    return await follow(job_id, look, since_step)
 
 
 @router.get(
@@ -110,6 +126,7 @@ async def read_log(
     is_stream: WantsStream,
     tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines, as many. Left out: all.")] = None,
     last_event_id: LastEventId = None,
+    follow: Follow,
 ) -> Response:
     """What the training processes printed, over all attempts, and after each failed attempt why it failed; of a very long log the beginning
     is dropped. With `Accept: text/event-stream` it comes as events `log`, `{"text": …}`, while it is printed, until `end` with the job's
@@ -122,7 +139,7 @@ async def read_log(
 
     position = last_event_id if last_event_id is not None else await run_in_threadpool(start)
     if is_stream:
-        return await services.streams.open(services.sessions, job_id, _log, position, is_resumed=last_event_id is not None)
+        return await follow(job_id, _log, position)
 
     def read() -> str:
         with reading(services.sessions) as session:
@@ -132,16 +149,19 @@ async def read_log(
     return PlainTextResponse(await run_in_threadpool(read))
 
 
-def _events(session: Session, job: Job, position: int) -> Sequence[News]:
+def _events(session: Session, job: Job, position: int) -> Found:
     found = events.list_events(session=session, job_id=job.id, after=position)
-    return [News(one.id, one.kind.value, EventView.of(one).model_dump(mode="json")) for one in found]
+    news = [News(one.id, one.kind.value, EventView.of(one).model_dump(mode="json")) for one in found]
+    return Found(news, news[-1].position if news else position)
 
 
-def _metrics(names: Sequence[str], session: Session, job: Job, position: int) -> Sequence[News]:
-    found = metrics.steps_after(session=session, job=job, names=names, after=position, limit=STEPS_PER_LOOK)
-    return [News(step, "metrics", {"step": step, "values": values}) for step, values in found.items()]
+def _metrics(names: Sequence[str], since_step: int, session: Session, job: Job, position: int) -> Found:
+    found, end = metrics.measured_after(
+        session=session, job_id=job.id, names=names, after=position, since_step=since_step, limit=STEPS_PER_LOOK
+    )
+    return Found([News(one.position, "metrics", {"step": one.step, "values": one.values}) for one in found], end)
 
 
-def _log(session: Session, job: Job, position: int) -> Sequence[News]:
+def _log(session: Session, job: Job, position: int) -> Found:
     text, end = logs.read_log(session=session, job_id=job.id, after=position, limit=CHUNKS_PER_LOOK)
-    return [News(end, "log", {"text": text})] if end > position else []
+    return Found([News(end, "log", {"text": text})] if end > position else [], end)

@@ -58,10 +58,11 @@ class JobConflictError(StoreError):
 
 
 class IdempotencyConflictError(StoreError):
-    """The idempotency key belongs to a submission of another spec."""
+    """The idempotency key belongs to a submission of another spec, or to one whose job was deleted."""
 
-    def __init__(self, key: str, job_id: str) -> None:
-        super().__init__(f"the key was used for another spec, which became job {job_id}")
+    def __init__(self, key: str, job_id: str, *, is_deleted: bool = False) -> None:
+        deleted = f"the key was used before, for job {job_id}, which was deleted"
+        super().__init__(deleted if is_deleted else f"the key was used for another spec, which became job {job_id}")
         self.key = key
         self.job_id = job_id
 

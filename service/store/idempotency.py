@@ -29,17 +29,21 @@ class Keyed(NamedTuple):
 
 
 def find_submitted(*, session: Session, submissions: Sequence[Keyed]) -> dict[Keyed, Job | IdempotencyConflictError]:
-    """Of each, the job that was submitted under its key before, or that the key was used for another spec; new keys are left out."""
+    """Of each, the job that was submitted under its key before, or why the key can't be used: that was for another spec, or the job was
+    deleted. New keys are left out."""
     if not submissions:
         return {}
     keys = {one.key for one in submissions}
-    query = select(IdempotencyKey, Job).join(Job, Job.id == IdempotencyKey.job_id).where(IdempotencyKey.key.in_(keys))
-    by_key = {row.key: (row.body_sha256, job) for row, job in session.execute(query)}
+    query = select(IdempotencyKey, Job).outerjoin(Job, Job.id == IdempotencyKey.job_id).where(IdempotencyKey.key.in_(keys))
+    by_key: dict[str, tuple[IdempotencyKey, Job | None]] = {row.key: (row, job) for row, job in session.execute(query)}
     found: dict[Keyed, Job | IdempotencyConflictError] = {}
     for one in submissions:
         if one.key in by_key:
-            earlier_digest, job = by_key[one.key]
-            found[one] = job if earlier_digest == one.digest else IdempotencyConflictError(one.key, job.id)
+            earlier, job = by_key[one.key]
+            if job is not None and earlier.body_sha256 == one.digest:
+                found[one] = job
+            else:
+                found[one] = IdempotencyConflictError(one.key, earlier.job_id, is_deleted=job is None)
     return found
 
 

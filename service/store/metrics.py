@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import ColumnElement, false, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -15,11 +15,22 @@ from cliprd_core.run_dir import EvaluationRecord, MetricsRecord
 from service.store.cursors import Page, decode, encode
 from service.store.events import EventKind, record_event
 from service.store.leases import lock_held_job
-from service.store.models import Base, Evaluation, Job, Metric
+from service.store.models import Base, Evaluation, Job, Metric, MetricStep
 from service.store.rollups import MIN_POINTS, thinned, update_rollups
 from service.store.session import database_now
 
-__all__ = ["MAX_EVALUATIONS", "MIN_POINTS", "Series", "list_evaluations", "record_evaluations", "record_metrics", "series", "unmatched"]
+__all__ = [
+    "MAX_EVALUATIONS",
+    "MIN_POINTS",
+    "Measured",
+    "Series",
+    "list_evaluations",
+    "measured_after",
+    "record_evaluations",
+    "record_metrics",
+    "series",
+    "unmatched",
+]
 
 MAX_EVALUATIONS = 1000
 """Of one page, at most."""
@@ -31,6 +42,16 @@ class Series:
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one step."""
+
+    position: int
+    """Its place in the order of writing."""
+    step: int
+    values: dict[str, float]
 
 
 def record_metrics(*, session: Session, job_id: str, lease_token: str, records: Sequence[MetricsRecord]) -> None:
@@ -57,10 +78,12 @@ def record_metrics(*, session: Session, job_id: str, lease_token: str, records: 
             if earlier is None or record.attempt >= earlier["attempt"]:
                 rows[name, record.step] = row
         latest = {**latest, **record.values} if record.attempt >= job.attempt else {**record.values, **latest}
-    _upsert(session, Metric, list(rows.values()), replace=("attempt", "value"))
-    if rows:
-        names, steps = {name for name, _ in rows}, [step for _, step in rows]
+    written = _upsert(session, Metric, list(rows.values()), replace=("attempt", "value"))
+    if written:
+        names, steps = {name for _, name, _ in written}, {step for _, _, step in written}
         update_rollups(session=session, job_id=job_id, names=names, first_step=min(steps), last_step=max(steps))
+    if rows:
+        _put_last(session, job_id, written={step for _, _, step in written}, known={step for _, step in rows})
     job.metrics = latest
     if job.progress is None or records[-1].attempt >= job.attempt:
         job.progress = records[-1].progress.model_dump(mode="json")
@@ -77,14 +100,11 @@ def record_evaluations(*, session: Session, job_id: str, lease_token: str, recor
     for record in sorted(records, key=lambda record: record.attempt):
         key = {"job_id": job_id, "step": record.step, "task": record.task, "dataset": record.dataset}
         rows[record.step, record.task, record.dataset] = {**key, "attempt": record.attempt, "record": record.model_dump(mode="json")}
-    known = select(Evaluation.step, Evaluation.task, Evaluation.dataset, Evaluation.attempt)
-    known = known.where(Evaluation.job_id == job_id, Evaluation.step.in_({step for step, _, _ in rows}))
-    attempts = {(step, task, dataset): attempt for step, task, dataset, attempt in session.execute(known)}
-    _upsert(session, Evaluation, list(rows.values()), replace=("attempt", "record"))
+    written = _upsert(session, Evaluation, list(rows.values()), replace=("attempt", "record"))
     now = database_now(session)
-    for (step, task, dataset), row in sorted(rows.items()):
-        if row["attempt"] > attempts.get((step, task, dataset), 0):  # else it is a replay
-            record_event(job, EventKind.EVALUATED, now=now, step=step, task=task, dataset=dataset, metrics=row["record"]["metrics"])
+    for _, step, task, dataset in sorted(written):
+        metrics = rows[step, task, dataset]["record"]["metrics"]
+        record_event(job, EventKind.EVALUATED, now=now, step=step, task=task, dataset=dataset, metrics=metrics)
 
 
 def list_evaluations(*, session: Session, job_id: str, limit: int = MAX_EVALUATIONS, cursor: str | None = None) -> Page[EvaluationRecord]:
@@ -129,33 +149,84 @@ def unmatched(job: Job, names: Sequence[str]) -> list[str]:
     return [pattern for pattern in dict.fromkeys(names) if not any(_matches(name, pattern) for name in job.metrics or {})]
 
 
-def steps_after(*, session: Session, job: Job, names: Sequence[str], after: int, limit: int) -> dict[int, dict[str, float]]:
-    """What was measured at the next `limit` steps after step `after`, by step in order, of metrics whose names match."""
-    found = [name for name in job.metrics or {} if any(_matches(name, pattern) for pattern in names)]
-    is_wanted = (Metric.job_id == job.id, Metric.name.in_(found), Metric.step > after)
-    last = session.scalars(select(Metric.step).where(*is_wanted).distinct().order_by(Metric.step).limit(limit)).all()
-    if not last:
-        return {}
-    by_step: dict[int, dict[str, float]] = {step: {} for step in last}
-    rows = select(Metric.step, Metric.name, Metric.value).where(*is_wanted, Metric.step <= last[-1]).order_by(Metric.step, Metric.name)
-    for step, name, value in session.execute(rows):
-        by_step.setdefault(step, {})[name] = value
-    return by_step
+def measured_after(
+    *, session: Session, job_id: str, names: Sequence[str], after: int, since_step: int = 0, limit: int
+) -> tuple[list[Measured], int]:
+    """What is known of the next `limit` steps that were written after position `after`, in the order of writing.
+
+    A step that is written again (an evaluation's values come after the training's; a resumed run measures steps anew) is found again, at a
+    higher position, with all that is known of it by then. Whoever goes on from the position that was returned misses nothing.
+
+    Args:
+        session: for reading.
+        job_id: the job.
+        names: as for `series`.
+        after: a position that was returned before. Since they are higher than their steps, a first step of interest may begin it, too.
+        since_step: the first step of interest.
+        limit: steps that are looked at.
+
+    Returns:
+        Those of the steps that have values of these names, and up to which position was looked: `after` itself, where nothing is new.
+    """
+    query = select(MetricStep.position, MetricStep.step).where(MetricStep.job_id == job_id, MetricStep.position > after)
+    page = session.execute(query.order_by(MetricStep.position).limit(limit)).all()
+    if not page:
+        return [], after
+    # After the steps, or the names that a step brought could be missing here.
+    known = session.scalar(select(Job.metrics).where(Job.id == job_id)) or {}
+    wanted = [name for name in known if any(_matches(name, pattern) for pattern in names)]
+    values: dict[int, dict[str, float]] = {step: {} for _, step in page if step >= since_step}
+    rows = select(Metric.step, Metric.name, Metric.value).where(Metric.job_id == job_id, Metric.name.in_(wanted))
+    for step, name, value in session.execute(rows.where(_is_one_of(session, job_id, values)).order_by(Metric.step, Metric.name)):
+        if step in values:
+            values[step][name] = value
+    return [Measured(position, step, values[step]) for position, step in page if values.get(step)], page[-1].position
+
+
+def _is_one_of(session: Session, job_id: str, steps: Collection[int]) -> ColumnElement[bool]:
+    """Whether a metric is of one of these steps, or of hardly any other ones between them: a range is read much faster than a list."""
+    if not steps:
+        return false()
+    first, last = min(steps), max(steps)
+    all_between = select(func.count()).where(MetricStep.job_id == job_id, MetricStep.step.between(first, last))
+    is_dense = session.execute(all_between).scalar_one() <= 2 * len(steps)
+    return Metric.step.between(first, last) if is_dense else Metric.step.in_(steps)
 
 
 def _matches(name: str, pattern: str) -> bool:
     return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
 
-def _upsert(session: Session, table: type[Base], rows: list[dict[str, Any]], *, replace: tuple[str, ...]) -> None:
-    """Insert rows, or replace those of the same or an earlier attempt."""
+def _put_last(session: Session, job_id: str, *, written: Collection[int], known: Collection[int]) -> None:
+    """Put the steps `written` last in the order of writing. The caller holds the job's lock, so what a reader sees of it never gets a
+    row before one that was seen. Of `known`, those without a place get one, too: a worker of an older version gave them none."""
+    of_job = MetricStep.job_id == job_id
+    placed = set(session.scalars(select(MetricStep.step).where(of_job, MetricStep.step.between(min(known), max(known)))))
+    last: int = session.scalar(select(func.max(MetricStep.position)).where(of_job)) or 0
+    rows = []
+    for step in sorted({*written, *known} - (placed - set(written))):
+        last = max(last, step) + 1
+        rows.append({"job_id": job_id, "step": step, "position": last})
+    if rows:
+        insert = _dialect(session).insert(MetricStep)
+        keys = list(MetricStep.__table__.primary_key)
+        statement = insert.on_conflict_do_update(index_elements=keys, set_={"position": insert.excluded.position})
+        session.connection().execute(statement, rows)
+
+
+def _upsert(session: Session, table: type[Base], rows: list[dict[str, Any]], *, replace: tuple[str, ...]) -> set[tuple[Any, ...]]:
+    """Insert rows, or replace those of an earlier attempt; the primary keys of those rows. All others are replays."""
     if not rows:
-        return
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    insert = dialect.insert(table)
+        return set()
+    insert = _dialect(session).insert(table)
+    keys = list(table.__table__.primary_key)
     statement = insert.on_conflict_do_update(
-        index_elements=list(table.__table__.primary_key),
+        index_elements=keys,
         set_={column: insert.excluded[column] for column in replace},
-        where=table.__table__.c.attempt <= insert.excluded.attempt,
+        where=table.__table__.c.attempt < insert.excluded.attempt,
     )
-    session.connection().execute(statement, rows)
+    return {tuple(row) for row in session.connection().execute(statement.returning(*keys), rows)}
+
+
+def _dialect(session: Session) -> Any:
+    return postgresql if session.get_bind().dialect.name == "postgresql" else sqlite

@@ -228,14 +228,15 @@ class LogChunk(Base):
 
 
 class IdempotencyKey(Base):
-    """A submission's `Idempotency-Key`, and the job it made."""
+    """A submission's `Idempotency-Key`, and the job it made. It outlives the job, so that a late repeat makes no second one."""
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = (Index("idempotency_keys_by_age", "created_at"), Index("idempotency_keys_by_job", "job_id"))
+    __table_args__ = (Index("idempotency_keys_by_age", "created_at"),)
 
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64))
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    job_id: Mapped[str] = mapped_column(String(64))
+    """Of no job any more, if that was deleted."""
     created_at: Mapped[datetime]
 
 
@@ -249,6 +250,18 @@ class Metric(Base):
     step: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     attempt: Mapped[int]
     value: Mapped[float] = mapped_column(Double)
+
+
+class MetricStep(Base):
+    """A step at which metrics were measured, with its place in the order of writing, by which streams of metrics go on."""
+
+    __tablename__ = "metric_steps"
+    __table_args__ = (Index("metric_steps_in_order", "job_id", "position", unique=True),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(BigInteger)
+    """Of a job's steps, the one that values were last written of has the highest. It is always more than the step itself."""
 
 
 class MetricRollup(Base):

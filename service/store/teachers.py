@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
@@ -16,14 +16,8 @@ from service.store.states import JobState
 def lock_teachers(session: Session, specs: Sequence[JobSpec]) -> list[list[Job] | TeacherUnavailableError]:
     """Of each spec the jobs whose results are teachers, locked so that they can't finish or be deleted between our look and our insert; or
     why a teacher can't be had: its job or artifact doesn't exist, or failed, or was cancelled, or is no model."""
-    fields_of_specs = [_fields_of_jobs(session, spec) for spec in specs]
-    job_ids = {job_id for one in fields_of_specs if isinstance(one, dict) for job_id in one}
-    if not job_ids:
-        return [one if isinstance(one, TeacherUnavailableError) else [] for one in fields_of_specs]
     # In the order of their ids, as everyone locks several jobs.
-    query = select(Job).where(Job.id.in_(job_ids)).order_by(Job.id).with_for_update()
-    locked = {job.id: job for job in session.scalars(query.execution_options(populate_existing=True))}
-    return [one if isinstance(one, TeacherUnavailableError) else _available(locked, one) for one in fields_of_specs]
+    return _teachers(session, specs, select(Job).order_by(Job.id).with_for_update())
 
 
 def lock_teachers_of(session: Session, spec: JobSpec) -> list[Job]:
@@ -32,10 +26,33 @@ def lock_teachers_of(session: Session, spec: JobSpec) -> list[Job]:
     Raises:
         TeacherUnavailableError: a teacher can't be had.
     """
-    [teachers] = lock_teachers(session, [spec])
+    return _or_raise(lock_teachers(session, [spec]))
+
+
+def find_teachers_of(session: Session, spec: JobSpec) -> list[Job]:
+    """The same for who only reads: nothing is locked, nor waited for.
+
+    Raises:
+        TeacherUnavailableError: a teacher can't be had.
+    """
+    return _or_raise(_teachers(session, [spec], select(Job)))
+
+
+def _or_raise(of_one: list[list[Job] | TeacherUnavailableError]) -> list[Job]:
+    [teachers] = of_one
     if isinstance(teachers, TeacherUnavailableError):
         raise teachers
     return teachers
+
+
+def _teachers(session: Session, specs: Sequence[JobSpec], query: Select[Job]) -> list[list[Job] | TeacherUnavailableError]:
+    fields_of_specs = [_fields_of_jobs(session, spec) for spec in specs]
+    job_ids = {job_id for one in fields_of_specs if isinstance(one, dict) for job_id in one}
+    if not job_ids:
+        return [one if isinstance(one, TeacherUnavailableError) else [] for one in fields_of_specs]
+    found = session.scalars(query.where(Job.id.in_(job_ids)).execution_options(populate_existing=True))
+    by_id = {job.id: job for job in found}
+    return [one if isinstance(one, TeacherUnavailableError) else _available(by_id, one) for one in fields_of_specs]
 
 
 def _fields_of_jobs(session: Session, spec: JobSpec) -> dict[str, str] | TeacherUnavailableError:
@@ -65,7 +82,7 @@ def _available(jobs: Mapping[str, Job], fields_of_jobs: Mapping[str, str]) -> li
 
 
 def teacher_jobs(*, session: Session, spec: JobSpec) -> dict[str, Job]:
-    """By the spec's field, the jobs whose results are teachers, of a spec whose teachers can be had (`lock_teachers`)."""
+    """By the spec's field, the jobs whose results are teachers, of a spec whose teachers can be had."""
     found = {}
     for field, teacher in spec.teacher_fields.items():
         job_id = teacher.job if teacher.artifact is None else _job_of_artifact(session, f"{field}.artifact", teacher.artifact)

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine, text
 
-from service import logs
+from service import logs, readiness
 from service.app import create_app
 from service.settings import Settings
 from service.store.jobs import JobState, record_metrics, requeue_expired
@@ -92,7 +92,8 @@ def test_metrics_need_a_key_unless_the_settings_say_otherwise(settings: Settings
             assert client.get("/jobs").status_code == 403
 
 
-def test_a_database_that_can_only_be_read_is_not_ready(postgres_url: str, settings: Settings) -> None:
+def test_a_database_that_can_only_be_read_is_not_ready(postgres_url: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "READY_SECONDS", 0.0)
     with local_client(create_app(settings.model_copy(update={"database_url": postgres_url}))) as client:
         assert client.get("/readyz").status_code == 200
         engine = make_engine(postgres_url)

@@ -6,14 +6,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
-from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, MetricsRecord
 from service.store import jobs, logs
 from service.store.events import list_events
 from service.store.failure_policy import what_to_do
-from service.store.metrics import steps_after
+from service.store.metrics import Measured, measured_after
+from service.store.models import MetricStep
 from service.store.session import database_now, reading
-from tests.store_helpers import FAILURE, Sessions, claim, create, distilled_spec, evaluated, finish, measured, read
+from tests.store_helpers import FAILURE, Sessions, claim, create, distilled_spec, evaluated, finish, measured
 
 
 def told(sessions: Sessions, job_id: str, after: int = 0) -> list[str]:
@@ -134,16 +136,55 @@ def test_the_log_grows_over_attempts_and_has_a_tail(sessions: Sessions, monkeypa
         logs.append_log(session=session, job_id=job.id, lease_token="old", text="x")
 
 
-def test_steps_come_in_order_and_in_portions(sessions: Sessions) -> None:
-    job = create(sessions)
-    claimed = claim(sessions, job.id)
-    with sessions.begin() as session:
-        records = [measured(step, train_loss=1 / step, train_lr=0.1) for step in range(1, 6)]
-        jobs.record_metrics(session=session, **lease_of(claimed), records=records)
-    job = read(sessions, job.id)
-    with reading(sessions) as session:
-        some = steps_after(session=session, job=job, names=["train/lo*"], after=1, limit=2)
-        assert some == {2: {"train/loss": 1 / 2}, 3: {"train/loss": 1 / 3}}
-        assert list(steps_after(session=session, job=job, names=["*"], after=3, limit=10)) == [4, 5]
-        assert steps_after(session=session, job=job, names=["*"], after=5, limit=10) == {}
-        assert steps_after(session=session, job=job, names=["none"], after=0, limit=10) == {}
+def test_steps_come_in_the_order_of_writing_and_in_portions(sessions: Sessions) -> None:
+    claimed = claim(sessions, create(sessions).id)
+
+    def write(*records: MetricsRecord) -> None:
+        with sessions.begin() as session:
+            jobs.record_metrics(session=session, **lease_of(claimed), records=records)
+
+    def after(position: int, *names: str, limit: int = 10, since_step: int = 0) -> tuple[list[Measured], int]:
+        of_job: dict[str, Any] = {"job_id": claimed.job.id, "names": names or ["*"], "since_step": since_step}
+        with reading(sessions) as session:
+            return measured_after(session=session, after=position, limit=limit, **of_job)
+
+    def steps(position: int) -> list[int]:
+        return [one.step for one in after(position)[0]]
+
+    first = [measured(step, train_loss=1 / step, train_lr=0.1) for step in range(1, 6)]
+    write(*first)
+    some, position = after(0, "train/lo*", limit=2)
+    assert [(one.step, one.values) for one in some] == [(1, {"train/loss": 1.0}), (2, {"train/loss": 1 / 2})]
+    assert [one.step for one in after(position, limit=2)[0]] == [3, 4]
+    assert [one.step for one in after(0, since_step=4)[0]] == steps(after(0, limit=3)[1]) == [4, 5]
+    assert steps(4) == [4, 5], "a step is a position, from which nothing of the steps from it on is missed"
+    nothing, end = after(0, "none")
+    assert (nothing, steps(end)) == ([], [])
+    assert after(end) == ([], end)
+
+    write(*first)
+    assert steps(end) == [], "a replay is no news"
+    write(measured(5, evaluation_top1=0.5), measured(6, train_loss=0.1))
+    later, position = after(end)
+    assert [one.values for one in later] == [{"evaluation/top1": 0.5, "train/loss": 1 / 5, "train/lr": 0.1}, {"train/loss": 0.1}]
+    write(measured(4, attempt=2, train_loss=9.0), *first, measured(5, attempt=2, train_loss=8.0))
+    again, end = after(position)
+    assert [(one.step, one.values["train/loss"]) for one in again] == [(4, 9.0), (5, 8.0)], "a resumed run's own measurements"
+    assert [one.step for one in after(0)[0]] == [1, 2, 3, 6, 4, 5]
+    assert after(end) == ([], end)
+    write(measured(1, attempt=2, train_loss=5.0), measured(5, attempt=3, train_loss=6.0))
+    some, end = after(end)
+    assert [one.step for one in some] == [1, 5], "not those between them"
+    assert after(end) == ([], end)
+
+
+def test_steps_that_an_older_version_wrote_get_their_place_when_they_are_replayed(sessions: Sessions) -> None:
+    claimed = claim(sessions, create(sessions).id)
+    records = [measured(step, train_loss=1.0) for step in range(3)]
+    for _ in range(2):
+        with sessions.begin() as session:
+            jobs.record_metrics(session=session, **lease_of(claimed), records=records)
+        with sessions.begin() as session:
+            found, _ = measured_after(session=session, job_id=claimed.job.id, names=["*"], after=0, limit=10)
+            assert sorted(one.step for one in found) == [0, 1, 2]
+            session.execute(delete(MetricStep).where(MetricStep.step != 1))

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
+from service.store.metrics import measured_after
+from service.store.migrations.versions import v0008_metric_steps
 from service.store.models import Base
 from service.store.session import is_migrated, make_engine, migrate
 from tests.store_helpers import Sessions, create, read
@@ -50,6 +53,41 @@ def test_an_older_database_keeps_its_rows(database_url: str) -> None:
         assert set(connection.execute(text("SELECT id FROM jobs")).scalars()) == {"teacher-1", "student-1"}
     with pytest.raises(IntegrityError), engine.begin() as connection:
         connection.execute(text("INSERT INTO job_labels VALUES ('nobody', 'team', 'vision')"))
+    engine.dispose()
+
+
+def test_metrics_of_an_older_database_are_streamed(sessions: Sessions, engine: Engine) -> None:
+    """Migration 0008 on rows that are there already."""
+    job = create(sessions)
+    with engine.begin() as connection:
+        rows = [{"id": job.id, "name": name, "step": step} for name in ("train/loss", "train/lr") for step in (0, 5, 9)]
+        connection.execute(text("INSERT INTO metrics (job_id, name, step, attempt, value) VALUES (:id, :name, :step, 1, 0.5)"), rows)
+        connection.execute(text("UPDATE jobs SET metrics = '{\"train/loss\": 0.5}'"))
+        connection.execute(text("DROP TABLE metric_steps"))
+        context = MigrationContext.configure(connection)
+        with Operations.context(context):
+            v0008_metric_steps.upgrade()
+        assert compare_metadata(context, Base.metadata) == []
+    with sessions() as session:
+        found, _ = measured_after(session=session, job_id=job.id, names=["*"], after=0, limit=10)
+    assert [(one.step, one.values) for one in found] == [(step, {"train/loss": 0.5}) for step in (0, 5, 9)]
+
+
+def test_idempotency_keys_of_an_older_database_outlive_their_jobs(database_url: str) -> None:
+    """Migration 0009 takes a constraint away that has no name on SQLite."""
+    migrate(database_url, "0008")
+    engine = make_engine(database_url)
+    insert_job = text(
+        "INSERT INTO jobs (id, name, recipe, state, spec, queue, priority, seconds_run, attempt, num_releases, max_attempts, created_at)"
+        " VALUES ('job-1', 'old', 'clip', 'failed', '{}', 'default', 0, 0, 0, 0, 3, '2026-01-01 00:00:00')"
+    )
+    with engine.begin() as connection:
+        connection.execute(insert_job)
+        connection.execute(text("INSERT INTO idempotency_keys VALUES ('key', 'digest', 'job-1', '2026-01-01 00:00:00')"))
+    migrate(database_url)
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM jobs"))
+        assert connection.execute(text("SELECT key, body_sha256, job_id FROM idempotency_keys")).all() == [("key", "digest", "job-1")]
     engine.dispose()
 
 

@@ -6,12 +6,15 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, text
 
 from service.store import jobs
 from service.store.metrics import MIN_POINTS, record_metrics
+from service.store.migrations.versions import v0004_keys_and_rollups
 from service.store.rollups import WIDTHS, Point, thinned
-from service.store.session import migrate, reading
+from service.store.session import reading
 from tests.store_helpers import Sessions, claim, create, measured
 
 NAME = "train/loss"
@@ -94,15 +97,13 @@ def test_fewer_than_four_points_can_not_be_asked_for(sessions: Sessions, claimed
         thin(sessions, claimed, MIN_POINTS - 1)
 
 
-def test_migrating_an_older_database_makes_its_rollups(sessions: Sessions, claimed: jobs.Claim, engine: Engine, database_url: str) -> None:
+def test_migrating_an_older_database_makes_its_rollups(sessions: Sessions, claimed: jobs.Claim, engine: Engine) -> None:
     points = [(step, float(step * 37 % 101)) for step in range(1500)]
     record(sessions, claimed, points)
     with engine.begin() as connection:
         written = connection.execute(text("SELECT * FROM metric_rollups ORDER BY name, width, bucket")).all()
-        for table in ("metric_rollups", "api_keys", "workers", "deleted_jobs", "unneeded_blobs"):  # what versions after 0003 made
-            connection.execute(text(f"DROP TABLE {table}"))
-        connection.execute(text("ALTER TABLE jobs DROP COLUMN num_lost"))
-        connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
-    migrate(database_url)
-    with engine.connect() as connection:
+        for undone in ("DROP TABLE metric_rollups", "DROP TABLE api_keys", "ALTER TABLE jobs DROP COLUMN num_lost"):
+            connection.execute(text(undone))
+        with Operations.context(MigrationContext.configure(connection)):
+            v0004_keys_and_rollups.upgrade()
         assert connection.execute(text("SELECT * FROM metric_rollups ORDER BY name, width, bucket")).all() == written

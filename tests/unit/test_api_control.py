@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs
+from service.store.models import Job
 from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, report, sent_jobs, spec_dict, submit, write_table
 
 
@@ -128,6 +129,23 @@ def test_an_idempotency_key_makes_one_job(client: TestClient, sessions: Sessions
     assert [one["field"] for one in refused.json()["errors"]] == ["Idempotency-Key"]
     assert client.post("/jobs", json=spec_dict(), headers={"Idempotency-Key": "x" * 256}).status_code == 422
     assert len(client.get("/jobs").json()["jobs"]) == 1
+
+
+def test_a_late_repeat_does_not_bring_a_deleted_job_back(client: TestClient, sessions: Sessions, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    headers = {"Idempotency-Key": "a-key"}
+    job_id = client.post("/jobs", json=spec_dict(), headers=headers).json()["id"]
+    assert client.post(f"/jobs/{job_id}/cancel").status_code == 200
+    assert client.delete(f"/jobs/{job_id}").status_code == 204
+    for _ in range(2):
+        refused = client.post("/jobs", json=spec_dict(), headers=headers)
+        assert (refused.status_code, refused.json()["type"]) == (422, "urn:cliprd:problem:invalid-request")
+        [problem] = refused.json()["errors"]
+        assert problem["field"] == "Idempotency-Key"
+        assert f"{job_id}, which was deleted" in problem["problem"]
+        (tmp_path / "pairs.tsv").unlink(missing_ok=True)  # the same where what the spec names is gone
+    with sessions() as session:
+        assert session.query(Job).count() == 0
 
 
 @pytest.mark.parametrize("key", [None, "used", "new"])

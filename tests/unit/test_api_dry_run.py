@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 
 from cliprd_core.run_dir import MetricsRecord
 from cliprd_core.spec import JobSpec
+from service.app import create_app
+from service.settings import Settings
 from service.store import jobs
-from tests.store_helpers import Sessions, claim, create, finish, gpu, measured, report, spec_dict, write_table, write_tar
+from service.store.models import Job
+from tests.store_helpers import Sessions, claim, create, finish, gpu, local_client, measured, report, spec_dict, write_table, write_tar
 
 CONFIG = {
     "embed_dim": 16,
@@ -56,6 +60,18 @@ def trained(sessions: Sessions, *speeds: float, device: str | None = "cpu", **ch
         jobs.record_metrics(session=session, job_id=job.id, lease_token=claimed.lease_token, records=records)
     finish(sessions, claimed)
     return job.id
+
+
+def test_it_waits_for_nobody_who_changes_the_teacher(postgres_url: str, settings: Settings, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    impatient = settings.model_copy(update={"database_url": f"{postgres_url}&options=-clock_timeout%3D500"})
+    with local_client(create_app(impatient)) as client:
+        sessions: Sessions = client.app.state.services.sessions  # type: ignore[attr-defined]
+        teacher = create(sessions)
+        with sessions.begin() as session:
+            session.execute(select(Job).where(Job.id == teacher.id).with_for_update())
+            answer = asked(client, recipe="clip_kd", teacher={"job": teacher.id})
+    assert (answer["state"], answer["teacher_job_ids"]) == ("waiting", [teacher.id])
 
 
 def test_parameters(client: TestClient, sessions: Sessions) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -19,13 +20,16 @@ from fastapi import Response
 from fastapi.testclient import TestClient
 from starlette.types import Message
 
+from cliprd_core.run_dir import MetricsRecord
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs, logs
 from service.store.errors import JobNotFoundError
+from service.store.keys import KeyScope, create_key, revoke_key
 from service.store.session import make_engine, make_sessions, migrate
-from service.streams import Streams, TooManyStreamsError
-from tests.store_helpers import FAILURE, Sessions, claim, create, evaluated, finish, measured
+from service.streams import Found, Streams, TooManyStreamsError, Wanted
+from tests.live import eventually
+from tests.store_helpers import FAILURE, Sessions, claim, create, evaluated, finish, local_client, measured
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -97,9 +101,10 @@ def test_metrics_as_a_stream(client: TestClient, sessions: Sessions) -> None:
     assert [(event, data) for event, _, data in events[:-1]] == [
         ("metrics", {"step": step, "values": {"train/loss": 1 / step}}) for step in (1, 2, 3)
     ]
-    assert next(event_id for _, event_id, _ in streamed(client, path, last_event_id="2")) == "3"
+    second = events[1][1]
+    assert [data.get("step") for _, _, data in streamed(client, path, last_event_id=second)] == [3, None]
     assert [data["step"] for _, _, data in streamed(client, path, since_step=2)[:-1]] == [2, 3]
-    assert client.get(path, headers={"Last-Event-ID": "3"}).status_code == 204
+    assert client.get(path, headers={"Last-Event-ID": str(events[2][1])}).status_code == 204
 
 
 def test_logs_as_text_and_as_a_stream(client: TestClient, sessions: Sessions) -> None:
@@ -169,6 +174,58 @@ def test_news_arrive_while_they_happen_and_a_shutdown_ends_the_stream(api: tuple
         assert time.monotonic() - started < 10, "it did not wait for the stream's client"
 
 
+def test_values_that_a_step_gets_after_it_was_told_are_told(api: tuple[str, subprocess.Popen[bytes]], sessions: Sessions) -> None:
+    """The trainer writes an evaluation after the training values of the same step; a resumed run writes steps anew."""
+    job_id = create(sessions).id
+    claimed = claim(sessions, job_id)
+
+    def write(*records: MetricsRecord) -> None:
+        with sessions.begin() as session:
+            jobs.record_metrics(session=session, job_id=job_id, lease_token=claimed.lease_token, records=records)
+
+    write(*(measured(step, train_loss=1 / step) for step in (1, 2)))
+    with (
+        httpx.Client(base_url=api[0], timeout=10, trust_env=False) as client,
+        client.stream("GET", f"/jobs/{job_id}/metrics/stream") as stream,
+    ):
+        told = ((event, data) for event, _, data in parse(stream.iter_lines()))
+        assert [next(told)[1]["step"] for _ in range(2)] == [1, 2]
+        write(measured(2, evaluation_top1=0.5))
+        assert next(told) == ("metrics", {"step": 2, "values": {"evaluation/top1": 0.5, "train/loss": 0.5}})
+        write(measured(2, attempt=2, train_loss=7.0))
+        assert next(told) == ("metrics", {"step": 2, "values": {"evaluation/top1": 0.5, "train/loss": 7.0}})
+        write(measured(2, train_loss=0.5), measured(2, attempt=2, train_loss=7.0))  # a replay
+        finish(sessions, claimed, FAILURE)
+        assert list(told) == [("end", {"state": "failed"})]
+
+
+def test_a_client_that_knows_no_end_comes_back_once(client: TestClient, sessions: Sessions) -> None:
+    """A browser's EventSource opens every stream that ended again, with the last id it saw, until it gets 204."""
+    job_id = create(sessions).id
+    with sessions.begin() as session:
+        jobs.request_cancel(session=session, job_id=job_id)
+    for path in (f"/jobs/{job_id}/log", f"/jobs/{job_id}/metrics/stream", f"/jobs/{job_id}/metrics/stream?since_step=7"):
+        [(event, event_id, data)] = streamed(client, path)  # nothing was printed or measured
+        assert (event, data) == ("end", {"state": "cancelled"})
+        assert event_id is not None
+        assert client.get(path, headers={**STREAM, "Last-Event-ID": event_id}).status_code == 204
+
+
+def test_a_stream_of_few_metrics_reads_on_past_steps_without_them(
+    client: TestClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.routes.streams.STEPS_PER_LOOK", 2)
+    job_id = create(sessions).id
+    claimed = claim(sessions, job_id)
+    with sessions.begin() as session:
+        records = [*(measured(step, train_loss=1.0) for step in range(1, 8)), measured(7, evaluation_top1=0.5), measured(8, train_loss=1.0)]
+        jobs.record_metrics(session=session, job_id=job_id, lease_token=claimed.lease_token, records=records)
+    finish(sessions, claimed, FAILURE)
+    events = streamed(client, f"/jobs/{job_id}/metrics/stream", names="evaluation/*")
+    assert [data for _, _, data in events] == [{"step": 7, "values": {"evaluation/top1": 0.5}}, {"state": "failed"}]
+    assert client.get(f"/jobs/{job_id}/metrics/stream", headers={"Last-Event-ID": str(events[-1][1])}).status_code == 204
+
+
 def test_a_stream_that_is_left_makes_room(api: tuple[str, subprocess.Popen[bytes]], sessions: Sessions) -> None:
     url, _ = api
     path = f"/jobs/{create(sessions).id}/events"
@@ -184,12 +241,46 @@ def test_a_stream_that_is_left_makes_room(api: tuple[str, subprocess.Popen[bytes
                 time.sleep(0.05)
 
 
+def test_a_stream_ends_when_its_key_is_revoked(settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.streams.ALLOWED_SECONDS", 0.2)  # after what there is was told
+    job_id = create(sessions).id
+    with sessions.begin() as session:
+        stored, key = create_key(session=session, name="follower", scope=KeyScope.READ)
+        _, other = create_key(session=session, name="other", scope=KeyScope.READ)
+
+    def revoke() -> None:
+        with sessions.begin() as session:
+            revoke_key(session=session, key_id=stored.id)
+
+    def end_the_job() -> None:
+        claimed = claim(sessions, job_id)
+        finish(sessions, claimed, FAILURE)
+
+    with local_client(create_app(settings)) as client:
+        told: list[str] = []
+
+        def follow(key: str) -> None:
+            lines = client.get(f"/jobs/{job_id}/events", headers={**STREAM, "Authorization": f"Bearer {key}"}).text.splitlines()
+            told.append(" ".join(event for event, _, _ in parse(iter(lines))))
+
+        for one, then, expected in ((key, revoke, "created queued"), (other, end_the_job, "created queued claimed failed end")):
+            follower = threading.Thread(target=follow, args=(one,))
+            follower.start()
+            eventually(lambda: client.app.state.services.streams.num_open or None)  # type: ignore[attr-defined]
+            then()
+            follower.join(30)
+            assert told.pop() == expected
+
+
 def test_streams_that_are_opened_at_once_are_counted_until_they_end(sessions: Sessions) -> None:
     job_id, ended = create(sessions).id, lived(sessions)
     gone: dict[str, Any] = {"type": "http.disconnect"}
 
+    def wanted(job: str, *, is_resumed: bool = False) -> Wanted:
+        return Wanted(job, lambda *_: Found([], 0), 0, is_resumed=is_resumed, still_allowed=AsyncMock(return_value=True))
+
     async def opened(streams: Streams, job: str = job_id, *, is_resumed: bool = False) -> Response | BaseException:
-        opening = streams.open(sessions, job, lambda *_: [], 0, is_resumed=is_resumed)
+        opening = streams.open(sessions, wanted(job, is_resumed=is_resumed))
         return (await asyncio.gather(opening, return_exceptions=True))[0]
 
     async def leave(response: Response) -> None:
@@ -217,7 +308,7 @@ def test_streams_that_are_opened_at_once_are_counted_until_they_end(sessions: Se
                 nothing_new = await opened(streams, ended, is_resumed=True)
                 assert isinstance(nothing_new, Response)
                 assert nothing_new.status_code == 204
-                waiting = asyncio.create_task(streams.open(sessions, job_id, lambda *_: [], 0, is_resumed=False))
+                waiting = asyncio.create_task(streams.open(sessions, wanted(job_id)))
                 await asyncio.sleep(0)
                 waiting.cancel()
                 await asyncio.wait([waiting])

@@ -120,6 +120,7 @@ def test_a_server_that_begins_to_redirect_during_the_run_is_not_followed(
         (None, "https://elsewhere.example/0.tar", ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]),
         (("*",), "http://elsewhere.example:8080/0.tar", ["93.184.215.14"]),
         (("*",), "http://93.184.215.14/0.tar", []),
+        (("*",), "http://elsewhere.example/0.tar", ["64:ff9b::5db8:d70e", "2002:5db8:d70e::1", "::ffff:93.184.215.14"]),
         (("*", "nas"), "http://nas/0.tar", ["10.0.0.7"]),
         (("data.example", "cdn.example:443"), "https://cdn.example/0.tar", ["10.0.0.7"]),
         (("data.example",), "http://DATA.example:8080/0.tar", ["10.0.0.7"]),
@@ -139,6 +140,12 @@ def test_redirects_that_are_followed(hosts: tuple[str, ...] | None, target: str,
         (("*",), "http://evil.example/", ["fd00::1"]),
         (("*",), "http://evil.example/", ["fe80::1%2"]),
         (("*",), "http://evil.example/", ["::ffff:10.0.0.1"]),
+        (("*",), "http://evil.example/", ["64:ff9b::a9fe:a9fe"]),  # NAT64 of 169.254.169.254
+        (("*",), "http://evil.example/", ["64:ff9b:1:a9fe:a9:fe00::"]),  # a network's own NAT64
+        (("*",), "http://[64:ff9b:1::808:808]/", []),
+        (("*",), "http://[2002:7f00:1::]/", []),  # 6to4 of 127.0.0.1
+        (("*",), "http://evil.example/", ["::127.0.0.1"]),
+        (("*",), "http://240.0.0.1/", []),
         (("*",), "http://169.254.169.254/latest/meta-data", []),
         (("*",), "http://100.64.0.1/", []),
         (("*",), "http://0.0.0.0/", []),

@@ -167,6 +167,9 @@ def api_redeployed_stream(lab: Lab) -> str:
     told = [event.model_dump(mode="json") for event in lab.client.events(job_id)]
     assert [data for _, data in followers["events"].events] == told, "no gap and no repeat"
     assert "".join(data["text"] for _, data in followers["log"].events) == lab.client.log(job_id)
-    steps = [data["step"] for _, data in followers["metrics/stream"].events]
-    assert steps == list(range(1, lab.bench.num_steps + 1)), f"the steps that came are {steps}"
-    return f"{len(told)} events, the log and {len(steps)} steps came without gap or repeat"
+    values = {data["step"]: data["values"] for _, data in followers["metrics/stream"].events}  # what came last of a step counts
+    assert list(values) == list(range(1, lab.bench.num_steps + 1)), f"the steps that came are {list(values)}"
+    for name, series in lab.client.metrics(job_id).items():
+        points = dict(zip(series.steps, series.values, strict=True))
+        assert {step: of_step[name] for step, of_step in values.items() if name in of_step} == points, f"{name} is not what was told of it"
+    return f"{len(told)} events and the log came without gap or repeat, and all metrics of {len(values)} steps"
