@@ -12,7 +12,7 @@ from service.store.blobs import Blobs, make_blobs
 from service.store.idempotency import forget_keys
 from service.store.jobs import deleted_among
 from service.store.session import reading
-from service.store.unneeded_blobs import forget_unneeded, unneeded_keys
+from service.store.unneeded_blobs import forget_unneeded, release_unneeded, take_unneeded
 from service.store.webhooks import drop_untaken
 from worker.run_dirs import remove_run_dirs, run_dirs_of
 from worker.settings import WorkerSettings
@@ -44,7 +44,7 @@ class Cleaner(StoreRounds):
 
     @cached_property
     def _blobs(self) -> Blobs:
-        return make_blobs(self._settings.artifacts_url, self._settings.artifacts_root)
+        return make_blobs(self._settings.artifacts_url, self._settings.artifacts_root, is_quick=True)
 
     def _forget_keys(self, turn: Turn) -> None:
         with turn.sessions.begin() as session:
@@ -65,21 +65,38 @@ class Cleaner(StoreRounds):
             logger.info("dropped %d files of finished jobs' checkpoints", len(keys))
 
     def _delete_unneeded_blobs(self, turn: Turn) -> None:
-        """Bytes that nothing names any more, until one can't be deleted; the next round goes on there."""
-        with reading(turn.sessions) as session:
-            keys = unneeded_keys(session=session)
-        if not keys:
-            return
-        blobs = self._blobs
-        gone: list[str] = []
-        try:
-            with turn.waiting():
-                for key in keys:
-                    blobs.delete(key)
-                    gone.append(key)
-        finally:
+        """Bytes that nothing names any more. What can't be deleted waits some time for its next try, and holds up no other."""
+        until = time.monotonic() + REMOVAL_SECONDS
+        while time.monotonic() < until:
+            with turn.sessions.begin() as session:
+                keys = take_unneeded(session=session)
+            if not keys:
+                return
+            gone, failed = self._delete_blobs(turn, keys, until)
             with turn.sessions.begin() as session:
                 forget_unneeded(session=session, storage_keys=gone)
+                release_unneeded(session=session, storage_keys=keys[len(gone) + len(failed) :])
+
+    def _delete_blobs(self, turn: Turn, keys: Sequence[str], until: float) -> tuple[list[str], list[str]]:
+        """Those of the first keys that are gone, and those that could not be deleted."""
+        blobs = self._blobs
+        gone: list[str] = []
+        failed: list[str] = []
+        problem = ""
+        with turn.waiting():
+            for key in keys:
+                if time.monotonic() > until:
+                    break
+                try:
+                    blobs.delete(key)
+                except Exception as error:  # whatever it is, the others have their turn
+                    failed.append(key)
+                    problem = f"{key}: {type(error).__name__}: {error}"
+                else:
+                    gone.append(key)
+        if failed:
+            logger.warning("%d files in the artifact store can't be deleted now and are tried again later; %s", len(failed), problem)
+        return gone, failed
 
     def _remove_run_dirs(self, turn: Turn) -> None:
         """Those of jobs that were deleted, on this machine's disk."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from itertools import takewhile
 
+from service.logs import about
 from service.queue import JobQueue
 from service.store.jobs import QueuedJob, jobs_to_send, mark_sent, requeue_expired
 from service.store.session import database_now, reading
@@ -49,9 +50,9 @@ class Reaper(StoreRounds):
             if asked_at < self._patient_until:
                 return
             expired = requeue_expired(session=session, now=now)
-        for job in expired:
-            logger.warning("job %s: its worker vanished; it is queued again", job.job_id)
-        self._send(turn, expired)
+        for job in expired.lost:
+            logger.warning("job %s: its worker vanished; it is %s now", job.id, job.state, extra=about(job.id, job.attempt))
+        self._send(turn, expired.queued)
 
     def _look_at_clock(self, asked_at: float, now: datetime) -> None:
         """A clock that is set forward, as when another database server takes over, makes leases run out whose holders are well and train

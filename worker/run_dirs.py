@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from service.logs import about
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "in-use.lock"
@@ -76,9 +78,9 @@ def _remove(run: Path) -> None:
     except FileNotFoundError:
         pass  # another worker of the same folder removes it, too
     except OSError:
-        logger.exception("the run directory of deleted job %s could not be removed", run.name)
+        logger.exception("the run directory of deleted job %s could not be removed", run.name, extra=about(run.name))
     else:
-        logger.info("removed the run directory of deleted job %s", run.name)
+        logger.info("removed the run directory of deleted job %s", run.name, extra=about(run.name))
 
 
 def _is_in_use(run: Path) -> bool:

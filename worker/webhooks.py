@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 from standardwebhooks import Webhook
 
+from service.logs import about
 from service.store.webhooks import Message, address_messages, mark_delivered, mark_undelivered, mark_untried, take_messages
 from worker.settings import WorkerSettings
 from worker.store_rounds import StoreRounds, Turn
@@ -75,10 +76,11 @@ class Messenger(StoreRounds):
             for message, problem, _ in all_tried:
                 if problem is None:
                     mark_delivered(session=session, delivery_id=message.delivery_id)
-                elif mark_undelivered(session=session, delivery_id=message.delivery_id):
-                    logger.warning("webhook %s to %s: %s; it is tried again later", message.message_id, self._url, problem)
-                else:
-                    logger.error("webhook %s to %s: %s; it is given up", message.message_id, self._url, problem)
+                    continue
+                is_planned = mark_undelivered(session=session, delivery_id=message.delivery_id)
+                level, what_next = (logging.WARNING, "is tried again later") if is_planned else (logging.ERROR, "is given up")
+                extra = about(*message.about())
+                logger.log(level, "webhook %s to %s: %s; it %s", message.message_id, self._url, problem, what_next, extra=extra)
             for message in messages[len(all_tried) :]:
                 mark_untried(session=session, message=message)
 

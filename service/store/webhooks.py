@@ -33,6 +33,11 @@ class Message(NamedTuple):
     due_at: datetime
     """When its time came."""
 
+    def about(self) -> tuple[str, int]:
+        """The job and its attempt that it tells of."""
+        data = json.loads(self.body)["data"]
+        return data["job_id"], data["attempt"]
+
 
 class WebhookEvent(NamedTuple):
     """An event that is told of."""

@@ -99,7 +99,8 @@ def test_migrating_an_older_database_makes_its_rollups(sessions: Sessions, claim
     record(sessions, claimed, points)
     with engine.begin() as connection:
         written = connection.execute(text("SELECT * FROM metric_rollups ORDER BY name, width, bucket")).all()
-        for table in ("metric_rollups", "api_keys", "workers", "deleted_jobs", "unneeded_blobs"):  # what versions after 0003 made
+        # What versions after 0003 made.
+        for table in ("metric_rollups", "api_keys", "workers", "deleted_jobs", "unneeded_blobs", "ended_attempts"):
             connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("ALTER TABLE jobs DROP COLUMN num_lost"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
