@@ -49,6 +49,19 @@ def about(job_id: str, attempt: int | None = None) -> dict[str, Any]:
     return {"job_id": job_id} if attempt is None else {"job_id": job_id, "attempt": attempt}
 
 
+def handed_down() -> str:
+    """How this process logs, and about which job, for `take_over` in a process that it starts."""
+    is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
+    return json.dumps({"format": LogFormat.JSON if is_json else LogFormat.TEXT, "about": _process})
+
+
+def take_over(handed: str) -> None:
+    """Log as the process that started this one does."""
+    record = json.loads(handed)
+    configure(LogFormat(record["format"]))
+    _process.update(record["about"])
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a record."""
 

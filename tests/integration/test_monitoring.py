@@ -12,9 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
 from sqlalchemy import Engine, text
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
@@ -35,6 +37,10 @@ from service.store.models import Job
 from service.store.session import database_now, is_writable, make_engine, reading
 from service.store.statistics import QueueTotals, RunningJob, job_statistics
 from tests.store_helpers import FAILURE, Sessions, claim, create, finish, local_client, measured
+from worker.cleaner import Cleaner
+from worker.reaper import Reaper
+from worker.settings import WorkerSettings
+from worker.webhooks import Messenger
 
 
 def fill(sessions: Sessions) -> str:
@@ -189,6 +195,42 @@ def test_json_lines_name_job_and_attempt(json_logs: pytest.LogCaptureFixture) ->
     assert first == {"level": "warning", "logger": "worker.test", "message": 'a "quoted"\nline 1', "job_id": "job-1", "attempt": 2}
     assert "job_id" not in second
     assert "ValueError: invalid literal" in second["error"]
+
+
+def test_json_lines_of_the_workers_parent_process_name_job_and_attempt(
+    sessions: Sessions, database_url: str, tmp_path: Path, json_logs: pytest.LogCaptureFixture
+) -> None:
+    """It works on no job itself: it finds lost ones, delivers webhooks, and removes run directories."""
+
+    class NobodyThere(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            raise httpx.ConnectError("refused", request=request)
+
+    settings = WorkerSettings(
+        database_url=database_url,
+        broker_url="memory://",
+        runs_root=tmp_path / "runs",
+        artifacts_root=tmp_path / "artifacts",
+        webhook_urls=("https://one/hook",),
+        webhook_secret=SecretStr("whsec_" + "c2VjcmV0" * 4),
+    )
+    lost, deleted = create(sessions), create(sessions)
+    with sessions.begin() as session:
+        request_cancel(session=session, job_id=deleted.id)
+        delete_job(session=session, job_id=deleted.id)
+    (settings.runs_root / deleted.id).mkdir(parents=True)
+    claim(sessions, lost.id)
+    Messenger(settings, settings.webhook_urls[0], NobodyThere()).run_once()
+    with sessions.begin() as session:
+        session.get_one(Job, lost.id).lease_expires_at = database_now(session) - timedelta(seconds=1)
+    reaper = Reaper(settings)
+    reaper.run_once()
+    reaper.close()
+    Cleaner(settings).run_once()
+    found = {line["logger"]: (line.get("job_id"), line.get("attempt")) for line in lines(json_logs)}
+    assert found["worker.reaper"] == (lost.id, 1)
+    assert found["worker.webhooks"] == (lost.id, 0)
+    assert found["worker.run_dirs"] == (deleted.id, None)
 
 
 def test_a_requests_lines_name_it_and_its_job(client: TestClient, json_logs: pytest.LogCaptureFixture) -> None:
