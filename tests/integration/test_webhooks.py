@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import httpx
@@ -20,6 +18,7 @@ from service.store.failure_policy import what_to_do
 from service.store.models import WebhookDelivery
 from service.store.session import database_now, reading
 from service.store.webhooks import RETRY_SECONDS, UNTAKEN_SECONDS, address_messages, drop_untaken, take_messages
+from tests.dripping_receiver import dripping
 from tests.store_helpers import FAILURE, Sessions, claim, create, finish
 from worker import webhooks
 from worker.settings import WorkerSettings
@@ -178,32 +177,6 @@ def test_a_dead_url_costs_the_others_nothing_and_itself_one_try_a_round(sessions
     assert len(network.received) == 39
 
 
-@contextmanager
-def dripping(answer: bytes) -> Iterator[str]:
-    """A receiver that sends `answer`, and then a byte now and then for ever; gives its URL."""
-    ended = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            while not ended.is_set():
-                with suppress(OSError):
-                    connection, _ = listening.accept()
-                    with connection:
-                        connection.sendall(answer)
-                        while not ended.wait(0.02):
-                            connection.send(b"x")
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/hook"
-        finally:
-            ended.set()
-            with suppress(OSError):  # wakes a thread that waits for a connection
-                socket.create_connection(listening.getsockname()).close()
-            thread.join()
-
-
 @pytest.mark.parametrize(
     ("answer", "num_left"),
     [(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n", 0), (b"HTTP/1.1 200 OK\r\nx-", 2), (b"", 2)],
@@ -214,7 +187,8 @@ def test_a_receiver_that_drips_bytes_holds_nothing_up(
 ) -> None:
     monkeypatch.setattr(webhooks, "DEADLINE_SECONDS", 1.0)
     create(sessions)
-    with dripping(answer) as url:
+    with dripping(answer) as receiver:
+        url = receiver.url
         settings = WorkerSettings(database_url=database_url, webhook_urls=(url,), webhook_secret=SecretStr(SECRET))
         messenger = threading.Thread(target=Messenger(settings, url).run_once, daemon=True)
         messenger.start()
