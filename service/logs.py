@@ -14,6 +14,9 @@ _request: ContextVar[dict[str, Any]] = ContextVar("cliprd_log_request")
 _process: dict[str, Any] = {}
 """What all threads of this process work on: a worker's process has one job at a time, and a context variable stops at its thread."""
 
+_FIELDS = ("job_id", "attempt")
+"""What a single record may be about (`about`)."""
+
 _TAKEN_OVER = ("uvicorn", "uvicorn.error", "uvicorn.access", "celery", "celery.redirected")
 
 
@@ -41,6 +44,24 @@ def clear_job() -> None:
     _process.clear()
 
 
+def about(job_id: str, attempt: int | None = None) -> dict[str, Any]:
+    """`extra` of a log call about a job, and maybe about one attempt, that this process does not work on."""
+    return {"job_id": job_id} if attempt is None else {"job_id": job_id, "attempt": attempt}
+
+
+def handed_down() -> str:
+    """How this process logs, and about which job, for `take_over` in a process that it starts."""
+    is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
+    return json.dumps({"format": LogFormat.JSON if is_json else LogFormat.TEXT, "about": _process})
+
+
+def take_over(handed: str) -> None:
+    """Log as the process that started this one does."""
+    record = json.loads(handed)
+    configure(LogFormat(record["format"]))
+    _process.update(record["about"])
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a record."""
 
@@ -52,6 +73,7 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **_process,
             **_request.get({}),
+            **{name: record.__dict__[name] for name in _FIELDS if name in record.__dict__},
         }
         if record.exc_info and record.exc_info[0] is not None:
             line["error"] = self.formatException(record.exc_info)

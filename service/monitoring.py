@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from sqlalchemy.orm import Session, sessionmaker
@@ -58,12 +58,12 @@ class DatabaseCollector(Collector):
 class JobCollector(DatabaseCollector):
     """Jobs, and how fast they run."""
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         with reading(self._sessions) as session:
             found = job_statistics(session=session)
         jobs = GaugeMetricFamily("cliprd_jobs", "Jobs there are.", labels=["state", "queue"])
         attempts = GaugeMetricFamily("cliprd_attempts", "Attempts of the jobs there are.", labels=["queue"])
-        lost = GaugeMetricFamily("cliprd_lost_attempts", "Attempts lost with their worker or its training process.", labels=["queue"])
+        ended = CounterMetricFamily("cliprd_ended_attempts", "Attempts that ended, by how they did.", labels=["queue", "outcome"])
         oldest = GaugeMetricFamily("cliprd_queue_age_seconds", "How long the longest queued job has waited.", labels=["queue"])
         expired = GaugeMetricFamily("cliprd_expired_leases", "Running jobs whose worker is overdue.", value=found.num_expired_leases)
         speed = GaugeMetricFamily("cliprd_samples_per_second", "Pairs a second of each running job.", labels=["job_id", "queue"])
@@ -71,11 +71,12 @@ class JobCollector(DatabaseCollector):
             jobs.add_metric([state, queue], count)
         for queue, totals in found.queues.items():
             attempts.add_metric([queue], totals.num_attempts)
-            lost.add_metric([queue], totals.num_lost_attempts)
             oldest.add_metric([queue], totals.oldest_seconds)
+        for (queue, outcome), count in found.num_ended.items():
+            ended.add_metric([queue, outcome], count)  # zero, too: an increase is seen of series that were there before
         for running in found.running:
             speed.add_metric([running.job_id, running.queue], running.samples_per_second)
-        yield from (jobs, attempts, lost, oldest, expired, speed)
+        yield from (jobs, attempts, ended, oldest, expired, speed)
 
 
 class WorkerCollector(DatabaseCollector):

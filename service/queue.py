@@ -6,8 +6,10 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from celery import Celery
+from kombu import Connection
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
@@ -50,14 +52,37 @@ class JobQueue:
                 return False
         return True
 
+    def num_messages(self, queues: Sequence[str]) -> dict[str, int]:
+        """Messages that wait in each of these queues; one that does not exist (Redis removes empty ones) has none.
+
+        Raises:
+            KombuError, RedisError or OSError: the broker doesn't answer.
+        """
+        if not queues:
+            return {}
+        with self._app.connection_for_write() as connection:
+            self._ensure(connection)
+            return {queue: _num_messages(connection, queue) for queue in queues}
+
     def check(self) -> None:
         """Raises:
         KombuError, RedisError or OSError: the broker doesn't answer.
         """
         with self._app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0, timeout=math.ceil(self._timeout_seconds))
+            self._ensure(connection)
+
+    def _ensure(self, connection: Connection) -> None:
+        connection.ensure_connection(max_retries=1, interval_start=0, timeout=math.ceil(self._timeout_seconds))
 
     def close(self) -> None:
         """Drop the connections."""
         if "_app" in self.__dict__:
             self._app.close()
+
+
+def _num_messages(connection: Connection, queue: str) -> int:
+    channel: Any = connection.default_channel  # kombu's stubs leave out what AMQP-like channels have in common
+    try:
+        return int(channel.queue_declare(queue=queue, passive=True).message_count)
+    except connection.channel_errors:
+        return 0

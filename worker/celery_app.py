@@ -9,12 +9,16 @@ from celery import Celery, signals
 from kombu import Queue
 
 from service.logs import LogFormat, configure
+from worker.cleaner import Cleaner
 from worker.consumer_watch import ConsumerWatch, watching_step
 from worker.heartbeat import Heartbeat
 from worker.reaper import Reaper
+from worker.rounds import stop_all
 from worker.settings import WorkerSettings
 from worker.shutdown import ShutdownFlag
+from worker.store_rounds import StoreRounds
 from worker.tasks import RUN_JOB, run_job, worker_name
+from worker.webhooks import Messenger
 
 _connected: list[Any] = []
 """Celery keeps weak references to signal receivers only."""
@@ -53,11 +57,13 @@ def create_app(settings: WorkerSettings, flag: ShutdownFlag, name: str) -> Celer
 
 
 def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag, name: str) -> None:
-    """In the worker's parent process: run a heartbeat and a reaper, and pass the order to shut down on to the running job."""
+    """In the worker's parent process: run a heartbeat and what else is done beside the jobs, and pass the order to shut down on to the
+    running job."""
     watch = ConsumerWatch(settings.queues)
     app.steps["consumer"].add(watching_step(watch))
-    heartbeat = Heartbeat(settings, watch, name)
-    reaper: list[Reaper] = []
+    reaper = Reaper(settings)
+    rounds: list[StoreRounds] = [reaper, Cleaner(settings), *(Messenger(settings, url) for url in settings.webhook_urls)]
+    heartbeat = Heartbeat(settings, watch, name, rounds)
 
     def on_setup_logging(**_: Any) -> None:
         configure(settings.log_format)
@@ -66,16 +72,16 @@ def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag, n
         heartbeat.start()  # before there is a consumer, so that it can tell why there is none
 
     def on_ready(**_: Any) -> None:
-        reaper.append(Reaper(app, settings))
-        reaper[0].start()
+        for one in rounds:
+            one.start()
 
     def on_shutting_down(**_: Any) -> None:
         flag.raise_()
         watch.is_shutting_down = True
 
     def on_shutdown(**_: Any) -> None:
-        for one in reaper:
-            one.stop()
+        stop_all(rounds)
+        reaper.close()
         heartbeat.stop()
 
     if settings.log_format is LogFormat.JSON:

@@ -34,7 +34,7 @@ class Health:
     valid_until: float
     """Unix time from which this says nothing any more: by then the worker would have written again."""
     problems: tuple[str, ...]
-    """What keeps it from taking jobs. None: it is ready."""
+    """What keeps it from taking jobs, or from what it does beside them for all. None: it is ready."""
     is_stuck: bool
     """Whether it has not consumed for RESTART_SECONDS although nothing outside it prevents that."""
 

@@ -37,12 +37,14 @@ class Heartbeat:
         settings: The worker's.
         watch: Told by Celery's consumer.
         name: The worker's, in the store.
+        rounds: Other rounds of this process. That they don't end is told to probes and in the log, but keeps the worker from no job.
     """
 
-    def __init__(self, settings: WorkerSettings, watch: ConsumerWatch, name: str) -> None:
+    def __init__(self, settings: WorkerSettings, watch: ConsumerWatch, name: str, rounds: Sequence[Rounds] = ()) -> None:
         self._settings = settings
         self._watch = watch
         self._name = name
+        self._watched_rounds = rounds
         self._broker = JobQueue(settings.broker_url, timeout_seconds=CHECK_TIMEOUT_SECONDS)
         self._gpus = GpuReader()
         self._rounds = Rounds("heartbeat", self.beat, pause_seconds=settings.health_seconds)
@@ -68,7 +70,8 @@ class Heartbeat:
         found = [None if consumer is None else f"the worker does not take jobs: {consumer}", broker]
         reported = [problem for problem in found if problem is not None]
         database = _complaint("database", lambda: self._with_database(lambda engine: self._report(engine, reported)))
-        problems = tuple(problem for problem in (*found, database) if problem is not None)
+        rounds = [one.problem() for one in self._watched_rounds]
+        problems = tuple(problem for problem in (*found, database, *rounds) if problem is not None)
         self._log(problems)
         is_stuck = self._is_stuck(consumer is not None and broker is None and database is None and not self._watch.is_shutting_down)
         if self._settings.health_file is not None:

@@ -1,9 +1,9 @@
 """Ends a run whose lease is not renewed, even while its worker can do nothing: stopped by a signal, swapped out, hung.
 
 Without it, a stopped worker's training would go on beside the attempt of whoever gets the job next. `LeaseGuard` is the worker's
-side; it starts this module as a process of its own, `python -m worker.lease_guard COOKIE LEASE_SECONDS SINCE`, which imports the
-standard library only. The worker writes it a line at each renewal: when the lease was renewed, on the clock of `now`. When the
-lease runs out, or the worker is gone, the guard kills every process of the run, and ends.
+side; it starts this module as a process of its own, `python -m worker.lease_guard COOKIE LEASE_SECONDS SINCE LOGS`, which imports the
+standard library only, and modules that do so. The worker writes it a line at each renewal: when the lease was renewed, on the clock of
+`now`. When the lease runs out, or the worker is gone, the guard kills every process of the run, and ends.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import time
 from types import TracebackType
 from typing import Self
 
+from service.logs import handed_down, take_over
 from worker.run_cookie import COOKIE_VARIABLE, kill_processes
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("worker.lease_guard")  # also where this module is the program
 
 END_TIMEOUT_SECONDS = 15.0
 
@@ -79,7 +80,7 @@ class LeaseGuard:
 
     def _start(self, since: float) -> None:
         environment = {name: value for name, value in os.environ.items() if name != COOKIE_VARIABLE}
-        command = [sys.executable, "-m", "worker.lease_guard", self._cookie, str(self._lease_seconds), str(since)]
+        command = [sys.executable, "-m", "worker.lease_guard", self._cookie, str(self._lease_seconds), str(since), handed_down()]
         # A session of its own, so that no signal to the worker's group reaches it.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, env=environment, start_new_session=True)
 
@@ -108,9 +109,10 @@ def main() -> None:
     cookie, lease_seconds, since = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
     for polite in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(polite, signal.SIG_IGN)  # a service manager sends them to all processes; the run's end is the worker's to decide
+    take_over(sys.argv[4])
     has_run_out = wait_for_end(sys.stdin.fileno(), lease_seconds, since)
     if has_run_out:
-        print(f"the lease was not renewed for {lease_seconds:g} s: the run is killed", file=sys.stderr, flush=True)
+        logger.error("the lease was not renewed for %g s: the run is killed", lease_seconds)
     kill_processes(cookie)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from service.logs import about
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "in-use.lock"
@@ -33,28 +35,38 @@ def in_use(run: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def remove_deleted(runs_root: Path, deleted_among: Callable[[Sequence[str]], set[str]], *, max_seconds: float) -> bool:
-    """Remove the run directories of deleted jobs, other than those in use.
+def run_dirs_of(runs_root: Path, deleted_among: Callable[[Sequence[str]], set[str]]) -> list[str]:
+    """Names of the run directories of deleted jobs.
 
     Args:
-        runs_root: Folder of the run directories, each named by its job's id. What else lies there stays.
+        runs_root: Folder of the run directories, each named by its job's id. What else may lie there is not among them.
         deleted_among: Those of some names that are ids of jobs known to be deleted. That a job is unknown says nothing: the database
             may have been restored from an older copy, or be another one.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(runs_root) if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
+    starts = range(0, len(names), BATCH_SIZE)
+    return [name for start in starts for name in sorted(deleted_among(names[start : start + BATCH_SIZE]))]
+
+
+def remove_run_dirs(runs_root: Path, names: Sequence[str], *, max_seconds: float) -> bool:
+    """Remove these run directories, other than those in use.
+
+    Args:
+        runs_root: Folder of the run directories.
+        names: Those to remove.
         max_seconds: No further one is begun after this time.
 
     Returns:
         Whether that was all.
     """
     until = time.monotonic() + max_seconds
-    try:
-        names = sorted(entry.name for entry in os.scandir(runs_root) if entry.is_dir(follow_symlinks=False))
-    except FileNotFoundError:
-        return True
-    for start in range(0, len(names), BATCH_SIZE):
-        for name in sorted(deleted_among(names[start : start + BATCH_SIZE])):
-            if time.monotonic() > until:
-                return False
-            _remove(runs_root / name)
+    for name in names:
+        if time.monotonic() > until:
+            return False
+        _remove(runs_root / name)
     return True
 
 
@@ -66,9 +78,9 @@ def _remove(run: Path) -> None:
     except FileNotFoundError:
         pass  # another worker of the same folder removes it, too
     except OSError:
-        logger.exception("the run directory of deleted job %s could not be removed", run.name)
+        logger.exception("the run directory of deleted job %s could not be removed", run.name, extra=about(run.name))
     else:
-        logger.info("removed the run directory of deleted job %s", run.name)
+        logger.info("removed the run directory of deleted job %s", run.name, extra=about(run.name))
 
 
 def _is_in_use(run: Path) -> bool:

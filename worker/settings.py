@@ -57,7 +57,7 @@ class WorkerSettings(EnvironmentSettings):
     health_seconds: float = Field(
         default=5.0, gt=0, description="Pause between a worker's heartbeats: looks at its consumer, broker and database, and reports."
     )
-    reaper_seconds: float = Field(default=5.0, gt=0, description="Pause between the reaper's rounds.")
+    reaper_seconds: float = Field(default=5.0, gt=0, description="Pause between rounds of the reaper, of deletions, and of webhooks.")
     resend_seconds: float = Field(default=30.0, gt=0, description="A queued job whose message is this old is sent again.")
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
@@ -81,7 +81,9 @@ class WorkerSettings(EnvironmentSettings):
         }
 
     webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="Told of every job's changes of state; comma-separated. All workers need the same ones."
+        default=(),
+        description="Told of every job's changes of state; comma-separated. A worker without any leaves that to others; those with some"
+        " need the same ones.",
     )
     webhook_secret: SecretStr | None = Field(
         default=None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 random bytes."

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
-from service.logs import clear_job, set_job
+from service.logs import about, clear_job, set_job
 from service.store.blobs import make_blobs
 from service.store.jobs import Claim, QueuedJob, claim_next, finish_job, mark_sent
 from service.store.session import make_engine, make_sessions
@@ -45,7 +45,8 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
             with sessions.begin() as session:
                 claim = claim_next(session=session, job_id=job_id, worker=worker, lease_seconds=settings.lease_seconds)
         except OUT_OF_REACH as error:
-            logger.warning("job %s: not claimed, as the store is out of reach (%s); the reaper sends it again", job_id, error)
+            what = "job %s: not claimed, as the store is out of reach (%s); the reaper sends it again"
+            logger.warning(what, job_id, error, extra=about(job_id))
             return
         if claim is None:
             logger.info("nothing is queued where job %s was, so there is nothing to do", job_id)

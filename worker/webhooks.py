@@ -2,71 +2,115 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
-from sqlalchemy.orm import Session, sessionmaker
 from standardwebhooks import Webhook
 
-from service.store.webhooks import Message, mark_delivered, mark_undelivered, take_messages
+from service.logs import about
+from service.store.webhooks import Message, address_messages, mark_delivered, mark_undelivered, mark_untried, take_messages
+from worker.settings import WorkerSettings
+from worker.store_rounds import StoreRounds, Turn
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 5.0
-ROUND_SECONDS = 10.0
-"""Of one round: the reaper has other things to do. What was taken and not tried in time comes again later."""
+DEADLINE_SECONDS = 10.0
+"""Of one delivery, from the look-up of the name to the answer's status, however it is spread out."""
+ROUND_SECONDS = 20.0
+"""Of one round: no further message is begun after it. With the deadline it is less than messages are held (`HELD_SECONDS`)."""
 
 
-def deliver_webhooks(
-    sessions: sessionmaker[Session], urls: Sequence[str], secret: str | None, transport: httpx.BaseTransport | None = None
-) -> None:
-    """Deliver the messages whose time has come. Any answer of 2xx is taken as received; all else is tried again later.
+class Tried(NamedTuple):
+    """How a delivery went."""
+
+    message: Message
+    problem: str | None
+    """None: it was received."""
+    is_silent: bool = False
+    """Whether there was no answer at all, so that the address need not be tried again at once."""
+
+
+class Messenger(StoreRounds):
+    """Rounds that deliver to one address, in the worker's parent process: an address that doesn't answer holds up no other one.
 
     Args:
-        sessions: of the store.
-        urls: who is told of every change; without any, what waits is forgotten.
-        secret: signs them: `whsec_` and base64. Needed if there are URLs.
+        settings: The worker's, with the secret that signs.
+        url: Where to deliver.
         transport: for tests: replaces the network.
     """
-    with sessions.begin() as session:
-        messages = take_messages(session=session, urls=urls)
-    if not messages:
-        return
-    assert secret is not None, "the settings have it where there are URLs"
-    signer = Webhook(secret)
-    stop_at = time.monotonic() + ROUND_SECONDS
-    with httpx.Client(timeout=TIMEOUT_SECONDS, transport=transport) as client:
-        for message in messages:
-            if time.monotonic() > stop_at:
+
+    def __init__(self, settings: WorkerSettings, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        name = f"webhooks to {urlsplit(url).hostname}"  # the rest of an address may be secret
+        super().__init__(name, settings.database_url, [self._deliver], pause_seconds=settings.reaper_seconds)
+        assert settings.webhook_secret is not None, "the settings have it where there are URLs"
+        self._urls = settings.webhook_urls
+        self._url = url
+        self._signer = Webhook(settings.webhook_secret.get_secret_value())
+        self._transport = transport
+
+    def _deliver(self, turn: Turn) -> None:
+        """Deliver the messages whose time has come. Any answer of 2xx is taken as received; all else is tried again later, and what could
+        not be tried in this round is in the next one."""
+        stop_at = time.monotonic() + ROUND_SECONDS
+        with turn.sessions.begin() as session:
+            address_messages(session=session, urls=self._urls)
+        while time.monotonic() < stop_at:
+            with turn.sessions.begin() as session:
+                messages = take_messages(session=session, url=self._url)
+            if not messages:
                 return
-            _deliver(client, signer, sessions, message)
+            with turn.waiting():
+                tried = asyncio.run(self._try_all(messages, stop_at))
+            self._note(turn, messages, tried)
+            if tried[-1].is_silent:
+                return
 
+    def _note(self, turn: Turn, messages: Sequence[Message], all_tried: Sequence[Tried]) -> None:
+        with turn.sessions.begin() as session:
+            for message, problem, _ in all_tried:
+                if problem is None:
+                    mark_delivered(session=session, delivery_id=message.delivery_id)
+                    continue
+                is_planned = mark_undelivered(session=session, delivery_id=message.delivery_id)
+                level, what_next = (logging.WARNING, "is tried again later") if is_planned else (logging.ERROR, "is given up")
+                extra = about(*message.about())
+                logger.log(level, "webhook %s to %s: %s; it %s", message.message_id, self._url, problem, what_next, extra=extra)
+            for message in messages[len(all_tried) :]:
+                mark_untried(session=session, message=message)
 
-def _deliver(client: httpx.Client, signer: Webhook, sessions: sessionmaker[Session], message: Message) -> None:
-    problem = _send(client, signer, message)
-    with sessions.begin() as session:
-        if problem is None:
-            mark_delivered(session=session, delivery_id=message.delivery_id)
-        elif mark_undelivered(session=session, delivery_id=message.delivery_id):
-            logger.warning("webhook %s to %s: %s; it is tried again later", message.message_id, message.url, problem)
-        else:
-            logger.error("webhook %s to %s: %s; it is given up", message.message_id, message.url, problem)
+    async def _try_all(self, messages: Sequence[Message], stop_at: float) -> list[Tried]:
+        """Try at least the first one, and no more once there is no answer or no time."""
+        all_tried: list[Tried] = []
+        async with httpx.AsyncClient(timeout=DEADLINE_SECONDS, transport=self._transport) as client:
+            for message in messages:
+                tried = await self._try(client, message)
+                all_tried.append(tried)
+                if tried.is_silent or time.monotonic() > stop_at:
+                    break
+        return all_tried
 
-
-def _send(client: httpx.Client, signer: Webhook, message: Message) -> str | None:
-    """What went wrong, or None."""
-    now = datetime.now(UTC)
-    headers = {
-        "Content-Type": "application/json",
-        "webhook-id": message.message_id,
-        "webhook-timestamp": str(int(now.timestamp())),
-        "webhook-signature": signer.sign(message.message_id, now, message.body),
-    }
-    try:
-        response = client.post(message.url, content=message.body, headers=headers)
-    except httpx.HTTPError as error:
-        return f"no answer ({type(error).__name__}: {error})"
-    return None if response.is_success else f"answered with status {response.status_code}"
+    async def _try(self, client: httpx.AsyncClient, message: Message) -> Tried:
+        now = datetime.now(UTC)
+        headers = {
+            "Content-Type": "application/json",
+            "webhook-id": message.message_id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": self._signer.sign(message.message_id, now, message.body),
+        }
+        try:
+            async with (
+                asyncio.timeout(DEADLINE_SECONDS),
+                client.stream("POST", self._url, content=message.body, headers=headers) as response,
+            ):
+                problem = None if response.is_success else f"answered with status {response.status_code}"
+        except TimeoutError:
+            return Tried(message, f"no answer within {DEADLINE_SECONDS:g} s", is_silent=True)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return Tried(message, f"no answer ({type(error).__name__}: {error})", is_silent=True)
+        return Tried(message, problem)

@@ -6,7 +6,6 @@ error. Retry and delete do something with a finished job, and refuse any other.
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -21,8 +20,6 @@ from service.schemas import CancelledJobs, JobView, LabelSelector
 from service.store import jobs
 from service.store.session import reading
 from service.submission import cloned_spec, submit
-
-logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -124,12 +121,7 @@ def _cloned_spec(services: Services, job_id: str, overrides: dict[str, Any]) -> 
 
 @router.delete("/{job_id}", status_code=204, summary="Delete a job", responses=problem_responses(404, 409, 500, 503))
 def delete_job(services: ServicesOf, job_id: JobIdInPath) -> None:
-    """Forgets a finished job: its metrics, evaluations, log, and artifacts with their bytes. A job that hasn't finished, or that is a
-    teacher of one that hasn't, stays (409)."""
+    """Forgets a finished job: its metrics, evaluations, log, and artifacts. A worker deletes their bytes soon after, when there is one. A
+    job that hasn't finished, or that is a teacher of one that hasn't, stays (409)."""
     with services.sessions.begin() as session:
-        keys = jobs.delete_job(session=session, job_id=job_id)
-    for key in keys:
-        try:
-            services.blobs.delete(key)
-        except OSError:
-            logger.exception("job %s is deleted, but the bytes of %s could not be", job_id, key)
+        jobs.delete_job(session=session, job_id=job_id)

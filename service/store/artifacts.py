@@ -43,7 +43,7 @@ def register_artifact(
 ) -> Artifact:
     """Make a stored file known. A second one of the same job, kind, group and name takes the first one's place and id.
 
-    The bytes it replaces are deleted by a reaper, if not before.
+    The bytes it replaces are deleted by a cleaner, if not before.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
@@ -107,7 +107,7 @@ def remove_finished_checkpoints(*, session: Session, older_than_seconds: float) 
     """Forget all checkpoints of jobs that finished this long ago, whichever way.
 
     Returns:
-        The storage keys that nothing names any more; a reaper deletes the bytes after the commit, if nobody does before.
+        The storage keys that nothing names any more; a cleaner deletes the bytes after the commit, if nobody does before.
     """
     cutoff = database_now(session) - timedelta(seconds=older_than_seconds)
     finished = select(Job.id).where(Job.state.in_([state for state in JobState if state.is_finished]), Job.finished_at <= cutoff)
@@ -119,7 +119,7 @@ def remove_artifacts(*, session: Session, job_id: str, lease_token: str, kind: A
     """Forget the job's artifacts of this kind outside `keep_groups`, as for checkpoints that newer ones replaced.
 
     Returns:
-        The storage keys that nothing names any more; a reaper deletes the bytes after the commit, if nobody does before.
+        The storage keys that nothing names any more; a cleaner deletes the bytes after the commit, if nobody does before.
 
     Raises:
         LeaseLostError: the token no longer holds the job.

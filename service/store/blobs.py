@@ -69,8 +69,10 @@ class Blobs(Protocol):
         ...
 
 
-def make_blobs(artifacts_url: str, artifacts_root: Path) -> Blobs:
+def make_blobs(artifacts_url: str, artifacts_root: Path, *, is_quick: bool = False) -> Blobs:
     """The store of the settings: `artifacts_url` (S3) if it is given, else the folder.
+
+    `is_quick`: a store that says nothing is given up soon, for what is tried again anyway.
 
     Raises:
         ValueError: the address is no `s3://BUCKET/PREFIX`, or the extra `s3` is not installed.
@@ -79,7 +81,7 @@ def make_blobs(artifacts_url: str, artifacts_root: Path) -> Blobs:
         return BlobStore(artifacts_root)
     from service.store.s3_blobs import S3BlobStore
 
-    return S3BlobStore(artifacts_url)
+    return S3BlobStore(artifacts_url, is_quick=is_quick)
 
 
 def new_key() -> str:

@@ -139,11 +139,8 @@ def retry_job(*, session: Session, job_id: str) -> Changed:
     return Changed(job, [] if waits else [QueuedJob(job.id, job.queue)])
 
 
-def delete_job(*, session: Session, job_id: str) -> list[str]:
-    """Forget a finished job with all that is known of it.
-
-    Returns:
-        Storage keys of its artifacts; a reaper deletes the bytes after the commit, if nobody does before.
+def delete_job(*, session: Session, job_id: str) -> None:
+    """Forget a finished job with all that is known of it. A worker's cleaner deletes its artifacts' bytes after the commit.
 
     Raises:
         JobNotFoundError: there is no such job.
@@ -162,7 +159,6 @@ def delete_job(*, session: Session, job_id: str) -> list[str]:
     session.delete(job)
     session.add(DeletedJob(id=job_id, deleted_at=database_now(session)))
     session.flush()
-    return keys
 
 
 def deleted_among(*, session: Session, job_ids: Sequence[str]) -> set[str]:

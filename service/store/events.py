@@ -10,7 +10,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import Session, object_session
 
 from service.store.models import EventKind, Job, JobEvent
-from service.store.webhooks import Told, add_messages
+from service.store.webhooks import WebhookEvent, add_messages
 
 __all__ = ["EventKind", "JobEvent", "NewEvent", "list_events", "record_event", "record_events"]
 
@@ -40,8 +40,8 @@ def record_events(session: Session, events: Sequence[NewEvent], *, now: datetime
         return
     rows = [{"job_id": job.id, "kind": kind, "attempt": job.attempt, "data": data, "created_at": now} for job, kind, data in events]
     ids = session.scalars(insert(JobEvent).returning(JobEvent.id, sort_by_parameter_order=True), rows).all()
-    told = [Told(*event, event_id) for event, event_id in zip(events, ids, strict=True) if event.kind not in NOT_SENT]
-    add_messages(session, told, now=now)
+    sent = [WebhookEvent(*event, event_id) for event, event_id in zip(events, ids, strict=True) if event.kind not in NOT_SENT]
+    add_messages(session, sent, now=now)
 
 
 def list_events(*, session: Session, job_id: str, after: int = 0, limit: int = 100) -> Sequence[JobEvent]:

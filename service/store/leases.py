@@ -13,6 +13,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorRecord, ResultRecord
+from service.store.attempt_counts import CANCELLED, GIVEN_BACK, SUCCEEDED, count_ended
 from service.store.due import is_due
 from service.store.errors import LeaseLostError
 from service.store.events import EventKind, record_event
@@ -155,13 +156,16 @@ def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outc
         case ResultRecord():
             move(job, JobState.SUCCEEDED, now=now)
             job.result = outcome.model_dump(mode="json")
+            queued, counted = settle_dependents(session=session, job=job, now=now), SUCCEEDED
         case ErrorRecord():
-            return end_badly(session=session, job=job, error=outcome, now=now)
+            queued, counted = end_badly(session=session, job=job, error=outcome, now=now), outcome.reason.value
         case Cancelled():
             if job.cancel_requested_at is None:
                 raise ValueError(f"nobody asked to cancel job {job_id}; give it back with release_job")
             move(job, JobState.CANCELLED, now=now)
-    return settle_dependents(session=session, job=job, now=now)
+            queued, counted = settle_dependents(session=session, job=job, now=now), CANCELLED
+    count_ended(session=session, ended=[(job.queue, counted)])
+    return queued
 
 
 def release_job(*, session: Session, job_id: str, lease_token: str) -> QueuedJob | None:
@@ -174,4 +178,6 @@ def release_job(*, session: Session, job_id: str, lease_token: str) -> QueuedJob
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
-    return next(iter(give_back(session=session, job=job, now=database_now(session))), None)
+    queued = give_back(session=session, job=job, now=database_now(session))
+    count_ended(session=session, ended=[(job.queue, GIVEN_BACK)])
+    return next(iter(queued), None)

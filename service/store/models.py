@@ -119,7 +119,7 @@ class Job(Base):
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
     """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
     num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
-    """Attempts lost with their worker or its training process."""
+    """Unused since `EndedAttempts` counts. Older workers read it until they are replaced, so only a later version can drop it."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=DEFAULT_MAX_ATTEMPTS)
     attempt_started_at: Mapped[datetime | None]
     """When the latest attempt was claimed."""
@@ -323,8 +323,12 @@ class UnneededBlob(Base):
     """Bytes in the blob store that no artifact names any more; see `service.store.unneeded_blobs`."""
 
     __tablename__ = "unneeded_blobs"
+    __table_args__ = (Index("unneeded_blobs_by_time", "next_try_at"),)
 
     storage_key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    num_tries: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Begun to delete them."""
+    next_try_at: Mapped[datetime]
 
 
 class Worker(Base):
@@ -354,6 +358,17 @@ class DeletedJob(Base):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     """The job's."""
     deleted_at: Mapped[datetime]
+
+
+class EndedAttempts(Base):
+    """How many attempts at jobs of a queue have ended in one way, ever: it only grows, whatever becomes of the jobs."""
+
+    __tablename__ = "ended_attempts"
+
+    queue: Mapped[str] = mapped_column(String(64), primary_key=True)
+    outcome: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """One of `attempt_counts.OUTCOMES`."""
+    num_attempts: Mapped[int] = mapped_column(BigInteger)
 
 
 class ApiKey(Base):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.store.attempt_counts import LEASE_LOST, count_ended
 from service.store.due import is_due
 from service.store.models import Job
 from service.store.session import database_now
@@ -19,7 +21,16 @@ LONGEST_LEASE_SECONDS = 600.0
 """No worker asks for a longer lease, so one that ends further ahead is of a clock that has been set back since."""
 
 
-def requeue_expired(*, session: Session, now: datetime | None = None) -> list[QueuedJob]:
+class Expired(NamedTuple):
+    """What became of leases that ran out."""
+
+    lost: list[Job]
+    """The jobs that were taken away, each with the attempt that was lost and the state that it has now."""
+    queued: list[QueuedJob]
+    """Those that are queued again; send their messages after the commit."""
+
+
+def requeue_expired(*, session: Session, now: datetime | None = None) -> Expired:
     """Take every job away whose lease ran out before `now` (default: the database's clock).
 
     Such a job becomes `queued` again; or `cancelled`, if that was requested; or `failed` (`worker_lost`) at its `max_attempts`-th
@@ -27,15 +38,13 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> list[Qu
 
     A lease that ends further ahead than any lease can is shortened to the longest one: whoever holds it renews it before that, and if
     nobody does, the job doesn't wait until the clock that was set back comes round to its end.
-
-    Returns:
-        The jobs that are queued again; send their messages after the commit.
     """
     now = now or database_now(session)
     furthest = now + timedelta(seconds=LONGEST_LEASE_SECONDS)
     is_out = or_(Job.lease_expires_at < now, Job.lease_expires_at > furthest)
     query = select(Job).where(Job.state == JobState.RUNNING, is_out).order_by(Job.id).with_for_update(skip_locked=True)
     queued: list[QueuedJob] = []
+    lost: list[Job] = []
     for job in session.scalars(query.execution_options(populate_existing=True)).all():
         assert job.lease_expires_at is not None, "a running job has a lease"
         if job.lease_expires_at > furthest:
@@ -47,7 +56,9 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> list[Qu
         )
         error = ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message)
         queued += end_badly(session=session, job=job, error=error, now=now, is_lease_lost=True)
-    return queued
+        lost.append(job)
+    count_ended(session=session, ended=[(job.queue, LEASE_LOST) for job in lost])
+    return Expired(lost, queued)
 
 
 def jobs_to_send(*, session: Session, older_than_seconds: float, now: datetime | None = None, limit: int = 1000) -> list[QueuedJob]:

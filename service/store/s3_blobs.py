@@ -20,17 +20,26 @@ CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
 NUM_TRIES = 5
 
+QUICK_CONNECT_TIMEOUT_SECONDS = 3
+QUICK_READ_TIMEOUT_SECONDS = 5
+QUICK_TRIES = 2
+
 
 class S3BlobStore:
     """Objects below `s3://BUCKET/PREFIX`, named by keys that the store makes up itself.
 
     A put is atomic in S3, also one in several parts, and S3 compares every part with the SHA-256 that is sent along.
 
+    Args:
+        url: `s3://BUCKET/PREFIX`.
+        is_quick: Whether a server that says nothing is given up after some 15 seconds, and not after minutes: for what is tried again
+            anyway. Its client is made at once, since a child that was forked while it is made could never make one.
+
     Raises:
         ValueError: `url` is not `s3://BUCKET[/PREFIX]`, or the extra `s3` is not installed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, is_quick: bool = False) -> None:
         parts = urlsplit(url)
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
             raise ValueError(f"artifacts_url: {url!r} is not s3://BUCKET/PREFIX; correct CLIPRD_ARTIFACTS_URL")
@@ -40,14 +49,20 @@ class S3BlobStore:
             raise ValueError("artifacts_url: S3 needs the package boto3; `pip install 'cliprd[s3]'`") from error
         self._bucket = parts.netloc
         self._prefix = parts.path.strip("/")
+        self._is_quick = is_quick
+        if is_quick:
+            _ = self._client
 
     @cached_property
     def _client(self) -> Any:
         import boto3
         from botocore.config import Config
 
-        retries = {"mode": "standard", "total_max_attempts": NUM_TRIES}
-        config = Config(retries=retries, connect_timeout=CONNECT_TIMEOUT_SECONDS, read_timeout=READ_TIMEOUT_SECONDS)
+        connect, read, num_tries = CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS, NUM_TRIES
+        if self._is_quick:
+            connect, read, num_tries = QUICK_CONNECT_TIMEOUT_SECONDS, QUICK_READ_TIMEOUT_SECONDS, QUICK_TRIES
+        retries = {"mode": "standard", "total_max_attempts": num_tries}
+        config = Config(retries=retries, connect_timeout=connect, read_timeout=read)
         return boto3.session.Session().client("s3", config=config)  # the module's own default session is not safe in threads
 
     def put_file(self, source: Path) -> StoredBlob:

@@ -67,8 +67,6 @@ def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime, 
         record_event(job, EventKind.LEASE_LOST, now=now, worker=job.worker)
     elif policy.is_retried:
         record_event(job, EventKind.ATTEMPT_LOST, now=now, worker=job.worker, reason=error.reason.value, message=error.message)
-    if error.reason is ErrorReason.WORKER_LOST:
-        job.num_lost += 1
     if not policy.is_retried:
         fail(job, error, now=now)
     elif job.cancel_requested_at is not None:

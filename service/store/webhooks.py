@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from service.store.models import EventKind, Job, WebhookDelivery
@@ -20,16 +20,26 @@ HELD_SECONDS = 60
 """A message that was taken for delivery is not taken again for as long, by which time it is delivered or its worker is gone."""
 
 
+UNTAKEN_SECONDS = 24 * 3600
+"""A message that nobody has taken for so long since its time came is dropped: no worker has URLs, or its URL is no longer wanted."""
+
+
 class Message(NamedTuple):
     """A message that is to be delivered now."""
 
     delivery_id: int
     message_id: str
-    url: str
     body: str
+    due_at: datetime
+    """When its time came."""
+
+    def about(self) -> tuple[str, int]:
+        """The job and its attempt that it tells of."""
+        data = json.loads(self.body)["data"]
+        return data["job_id"], data["attempt"]
 
 
-class Told(NamedTuple):
+class WebhookEvent(NamedTuple):
     """An event that is told of."""
 
     job: Job
@@ -44,7 +54,7 @@ class Told(NamedTuple):
         return json.dumps({"type": f"job.{self.kind.value}", "timestamp": time.isoformat(), "data": data})
 
 
-def add_messages(session: Session, events: Sequence[Told], *, now: datetime) -> None:
+def add_messages(session: Session, events: Sequence[WebhookEvent], *, now: datetime) -> None:
     """Tell of events, in the transaction that writes them."""
     rows = [
         {"message_id": f"job_event_{one.event_id}", "url": None, "body": one.body(now), "num_tries": 0, "next_try_at": now}
@@ -54,24 +64,27 @@ def add_messages(session: Session, events: Sequence[Told], *, now: datetime) -> 
         session.execute(insert(WebhookDelivery), rows)
 
 
-def take_messages(*, session: Session, urls: Sequence[str], limit: int = 20, now: datetime | None = None) -> list[Message]:
-    """Address what is new, to each of `urls` (to none: forget it), and take messages whose time has come, oldest first. Several workers
-    may do so at once: each message is taken by one. Messages to URLs that are no longer wanted are forgotten."""
-    now = now or database_now(session)
-    new = select(WebhookDelivery).where(WebhookDelivery.url.is_(None)).order_by(WebhookDelivery.id).with_for_update(skip_locked=True)
-    for one in session.scalars(new).all():
+def address_messages(*, session: Session, urls: Sequence[str], limit: int = 1000) -> None:
+    """Address what is new to each of `urls`. Several workers may do so at once: each message is addressed by one."""
+    assert urls, "without an address, what is new stays for a worker that has one"
+    new = select(WebhookDelivery).where(WebhookDelivery.url.is_(None)).order_by(WebhookDelivery.id).limit(limit)
+    for one in session.scalars(new.with_for_update(skip_locked=True)).all():
         for url in urls:
             session.add(WebhookDelivery(message_id=one.message_id, url=url, body=one.body, num_tries=0, next_try_at=one.next_try_at))
         session.delete(one)
     session.flush()
-    session.execute(delete(WebhookDelivery).where(WebhookDelivery.url.is_not(None), WebhookDelivery.url.not_in(urls)))
-    due = select(WebhookDelivery).where(WebhookDelivery.next_try_at <= now, WebhookDelivery.url.is_not(None))
+
+
+def take_messages(*, session: Session, url: str, limit: int = 20, now: datetime | None = None) -> list[Message]:
+    """Take messages to `url` whose time has come, oldest first. Several workers may do so at once: each message is taken by one, which
+    calls one of the next three functions for it."""
+    now = now or database_now(session)
+    due = select(WebhookDelivery).where(WebhookDelivery.next_try_at <= now, WebhookDelivery.url == url)
     due = due.order_by(WebhookDelivery.next_try_at, WebhookDelivery.id).limit(limit).with_for_update(skip_locked=True)
     taken = []
     for one in session.scalars(due).all():
-        assert one.url is not None
+        taken.append(Message(one.id, one.message_id, one.body, one.next_try_at))
         one.next_try_at = now + timedelta(seconds=HELD_SECONDS)
-        taken.append(Message(one.id, one.message_id, one.url, one.body))
     session.flush()
     return taken
 
@@ -92,3 +105,15 @@ def mark_undelivered(*, session: Session, delivery_id: int) -> bool:
     delivery.next_try_at = database_now(session) + timedelta(seconds=RETRY_SECONDS[delivery.num_tries])
     delivery.num_tries += 1
     return True
+
+
+def mark_untried(*, session: Session, message: Message) -> None:
+    """Leave a message that was taken to whoever takes it next, and when."""
+    session.execute(update(WebhookDelivery).where(WebhookDelivery.id == message.delivery_id).values(next_try_at=message.due_at))
+
+
+def drop_untaken(*, session: Session, now: datetime | None = None) -> int:
+    """Drop the messages that nobody takes; how many were there."""
+    cutoff = (now or database_now(session)) - timedelta(seconds=UNTAKEN_SECONDS)
+    dropped = session.scalars(delete(WebhookDelivery).where(WebhookDelivery.next_try_at < cutoff).returning(WebhookDelivery.id))
+    return len(dropped.all())

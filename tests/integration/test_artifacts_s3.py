@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from service.store import artifacts, s3_blobs
-from service.store.blobs import Blobs, BlobsUnreachableError, make_blobs
+from service.store.blobs import Blobs, BlobsUnreachableError, make_blobs, new_key
 from service.store.models import Artifact, ArtifactKind
 from service.store.s3_blobs import S3BlobStore
 from tests.store_helpers import claim, create, local_client
@@ -88,6 +90,15 @@ def test_a_store_out_of_reach_is_told_from_missing_bytes(blobs: Blobs, tmp_path:
     for act in (nowhere.check_writable, lambda: nowhere.put_file(write(tmp_path / "source", b"x"))):
         with pytest.raises(BlobsUnreachableError, match="no-such-bucket"):
             act()
+
+
+def test_a_store_that_says_nothing_is_soon_given_up_where_that_is_wanted(s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_blobs, "QUICK_READ_TIMEOUT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:  # the kernel accepts for it
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        quick = make_blobs("s3://models", Path("unused"), is_quick=True)
+        with pytest.raises(BlobsUnreachableError, match="Read timeout"):
+            pool.submit(quick.delete, new_key()).result(timeout=30)
 
 
 @pytest.mark.parametrize("url", ["s3://", "http://bucket/x", "bucket", "s3://bucket/x?y=1"])

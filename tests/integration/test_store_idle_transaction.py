@@ -27,7 +27,7 @@ def test_a_frozen_transaction_loses_its_lock_and_its_client_learns_that_the_stor
 
     def requeue() -> list[jobs.QueuedJob] | None:
         with sessions.begin() as session:
-            return jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61)) or None
+            return jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61)).queued or None
 
     frozen = sessions()
     lock_held_job(session=frozen, job_id=job.id, lease_token=claimed.lease_token)

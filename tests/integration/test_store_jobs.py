@@ -40,7 +40,7 @@ def cancel(sessions: Sessions, job_id: str) -> JobState:
 
 def requeue(sessions: Sessions, seconds_later: float) -> list[jobs.QueuedJob]:
     with sessions.begin() as session:
-        return jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=seconds_later))
+        return jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=seconds_later)).queued
 
 
 def test_a_job_goes_from_queued_to_succeeded(sessions: Sessions) -> None:

@@ -21,6 +21,7 @@ from service.store.session import make_engine, make_sessions, migrate, reading
 from service.store.states import JobState
 from service.store.transitions import QueuedJob
 from service.store.workers import WorkerState, WorkerStatus, list_workers
+from tests.dripping_receiver import dripping
 from tests.redis_server import RedisServer
 from tests.store_helpers import Sessions, create, read, spec_dict
 from worker.health import HEALTH_FILE_VARIABLE
@@ -34,7 +35,7 @@ SILENCE_SECONDS = 5.0  # of tests/watched_worker.py
 class Machine:
     """One worker with its own database and broker."""
 
-    def __init__(self, folder: Path, redis: RedisServer) -> None:
+    def __init__(self, folder: Path, redis: RedisServer, **variables: str) -> None:
         self.redis = redis
         database_url = f"sqlite:///{folder / 'cliprd.db'}"
         migrate(database_url)
@@ -51,6 +52,7 @@ class Machine:
             "CLIPRD_RUNS_ROOT": str(folder / "runs"),
             "CLIPRD_TRAINER": str(ROOT / "tests" / "fake_trainer.py"),
             "PYTHONPATH": str(ROOT),
+            **variables,
         }
         self.log = folder / "worker.log"
         command = [sys.executable, "-m", "celery", "-A", "tests.watched_worker", "worker", "--without-gossip", "--without-mingle"]
@@ -177,3 +179,23 @@ def test_a_stopped_worker_is_not_ready_until_it_goes_on(machine: Machine) -> Non
 def test_a_killed_worker_is_not_ready(machine: Machine) -> None:
     machine.worker.kill()
     machine.wait_until("has not reported for [0-9]+ s")
+
+
+def test_a_receiver_of_webhooks_that_drips_bytes_does_not_keep_a_killed_child_from_being_replaced(tmp_path: Path) -> None:
+    with RedisServer() as redis, dripping(b"HTTP/1.1 200 OK\r\nx-") as receiver:
+        variables = {
+            "CLIPRD_WEBHOOK_URLS": receiver.url,
+            "CLIPRD_WEBHOOK_SECRET": "whsec_" + "c2VjcmV0" * 4,
+            "CLIPRD_REAPER_SECONDS": "0.2",
+        }
+        machine = Machine(tmp_path, redis, **variables)
+        try:
+            machine.wait_until("^ready$")
+            machine.wait_for(machine.submit(), JobState.SUCCEEDED)
+            assert receiver.is_waited_for.wait(TIMEOUT_SECONDS)
+            (child,) = psutil.Process(machine.worker.pid).children()
+            child.kill()
+            machine.wait_for(machine.submit(), JobState.SUCCEEDED)
+            machine.wait_until("^ready$")
+        finally:
+            machine.close()

@@ -14,7 +14,10 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs
+from service.store.artifacts import ArtifactKind, register_artifact
+from service.store.blobs import BlobStore, StoredBlob
 from service.store.models import Job
+from service.store.unneeded_blobs import take_unneeded
 from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, report, sent_jobs, spec_dict, submit, write_table
 
 
@@ -100,6 +103,31 @@ def test_deleting(client: TestClient, sessions: Sessions) -> None:
     assert client.delete(job["links"]["self"]).status_code == 204
     assert client.get(job["links"]["self"]).status_code == 404
     assert client.delete(job["links"]["self"]).status_code == 404
+
+
+def test_deleting_leaves_the_bytes_to_the_workers(client: TestClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An artifact store that says nothing would hold up the answer for minutes."""
+
+    def unreachable(_self: BlobStore, _key: str) -> None:
+        raise AssertionError("the request deletes bytes")
+
+    monkeypatch.setattr(BlobStore, "delete", unreachable)
+    job = submit(client)
+    claimed = claim(sessions, job["id"])
+    with sessions.begin() as session:
+        register_artifact(
+            session=session,
+            job_id=job["id"],
+            lease_token=claimed.lease_token,
+            kind=ArtifactKind.MODEL,
+            group="export",
+            name="model",
+            blob=StoredBlob("ab/" + "ab" * 16, 1, "0" * 64),
+        )
+    finish(sessions, claimed)
+    assert client.delete(job["links"]["self"]).status_code == 204
+    with sessions.begin() as session:
+        assert take_unneeded(session=session) == ["ab/" + "ab" * 16]
 
 
 def test_cancelling_by_label(client: TestClient, sessions: Sessions) -> None:

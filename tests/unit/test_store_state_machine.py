@@ -253,7 +253,7 @@ class JobLives(RuleBasedStateMachine):
     @rule()
     def lose_every_worker(self) -> None:
         with self.sessions.begin() as session:
-            queued = jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61))
+            queued = jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=61)).queued
         again = []
         for job_id in self.ids(JobState.RUNNING):
             if self.lose(job_id) is JobState.QUEUED:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import threading
 import time
 from pathlib import Path
 from queue import Empty
@@ -15,11 +17,12 @@ from sqlalchemy import text
 
 from service.store.session import make_engine, make_sessions, migrate, reading
 from service.store.workers import WorkerState, list_workers
-from worker import consumer_watch, health
+from worker import consumer_watch, health, rounds
 from worker import heartbeat as heartbeat_module
 from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
 from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health
 from worker.heartbeat import Heartbeat
+from worker.rounds import Rounds
 from worker.settings import WorkerSettings
 
 
@@ -142,6 +145,44 @@ def test_the_database_must_have_this_versions_schema(heartbeat: Heartbeat, tmp_p
     engine.dispose()
     assert worker.state is WorkerState.NOT_CONSUMING, "not lost: it reports as well as it can"
     assert "schema" in worker.problems[-1]
+
+
+def test_rounds_that_do_not_end_are_told_to_probes_but_keep_the_worker_from_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'cliprd.db'}"
+    migrate(url)
+    settings = WorkerSettings(database_url=url, broker_url="memory://", health_file=tmp_path / "health.json")
+    hangs, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        hangs.set()
+        with reaper.forks_allowed():
+            may_end.wait(60)
+
+    reaper = Rounds("reaper", work, pause_seconds=0.01)
+    heartbeat = Heartbeat(settings, ConsumerWatch(["default"]), "worker-1", [reaper])
+
+    def problems() -> tuple[str, ...]:
+        heartbeat.beat()
+        return Health.read(tmp_path / "health.json").problems[1:]  # the first one: there is no consumer
+
+    assert problems() == (), "it has not begun"
+    reaper.start()
+    try:
+        assert hangs.wait(30)
+        assert problems() == ()
+        clock = Clock(monkeypatch, rounds)
+        clock.now = time.monotonic() + rounds.OVERDUE_SECONDS + 5
+        (problem,) = problems()
+        assert re.fullmatch("reaper: no round has ended for [0-9]+ s", problem)
+        engine = make_engine(url)
+        with reading(make_sessions(engine)) as session:
+            (worker,) = list_workers(session=session)
+        engine.dispose()
+        assert len(worker.problems) == 1
+    finally:
+        monkeypatch.undo()
+        may_end.set()
+        reaper.stop()
 
 
 def test_only_a_worker_that_does_not_consume_for_long_for_no_reason_outside_it_is_stuck(

@@ -1,5 +1,6 @@
 """The guard of a lease: a run ends with its lease and with its worker, whatever state the worker is in."""
 
+import json
 import os
 import signal
 import subprocess
@@ -77,6 +78,35 @@ def test_a_stopped_workers_run_ends_with_its_lease(cookie: str) -> None:
         assert not ends_within(training, 0.5), "the lease still holds"
         assert ends_within(training, 10)
         assert stopped.status() == psutil.STATUS_STOPPED, "it had no part in this"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_it_logs_as_its_worker_does(cookie: str, log_format: str) -> None:
+    code = f"""
+import time
+from service import logs
+from worker.lease_guard import LeaseGuard
+logs.configure(logs.LogFormat("{log_format}"))
+logs.set_job("job-1", 2)
+with LeaseGuard("{cookie}", 0.2) as guard:
+    guard._process.wait(30)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    message = "the lease was not renewed for 0.2 s: the run is killed"
+    if log_format == "text":
+        assert done.stderr == f"{message}\n"
+        return
+    (line,) = [json.loads(one) for one in done.stderr.splitlines()]
+    del line["time"]
+    assert line == {"level": "error", "logger": "worker.lease_guard", "message": message, "job_id": "job-1", "attempt": 2}
+
+
+def test_the_guard_imports_little() -> None:
+    """It must watch at once, on a machine that may be short of everything."""
+    code = "import worker.lease_guard, sys; print(*sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    assert set(done.stdout.split()) <= {"service", "worker", "__main__"}
 
 
 def test_a_killed_workers_run_ends_at_once(cookie: str) -> None:

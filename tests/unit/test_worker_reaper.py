@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,16 +18,19 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
+from service.queue import JobQueue
 from service.store.artifacts import list_artifacts, register_artifact
-from service.store.blobs import BlobStore, BlobsUnreachableError
+from service.store.blobs import BlobStore
 from service.store.jobs import Cancelled, JobState, claim_job, create_job, delete_job, finish_job, get_job, release_job, request_cancel
-from service.store.models import ArtifactKind, Job
+from service.store.models import ArtifactKind, Job, UnneededBlob
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
-from service.store.unneeded_blobs import unneeded_keys
+from service.store.unneeded_blobs import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, note_unneeded, take_unneeded
 from tests.process_group import free_port
 from worker import lease_guard
 from worker.celery_app import create_app
-from worker.reaper import Reaper, num_messages
+from worker.cleaner import REMOVAL_SECONDS, Cleaner
+from worker.reaper import Reaper
+from worker.rounds import stop_all
 from worker.settings import WorkerSettings
 from worker.shutdown import ShutdownFlag
 
@@ -44,7 +51,8 @@ class Bench:
             runs_root=folder / "runs",
         )
         self.app: Celery = create_app(self.settings, flag, "worker-1")
-        self.reaper = Reaper(self.app, self.settings)
+        self.reaper = Reaper(self.settings)
+        self.cleaner = Cleaner(self.settings)
 
     def submit(self, *, age_seconds: float) -> str:
         spec = {
@@ -69,8 +77,11 @@ class Bench:
             job.lease_expires_at -= timedelta(seconds=61)
 
     def num_messages(self) -> int:
-        with self.app.connection_for_write() as connection:
-            return num_messages(connection, self.queue)
+        broker = JobQueue("memory://", timeout_seconds=1)
+        try:
+            return broker.num_messages([self.queue])[self.queue]
+        finally:
+            broker.close()
 
     def job(self, job_id: str) -> Job:
         with reading(self.sessions) as session:
@@ -82,6 +93,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     flag = ShutdownFlag()
     bench = Bench(tmp_path, flag)
     yield bench
+    bench.reaper.close()
     bench.app.close()
     bench.engine.dispose()
     flag.close()
@@ -91,7 +103,7 @@ def test_an_expired_job_is_queued_and_sent(bench: Bench) -> None:
     job_id = bench.submit(age_seconds=0)
     bench.expire(job_id)
     assert bench.num_messages() == 0
-    bench.reaper.reap()
+    bench.reaper.run_once()
     job = bench.job(job_id)
     assert (job.state, job.attempt) == (JobState.QUEUED, 1)
     assert job.sent_at is not None
@@ -103,33 +115,33 @@ def test_after_the_databases_clock_jumped_forward_holders_may_renew_their_leases
     bench: Bench, monkeypatch: pytest.MonkeyPatch, seconds: int, is_taken: bool
 ) -> None:
     job_id = bench.submit(age_seconds=0)
-    bench.reaper.reap()
+    bench.reaper.run_once()
     bench.expire(job_id)
     with monkeypatch.context() as patched:
         patched.setattr("worker.reaper.database_now", lambda session: database_now(session) + timedelta(seconds=seconds))
-        bench.reaper.reap()
-        bench.reaper.reap()
+        bench.reaper.run_once()
+        bench.reaper.run_once()
         assert (bench.job(job_id).state is JobState.QUEUED) == is_taken
         elapsed = lease_guard.now() + bench.settings.lease_seconds
         patched.setattr("worker.reaper.lease_guard.now", lambda: elapsed)
-        bench.reaper.reap()
+        bench.reaper.run_once()
     assert bench.job(job_id).state is JobState.QUEUED, "nobody renewed it"
 
 
 def test_a_lost_message_is_sent_again_but_not_at_once(bench: Bench) -> None:
     bench.submit(age_seconds=1)
-    bench.reaper.reap()
+    bench.reaper.run_once()
     assert bench.num_messages() == 0, "its message may be under way"
     bench.submit(age_seconds=60)
-    bench.reaper.reap()
+    bench.reaper.run_once()
     assert bench.num_messages() == 1
-    bench.reaper.reap()
+    bench.reaper.run_once()
     assert bench.num_messages() == 1, "sent a moment ago"
 
 
 def test_jobs_that_only_wait_their_turn_do_not_fill_the_broker(bench: Bench) -> None:
     waiting = [bench.submit(age_seconds=60) for _ in range(3)]
-    bench.reaper.reap()
+    bench.reaper.run_once()
     assert bench.num_messages() == 3
     for _ in range(3):
         with bench.sessions.begin() as session:
@@ -137,7 +149,7 @@ def test_jobs_that_only_wait_their_turn_do_not_fill_the_broker(bench: Bench) -> 
                 job = session.get_one(Job, job_id)
                 assert job.sent_at is not None
                 job.sent_at -= timedelta(seconds=60)
-        bench.reaper.reap()
+        bench.reaper.run_once()
     assert bench.num_messages() == 3
 
 
@@ -186,10 +198,10 @@ def test_checkpoints_of_jobs_that_can_not_go_on_are_dropped(bench: Bench, tmp_pa
             elif end == "queued":
                 release_job(**held)
         kept[end] = blobs.path(blob.key)
-    bench.reaper.reap()
+    bench.cleaner.run_once()
     assert all(path.exists() for path in kept.values()), "for some days, someone may go on from them"
     soon = bench.settings.model_copy(update={"checkpoint_retention_seconds": 0})
-    Reaper(bench.app, soon).reap()
+    Cleaner(soon).run_once()
     assert [end for end, path in kept.items() if path.exists()] == ["queued", "running"]
     with reading(bench.sessions) as session:
         assert len(list_artifacts(session=session).rows) == 2
@@ -209,29 +221,36 @@ def test_run_directories_go_with_deleted_jobs_only(bench: Bench) -> None:
             delete_job(session=session, job_id=job_id)
     with bench.sessions.begin() as session:
         session.add(Job(**columns))
-    bench.reaper.reap()
+    bench.cleaner.run_once()
     assert {entry.name for entry in root.iterdir()} == {restored, kept, "of-another-database"}
 
 
-def test_nothing_else_stops_while_the_broker_is_away(bench: Bench) -> None:
+def test_what_expired_is_queued_while_the_broker_is_away(bench: Bench) -> None:
     """Redis is asked twice in such a round: for what expired, and for what may have lost its message."""
-    expired, waiting, deleted = bench.submit(age_seconds=0), bench.submit(age_seconds=60), bench.submit(age_seconds=0)
+    expired, waiting = bench.submit(age_seconds=0), bench.submit(age_seconds=60)
     bench.expire(expired)
-    with bench.sessions.begin() as session:
-        request_cancel(session=session, job_id=deleted)
-        delete_job(session=session, job_id=deleted)
-    (bench.settings.runs_root / deleted).mkdir(parents=True)
-    away = bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{free_port()}/0"})
-    flag = ShutdownFlag()
-    with create_app(away, flag, "worker-1") as app:
-        Reaper(app, away).reap()
-    flag.close()
-    assert not (bench.settings.runs_root / deleted).exists()
+    away = Reaper(bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{free_port()}/0"}))
+    away.run_once()
+    away.close()
     for job_id in (expired, waiting):
         job = bench.job(job_id)
         assert (job.state, job.sent_at) == (JobState.QUEUED, None), "a later round sends it"
-    bench.reaper.reap()
+    bench.reaper.run_once()
     assert bench.num_messages() == 1
+
+
+def test_a_broker_that_says_nothing_is_not_waited_for_for_ever(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.reaper.BROKER_TIMEOUT_SECONDS", 0.2)
+    job_id = bench.submit(age_seconds=60)
+    bench.expire(job_id)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts for it
+        reaper = Reaper(bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{silent.getsockname()[1]}/0"}))
+        thread = threading.Thread(target=reaper.run_once, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+        reaper.close()
+    assert bench.job(job_id).state is JobState.QUEUED
 
 
 def test_a_part_that_fails_does_not_stop_the_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,13 +259,67 @@ def test_a_part_that_fails_does_not_stop_the_others(bench: Bench, monkeypatch: p
 
     monkeypatch.setattr("worker.reaper.requeue_expired", fail)
     bench.submit(age_seconds=60)
-    bench.reaper.reap()
+    bench.reaper.run_once()
     assert bench.num_messages() == 1
 
 
-def test_bytes_that_could_not_be_deleted_are_deleted_by_a_later_round(
+def test_bytes_that_could_not_be_deleted_wait_for_their_next_try_and_hold_up_no_others(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "state.pt").write_bytes(b"state")
+    blobs = BlobStore(bench.settings.artifacts_root)
+    stored = [blobs.put_file(tmp_path / "state.pt") for _ in range(3)]
+    with bench.sessions.begin() as session:
+        note_unneeded(session=session, storage_keys=[blob.key for blob in stored])
+    protected = sorted(blob.key for blob in stored)[0]
+    delete = BlobStore.delete
+
+    def refuse(self: BlobStore, key: str) -> None:
+        if key == protected:
+            raise PermissionError("immutable")
+        delete(self, key)
+
+    def waiting(seconds: float = 0) -> list[str]:
+        with bench.sessions() as session:  # rolled back
+            return take_unneeded(session=session, now=database_now(session) + timedelta(seconds=seconds))
+
+    with monkeypatch.context() as partly:
+        partly.setattr(BlobStore, "delete", refuse)
+        bench.cleaner.run_once()
+    assert [blob.key for blob in stored if blobs.path(blob.key).exists()] == [protected]
+    assert waiting() == [], "its next try is not yet due"
+    assert waiting(FIRST_RETRY_SECONDS + 1) == [protected]
+    with bench.sessions.begin() as session:
+        session.get_one(UnneededBlob, protected).next_try_at = database_now(session)
+    bench.cleaner.run_once()
+    assert not blobs.path(protected).exists()
+    assert waiting(LONGEST_RETRY_SECONDS + 1) == []
+
+
+def test_what_there_was_no_time_for_is_deleted_by_the_next_round(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state.pt").write_bytes(b"state")
+    blobs = BlobStore(bench.settings.artifacts_root)
+    stored = [blobs.put_file(tmp_path / "state.pt") for _ in range(3)]
+    with bench.sessions.begin() as session:
+        note_unneeded(session=session, storage_keys=[blob.key for blob in stored])
+    now = time.monotonic()
+    delete = BlobStore.delete
+
+    def slow(self: BlobStore, key: str) -> None:
+        nonlocal now
+        now += REMOVAL_SECONDS + 1
+        delete(self, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlobStore, "delete", slow)
+        patched.setattr("worker.cleaner.time.monotonic", lambda: now)
+        bench.cleaner.run_once()
+    assert sum(blobs.path(blob.key).exists() for blob in stored) == 2
+    bench.cleaner.run_once()
+    assert not any(blobs.path(blob.key).exists() for blob in stored)
+
+
+def test_the_bytes_of_replaced_artifacts_and_of_deleted_jobs_go(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_bytes(b"state")
     blobs = BlobStore(bench.settings.artifacts_root)
     stored = [blobs.put_file(tmp_path / "state.pt") for _ in range(3)]
@@ -257,21 +330,44 @@ def test_bytes_that_could_not_be_deleted_are_deleted_by_a_later_round(
         held: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": claimed.lease_token}
         for name, blob in zip(("a", "b", "b"), stored, strict=True):  # the last one takes its predecessor's place
             register_artifact(**held, kind=ArtifactKind.CHECKPOINT, group="step-0000000001", name=name, blob=blob, step=1)
-
-    def refuse(self: BlobStore, key: str) -> None:
-        raise BlobsUnreachableError("503 slow down")
-
-    with monkeypatch.context() as away:
-        away.setattr(BlobStore, "delete", refuse)
-        bench.reaper.reap()
-    assert all(blobs.path(blob.key).exists() for blob in stored)
-    bench.reaper.reap()
+    bench.cleaner.run_once()
     assert [blobs.path(blob.key).exists() for blob in stored] == [True, False, True]
     with bench.sessions.begin() as session:
         held["session"] = session
         finish_job(**held, outcome=ErrorRecord(reason=ErrorReason.DIVERGED, message="NaN"))
         delete_job(session=session, job_id=job_id)
-    bench.reaper.reap()
+    bench.cleaner.run_once()
     assert not any(blobs.path(blob.key).exists() for blob in stored)
-    with reading(bench.sessions) as session:
-        assert unneeded_keys(session=session) == []
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_deletion_that_hangs_holds_up_neither_leases_nor_forks(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state.pt").write_bytes(b"state")
+    with bench.sessions.begin() as session:
+        note_unneeded(session=session, storage_keys=[BlobStore(bench.settings.artifacts_root).put_file(tmp_path / "state.pt").key])
+    hangs, may_end = threading.Event(), threading.Event()
+
+    def hang(_self: BlobStore, _key: str) -> None:
+        hangs.set()
+        may_end.wait(60)
+
+    monkeypatch.setattr(BlobStore, "delete", hang)
+    job_id = bench.submit(age_seconds=0)
+    bench.expire(job_id)
+    rounds = [bench.cleaner, bench.reaper]
+    for one in rounds:
+        one.start()
+    try:
+        assert hangs.wait(30)
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        deadline = time.monotonic() + 30
+        while bench.job(job_id).state is not JobState.QUEUED:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not may_end.is_set()
+    finally:
+        may_end.set()
+        stop_all(rounds)

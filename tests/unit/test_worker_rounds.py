@@ -27,7 +27,7 @@ def test_a_failing_round_is_logged_and_the_next_one_comes_until_the_end(caplog: 
         rounds.start()
         assert enough.wait(5)
         rounds.stop()
-    assert "the tester's round failed" in caplog.text
+    assert "tester: the round failed" in caplog.text
     assert "store away" in caplog.text
     assert not [thread for thread in threading.enumerate() if thread.name == "tester"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from worker import run_dirs
-from worker.run_dirs import in_use, remove_deleted
+from worker.run_dirs import in_use, remove_run_dirs, run_dirs_of
 
 
 def make(root: Path, *names: str) -> None:
@@ -22,6 +22,10 @@ def make(root: Path, *names: str) -> None:
 
 def among(*deleted: str) -> Callable[[Sequence[str]], set[str]]:
     return lambda names: set(names) & set(deleted)
+
+
+def remove_deleted(root: Path, deleted: Callable[[Sequence[str]], set[str]], *, max_seconds: float) -> bool:
+    return remove_run_dirs(root, run_dirs_of(root, deleted), max_seconds=max_seconds)
 
 
 def names(root: Path) -> list[str]:

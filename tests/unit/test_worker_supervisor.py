@@ -39,7 +39,7 @@ from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import reading
 from tests.teacher_store_helpers import make_store
 from tests.worker_bench import Bench, soon
-from worker.run_dirs import remove_deleted
+from worker.run_dirs import remove_run_dirs, run_dirs_of
 from worker.supervisor import Supervisor
 from worker.tasks import launcher, run_job
 
@@ -83,7 +83,7 @@ def test_a_run_directory_is_kept_while_its_run_goes_on_and_not_after(bench: Benc
     job_id = bench.submit(SLOW)
 
     def remove_all() -> None:
-        remove_deleted(bench.settings.runs_root, set, max_seconds=60)
+        remove_run_dirs(bench.settings.runs_root, run_dirs_of(bench.settings.runs_root, set), max_seconds=60)
 
     def try_and_stop() -> None:
         remove_all()
@@ -329,7 +329,7 @@ def test_a_lost_lease_kills_at_once_and_writes_nothing_more(bench: Bench) -> Non
             job = session.get_one(Job, job_id)
             job.lease_expires_at = job.created_at
             session.flush()
-            assert requeue_expired(session=session) == [QueuedJob(job_id, "default")]
+            assert requeue_expired(session=session).queued == [QueuedJob(job_id, "default")]
 
     soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), take_away)
     assert bench.supervisor(held).run() == []
