@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store.artifacts import are_registered, list_artifacts, register_artifact, remove_artifacts
-from service.store.blobs import Blobs, BlobsUnreachableError, StoredBlob
+from service.store.blobs import Blobs, BlobsRefusedError, BlobsUnreachableError, StoredBlob
 from service.store.jobs import (
     Claim,
     LeaseLostError,
@@ -34,6 +34,7 @@ from service.store.jobs import (
 from service.store.logs import append_log
 from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
+from service.store.transitions import num_lost_attempts
 from worker.outcome import StopCause
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class HeldJob:
     def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: Blobs, *, lease_seconds: float) -> None:
         self.id = claim.job.id
         self.attempt = claim.attempt
+        self.is_last_attempt = num_lost_attempts(claim.job) >= claim.job.max_attempts
+        """Whether the job fails if this attempt does, for whatever reason."""
         self.spec = JobSpec.model_validate(claim.job.spec)
         self.seconds_left = float("inf")
         """For which it may still run; not counted down."""
@@ -67,7 +70,9 @@ class HeldJob:
         self.is_lost: Callable[[], bool] = lambda: False
         """Set by whoever keeps the lease."""
         self.check_stop: Callable[[], None] = lambda: None
-        """Raises where the run is to stop. Asked while files are fetched, which may wait for long; set by the supervisor."""
+        """Raises where the run is to stop. Asked while files are fetched or stored, which may take long; set by the supervisor."""
+        self.tell: Callable[[str], None] = lambda _: None
+        """Adds to the job's log; set by the supervisor."""
         self._token = claim.lease_token
         self._sessions = sessions
         self._lease_seconds = lease_seconds
@@ -104,8 +109,11 @@ class HeldJob:
         """Record the outcome together with the exported files, so that a succeeded job has its model and no other job has one.
 
         A job that succeeded needs its mirrored checkpoints no more; those of jobs that ended otherwise are dropped by the reaper.
+
+        Raises:
+            StopAskedError: the run is to stop, and the artifact store does not take the files.
         """
-        stored = [(file.name, self.patiently(partial(self.blobs.put_file, file))) for file in export_files]
+        stored: list[tuple[str, StoredBlob]] = []
         is_success = isinstance(outcome, ResultRecord)
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
@@ -115,6 +123,8 @@ class HeldJob:
             return finish_job(session=session, job_id=self.id, lease_token=self._token, outcome=outcome), dropped
 
         try:
+            for file in export_files:
+                stored.append((file.name, self.put_file_patiently(file)))
             queued, dropped = self._persist(write)
         except BaseException:
             self.discard([blob for _, blob in stored])
@@ -220,9 +230,25 @@ class HeldJob:
 
         return self.patiently(attempt)
 
-    def patiently(self, attempt: Callable[[], AnyResult]) -> AnyResult:
-        """What `attempt` returns, made again for as long as the store is out of reach and the lease is held."""
-        pause = 0.2
+    def put_file_patiently(self, source: Path) -> StoredBlob:
+        """Store a file, however long the artifact store is away or refuses, unless the run is to stop meanwhile.
+
+        Raises:
+            StopAskedError: it is.
+        """
+        return self.patiently(partial(self.blobs.put_file, source), hears_stop=True)
+
+    def patiently(self, attempt: Callable[[], AnyResult], *, hears_stop: bool = False) -> AnyResult:
+        """What `attempt` returns, made again for as long as the store is out of reach and the lease is held.
+
+        A store that refuses is waited for, too: somebody may mend its rights, and nothing that was trained is lost. The job's log says so.
+
+        Args:
+            attempt: Reads or writes something.
+            hears_stop: Whether to give up as well when the run is to stop, by the error of `check_stop`. A database that is away needs no
+                such look: without it the lease runs out soon.
+        """
+        pause, is_told = 0.2, False
         while True:
             if self.is_lost():
                 raise LeaseLostError(self.id)
@@ -230,5 +256,10 @@ class HeldJob:
                 return attempt()
             except OUT_OF_REACH as error:
                 logger.warning("job %s: the store is out of reach (%s); trying again in %.1f s", self.id, type(error).__name__, pause)
-                time.sleep(pause)
-                pause = min(2 * pause, MAX_RETRY_SECONDS)
+                if isinstance(error, BlobsRefusedError) and not is_told:
+                    is_told = True
+                    self.tell(f"The artifact store refuses, and this job waits until that is mended: {error}\n")
+                if hears_stop:
+                    self.check_stop()
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_RETRY_SECONDS)

@@ -87,9 +87,13 @@ class CheckpointMirror:
         self._passing_over_damage(self._upload)
 
     def mirror_best(self) -> None:
-        """Mirror the best one if that is new, now, however long the store is away; errors as of `mirror`."""
+        """Mirror the best one if that is new, now, however long the store is away.
+
+        Raises:
+            StopAskedError: the run is to stop meanwhile; others as of `mirror`.
+        """
         self.wait()
-        self._passing_over_damage(partial(self._upload_best, lambda file: self._job.patiently(partial(self._job.blobs.put_file, file))))
+        self._passing_over_damage(partial(self._upload_best, self._job.put_file_patiently))
 
     def _passing_over_damage(self, upload: Callable[[], None]) -> None:
         """Upload, once more after each checkpoint that is found damaged."""

@@ -142,7 +142,7 @@ class LogPump:
     def _read_offset(self) -> int:
         try:
             return int(self._offset_path.read_text())
-        except (FileNotFoundError, ValueError):  # unreadable after a power failure: better twice than never
+        except (OSError, ValueError):  # none yet, or unreadable after a power failure: better twice than never
             return 0
 
     def _note_offset(self, offset: int) -> None:

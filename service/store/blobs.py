@@ -21,6 +21,10 @@ class BlobsUnreachableError(OSError):
     """The store does not answer, or not as it should; it may another time."""
 
 
+class BlobsRefusedError(BlobsUnreachableError):
+    """The store answers that it won't: it will not either until somebody mends its settings or rights. The message says what to do."""
+
+
 @dataclass(frozen=True)
 class StoredBlob:
     """Bytes in the store."""

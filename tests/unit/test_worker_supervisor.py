@@ -134,6 +134,7 @@ def test_a_run_killed_for_the_last_time_points_at_memory(bench: Bench) -> None:
     error = bench.error(job_id)
     assert error.reason is ErrorReason.WORKER_LOST
     assert "memory" in error.message
+    assert bench.log(job_id).splitlines()[-2:] == [f"Attempt 1 failed: worker_lost: {error.message}", f"What to do: {what_to_do(error)}"]
 
 
 def test_a_run_that_dies_without_a_word_shows_its_last_lines(bench: Bench) -> None:
@@ -270,8 +271,37 @@ def test_a_full_disk_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("worker.supervisor.write_atomically", full)
     assert bench.run(job_id) == []
     assert bench.job(job_id).state is JobState.QUEUED
+    assert bench.log(job_id).startswith("Attempt 1 failed: disk_full: The worker's disk or the artifact store is full")
+    assert "What to do" not in bench.log(job_id), "it is tried again by itself"
     bench.run(job_id)
-    assert bench.error(job_id).reason is ErrorReason.DISK_FULL
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.DISK_FULL
+    assert bench.log(job_id).splitlines()[-2:] == [f"Attempt 2 failed: disk_full: {error.message}", f"What to do: {what_to_do(error)}"]
+
+
+def test_a_run_directory_that_takes_no_log_leaves_the_reason_in_the_stored_one(bench: Bench) -> None:
+    job_id = bench.submit({}, max_attempts=1)
+    bench.settings.runs_root.write_text("no folder can be made here")
+    bench.run(job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.INTERNAL
+    with reading(bench.sessions) as session:
+        log = read_log(session=session, job_id=job_id)[0]
+    assert log == f"Attempt 1 failed: internal: {error.message}\nWhat to do: {what_to_do(error)}\n"
+
+
+def test_a_record_that_the_store_does_not_take_fails_the_job_and_the_log_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "5"})
+    job = bench.held(job_id)
+
+    def refuse(_: object) -> None:
+        raise ValueError("no such metric")
+
+    monkeypatch.setattr(job, "record_metrics", refuse)
+    bench.supervisor(job).run()
+    error = bench.error(job_id)
+    assert error.message == "The worker could not run the job: ValueError: no such metric"
+    assert bench.log(job_id).splitlines()[-2] == f"Attempt 1 failed: internal: {error.message}"
 
 
 def test_the_best_checkpoint_stays_in_the_store(bench: Bench) -> None:
@@ -419,6 +449,10 @@ def test_a_damaged_teacher_is_refused(bench: Bench) -> None:
     error = bench.error(student_id)
     assert error.reason is ErrorReason.TEACHER_UNAVAILABLE
     assert "SHA-256" in error.message
+    assert bench.log(student_id).splitlines()[-2:] == [
+        f"Attempt 1 failed: teacher_unavailable: {error.message}",
+        f"What to do: {what_to_do(error)}",
+    ]
 
 
 def test_a_commit_whose_acknowledgement_is_lost_keeps_the_model(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
