@@ -10,6 +10,7 @@ neither knows more of the other. It imports pydantic only.
     log.txt.pumped      bytes of it that the service has (written by the supervisor)
     best_checkpoint.json  which of the checkpoints an evaluation found best (`retention.BestCheckpoint`), if the spec asks for it
     checkpoints/        step-0000000100/ …: all state of the run at that step; complete once it holds COMPLETE.json
+                        .mirroring-…: links to one that the supervisor uploads, which the trainer leaves alone
     export/             the trained student, loadable with open_clip's `local-dir:`
     result.json         ResultRecord: the run ended well
     error.json          ErrorRecord: the run ended badly, and why
@@ -36,6 +37,7 @@ ERROR_FILE = "error.json"
 BEST_FILE = "best_checkpoint.json"
 CHECKPOINTS_DIR = "checkpoints"
 CHECKPOINT_MARKER = "COMPLETE.json"
+MIRRORING_PREFIX = ".mirroring-"
 EXPORT_DIR = "export"
 
 ATTEMPT_VARIABLE = "CLIPRD_ATTEMPT"

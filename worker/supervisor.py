@@ -165,6 +165,7 @@ class Supervisor:
         """
         for name in (RESULT_FILE, ERROR_FILE, BEST_FILE):
             (self._run / name).unlink(missing_ok=True)
+        self._mirror.sweep()
         spec = with_fetched_teachers(self._job, self._run)
         write_atomically(self._run / SPEC_FILE, spec.model_dump_json(indent=2))
         restored = restore_checkpoint(self._job, self._run)
