@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,8 @@ from service.store.artifacts import are_registered, list_artifacts, register_art
 from service.store.blobs import Blobs, BlobsRefusedError, BlobsUnreachableError, StoredBlob
 from service.store.jobs import (
     Claim,
+    JobNotFoundError,
+    JobState,
     LeaseLostError,
     Outcome,
     QueuedJob,
@@ -126,11 +129,20 @@ class HeldJob:
             for file in export_files:
                 stored.append((file.name, self.put_file_patiently(file)))
             queued, dropped = self._persist(write)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, LeaseLostError) and self._has_succeeded():
+                return []  # a reaper sends the messages of jobs that waited for this one, and deletes the checkpoints
             self.discard([blob for _, blob in stored])
             raise
         self._delete_blobs(dropped)
         return queued
+
+    def _has_succeeded(self) -> bool:
+        """Whether this attempt's success is recorded, which nobody else can do: the acknowledgement of its commit was lost."""
+        with suppress(JobNotFoundError, *OUT_OF_REACH), reading(self._sessions) as session:
+            job = get_job(session=session, job_id=self.id)
+            return (job.state, job.attempt) == (JobState.SUCCEEDED, self.attempt)
+        return False
 
     def discard(self, stored: Sequence[StoredBlob]) -> None:
         """Delete bytes that were stored to be made known, unless they are."""

@@ -7,17 +7,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from celery import Celery
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import METRICS_FILE, ErrorReason, ResultRecord, complete_checkpoints, step_of
+from cliprd_core.run_dir import METRICS_FILE, ErrorReason, complete_checkpoints, step_of
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.artifacts import remove_finished_checkpoints
@@ -25,7 +25,6 @@ from service.store.events import list_events
 from service.store.failure_policy import what_to_do
 from service.store.jobs import (
     JobState,
-    LeaseLostError,
     QueuedJob,
     request_cancel,
     request_pause,
@@ -39,6 +38,7 @@ from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import reading
 from tests.teacher_store_helpers import make_store
 from tests.worker_bench import Bench, soon
+from worker import held_job
 from worker.run_dirs import remove_run_dirs, run_dirs_of
 from worker.supervisor import Supervisor
 from worker.tasks import launcher, run_job
@@ -455,35 +455,30 @@ def test_a_damaged_teacher_is_refused(bench: Bench) -> None:
     ]
 
 
-def test_a_commit_whose_acknowledgement_is_lost_keeps_the_model(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id = bench.submit({})
-    job = bench.held(job_id)
-    weights = tmp_path / "open_clip_model.safetensors"
-    weights.write_bytes(b"precious")
-    result = ResultRecord(
-        step=1,
-        samples_seen=4,
-        num_student_parameters=42,
-        num_teacher_parameters=None,
-        num_corrupt_samples=0,
-        train_seconds=1.0,
-        export_files=[weights.name],
-    )
-    begin = bench.sessions.begin
+@pytest.mark.parametrize("written", ["mark_started", "record_checkpoint", "finish_job"])
+def test_a_commit_whose_acknowledgement_is_lost_counts_once(bench: Bench, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    job_id = bench.submit({"steps": "30", "step_seconds": "0.02"})
+    write, sessions = getattr(held_job, written), list[Session]()
 
-    @contextmanager
-    def begin_and_lose_the_answer() -> Iterator[Session]:
-        monkeypatch.setattr(bench.sessions, "begin", begin)
-        with begin() as session:
-            yield session
+    def lose_the_answer(_: Session) -> None:
         raise OperationalError("COMMIT", {}, ConnectionError("the answer was lost"))
 
-    monkeypatch.setattr(bench.sessions, "begin", begin_and_lose_the_answer)
-    with pytest.raises(LeaseLostError):  # the second try finds the job finished already
-        job.finish(result, [weights])
+    def write_and_lose_the_answer(*, session: Session, **arguments: Any) -> Any:
+        if not sessions:
+            event.listen(session, "after_commit", lose_the_answer)
+        sessions.append(session)
+        return write(session=session, **arguments)
+
+    monkeypatch.setattr(held_job, written, write_and_lose_the_answer)
+    assert bench.run(job_id) == []
+    assert sessions
     assert bench.job(job_id).state is JobState.SUCCEEDED
-    (model,) = bench.artifacts(job_id, ArtifactKind.MODEL)
-    assert bench.blobs.path(model.storage_key).read_bytes() == b"precious"
+    with reading(bench.sessions) as session:
+        events = [(one.kind.value, json.dumps(one.data)) for one in list_events(session=session, job_id=job_id)]
+    assert len(events) == len(set(events)), events
+    (weights,) = [one for one in bench.artifacts(job_id, ArtifactKind.MODEL) if one.name.endswith("safetensors")]
+    assert bench.blobs.path(weights.storage_key).read_bytes() == b"weights of a fake student"
+    assert not (bench.run_dir(job_id) / "checkpoints").exists(), "as after any success"
 
 
 def test_a_stored_spec_that_this_version_refuses_fails_the_job(bench: Bench) -> None:
