@@ -134,6 +134,7 @@ class ResultRecord(Record):
     num_corrupt_samples: int = Field(description="Pairs that could not be read and were skipped, over the last attempt.")
     train_seconds: float = Field(description="Wall-clock seconds of this attempt, evaluation included.")
     export_files: list[str] = Field(description="Names of the files under export/.")
+    export_sha256: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each when it was written, by name; hexadecimal.")
 
 
 class ErrorRecord(Record):

@@ -52,6 +52,16 @@ PAGE_SIZE = 100
 AnyResult = TypeVar("AnyResult")
 
 
+class DamagedExportError(Exception):
+    """A file of the exported model has changed since it was written; the message is for the user."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(
+            f"The exported {file.name} does not match the SHA-256 that it was written with: a disk or the memory of the worker's machine is"
+            " faulty. Have the machine looked at, then retry the job, which exports again from its newest checkpoint."
+        )
+
+
 class HeldJob:
     """What the supervisor does to its job in the store. Every write raises LeaseLostError once the lease is gone.
 
@@ -115,9 +125,11 @@ class HeldJob:
 
         Raises:
             StopAskedError: the run is to stop, and the artifact store does not take the files.
+            DamagedExportError: one of the files is not what the trainer wrote.
         """
         stored: list[tuple[str, StoredBlob]] = []
         is_success = isinstance(outcome, ResultRecord)
+        hashes = outcome.export_sha256 if isinstance(outcome, ResultRecord) else {}
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
             for name, blob in stored:
@@ -128,6 +140,7 @@ class HeldJob:
         try:
             for file in export_files:
                 stored.append((file.name, self.put_file_patiently(file)))
+                _check_hash(file, stored[-1][1], hashes.get(file.name))
             queued, dropped = self._persist(write)
         except BaseException as error:
             if isinstance(error, LeaseLostError) and self._has_succeeded():
@@ -275,3 +288,14 @@ class HeldJob:
                     self.check_stop()
             time.sleep(pause)
             pause = min(2 * pause, MAX_RETRY_SECONDS)
+
+
+def _check_hash(file: Path, stored: StoredBlob, written_sha256: str | None) -> None:
+    """
+    Args:
+        file: An exported file, just stored.
+        stored: The same.
+        written_sha256: What its trainer said; None: a trainer of an older version didn't.
+    """
+    if written_sha256 not in (None, stored.sha256):
+        raise DamagedExportError(file)

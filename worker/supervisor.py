@@ -28,7 +28,7 @@ from cliprd_core.store_removal import evict
 from service.store.blobs import BlobsRefusedError
 from service.store.jobs import LeaseLostError, Outcome, QueuedJob
 from worker.files import TEACHERS_DIR, TeacherGoneError, restore_checkpoint, with_fetched_teachers
-from worker.held_job import OUT_OF_REACH, HeldJob
+from worker.held_job import OUT_OF_REACH, DamagedExportError, HeldJob
 from worker.lease import LeaseKeeper
 from worker.lease_guard import LeaseGuard
 from worker.mirror import CheckpointMirror
@@ -112,6 +112,8 @@ class Supervisor:
             raise
         except TeacherGoneError as error:
             return self._fail(ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=str(error)))
+        except DamagedExportError as error:
+            return self._fail(ErrorRecord(reason=ErrorReason.INTERNAL, message=str(error)))
         except Exception as error:
             logger.exception("job %s: the supervisor failed", self._job.id)
             self._kill()

@@ -39,7 +39,7 @@ class Blobs(Protocol):
     """Where the bytes of artifacts lie. Keys are the store's own; a client's input never becomes one."""
 
     def put_file(self, source: Path) -> StoredBlob:
-        """Copy a file in. After a crash there is the whole blob or none.
+        """Copy a file in, and make sure that the store has what was read. After a crash there is the whole blob or none.
 
         Raises:
             OSError: the source can't be read, or the store not written.
@@ -168,16 +168,18 @@ def _chunks(file: BinaryIO, start: int, num_bytes: int | None) -> Iterator[bytes
 def _copy(source: Path, target: Path) -> tuple[int, str]:
     """
     Raises:
-        OSError: also when the copy is not what was read.
+        OSError: also when the copy does not read back as it was written.
     """
     digest = hashlib.sha256()
     num_bytes = 0
-    with source.open("rb") as reader, target.open("xb") as writer:
+    with source.open("rb") as reader, target.open("xb+") as copy:
         while chunk := reader.read(CHUNK_BYTES):
             digest.update(chunk)
-            num_bytes += writer.write(chunk)
-        writer.flush()
-        os.fsync(writer.fileno())
-    if target.stat().st_size != num_bytes:
-        raise OSError(f"{target} holds {target.stat().st_size} bytes of {num_bytes}; is the disk full?")
+            num_bytes += copy.write(chunk)
+        copy.flush()
+        os.fsync(copy.fileno())
+        os.posix_fadvise(copy.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read from the disk where that is possible, not from memory
+        copy.seek(0)
+        if hashlib.file_digest(copy, "sha256").digest() != digest.digest():
+            raise OSError(f"{target} does not read back as it was written; is the disk faulty?")
     return num_bytes, digest.hexdigest()

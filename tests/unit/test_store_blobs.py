@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,19 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
+        store.put_file(tmp_path / "source")
+    assert files_under(tmp_path / "store") == []
+
+
+def test_a_copy_that_does_not_read_back_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"weights")
+    store = BlobStore(tmp_path / "store")
+
+    def flip(descriptor: int) -> None:
+        os.pwrite(descriptor, b"W", 0)
+
+    monkeypatch.setattr("os.fsync", flip)
+    with pytest.raises(OSError, match="does not read back"):
         store.put_file(tmp_path / "source")
     assert files_under(tmp_path / "store") == []
 

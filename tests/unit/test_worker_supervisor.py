@@ -21,6 +21,7 @@ from cliprd_core.run_dir import METRICS_FILE, ErrorReason, complete_checkpoints,
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.artifacts import remove_finished_checkpoints
+from service.store.blobs import StoredBlob
 from service.store.events import list_events
 from service.store.failure_policy import what_to_do
 from service.store.jobs import (
@@ -144,6 +145,25 @@ def test_a_run_that_dies_without_a_word_shows_its_last_lines(bench: Bench) -> No
     assert error.reason is ErrorReason.INTERNAL
     assert "exit code 3" in error.message
     assert "the last words of the fake trainer" in error.detail
+
+
+def test_an_export_that_has_changed_since_is_no_success(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "10"})
+    job = bench.held(job_id)
+    put_file = job.put_file_patiently
+
+    def damage_and_put(source: Path) -> StoredBlob:
+        if source.name == "open_clip_model.safetensors":
+            source.write_bytes(b"weights of a fake studenT")
+        return put_file(source)
+
+    monkeypatch.setattr(job, "put_file_patiently", damage_and_put)
+    bench.supervisor(job).run()
+    assert "open_clip_model.safetensors does not match the SHA-256" in bench.error(job_id).message
+    assert not bench.artifacts(job_id, ArtifactKind.MODEL)
+    bench.retry(job_id, {"steps": "10"})
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
 
 
 def test_an_earlier_attempts_verdict_does_not_count(bench: Bench) -> None:
