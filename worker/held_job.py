@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store.artifacts import are_registered, list_artifacts, register_artifact, remove_artifacts
-from service.store.blobs import Blobs, BlobsRefusedError, BlobsUnreachableError, StoredBlob
+from service.store.blobs import Blobs, BlobsRefusedError, BlobsUnreachableError, StoredBlob, new_key
 from service.store.jobs import (
     Claim,
     JobNotFoundError,
@@ -38,6 +38,7 @@ from service.store.logs import append_log
 from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
 from service.store.transitions import num_lost_attempts
+from service.store.unneeded_blobs import note_unneeded
 from worker.outcome import StopCause
 
 logger = logging.getLogger(__name__)
@@ -255,13 +256,28 @@ class HeldJob:
 
         return self.patiently(attempt)
 
+    def put_file(self, source: Path) -> StoredBlob:
+        """Store a file, which is deleted by a cleaner unless it is made known while the job is held.
+
+        Raises:
+            OSError: as of `Blobs`; others of OUT_OF_REACH: the database is.
+        """
+        return self.blobs.put_file(source, self._noted_key())
+
     def put_file_patiently(self, source: Path) -> StoredBlob:
-        """Store a file, however long the artifact store is away or refuses, unless the run is to stop meanwhile.
+        """Store a file, however long the artifact store is away or refuses, unless the run is to stop meanwhile; else as `put_file`.
 
         Raises:
             StopAskedError: it is.
         """
-        return self.patiently(partial(self.blobs.put_file, source), hears_stop=True)
+        key = self.patiently(self._noted_key)
+        return self.patiently(partial(self.blobs.put_file, source, key), hears_stop=True)
+
+    def _noted_key(self) -> str:
+        key = new_key()
+        with self._sessions.begin() as session:
+            note_unneeded(session=session, storage_keys=[key], lease_token=self._token)
+        return key
 
     def patiently(self, attempt: Callable[[], AnyResult], *, hears_stop: bool = False) -> AnyResult:
         """What `attempt` returns, made again for as long as the store is out of reach and the lease is held.

@@ -30,7 +30,7 @@ from cliprd_core.run_dir import (
 from service.store.blobs import StoredBlob
 from service.store.jobs import LeaseLostError
 from service.store.models import ArtifactKind
-from worker.held_job import HeldJob
+from worker.held_job import OUT_OF_REACH, HeldJob
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class CheckpointMirror:
 
         Raises:
             LeaseLostError: the job is another worker's now.
-            OSError: a file could not be copied.
+            OSError: a file could not be copied; others of OUT_OF_REACH: the database is.
         """
         self.wait()
         self._passing_over_damage(self._upload)
@@ -120,13 +120,13 @@ class CheckpointMirror:
 
     def _upload(self) -> None:
         newest = self._newest()  # before a look at which one is the best, which may change any time
-        self._upload_best(self._job.blobs.put_file)
+        self._upload_best(self._job.put_file)
         if newest is None:
             return
         self._store(
             newest,
             ArtifactKind.CHECKPOINT,
-            self._job.blobs.put_file,
+            self._job.put_file,
             lambda step, stored: self._job.add_checkpoint(newest.name, step, stored, self._groups_to_keep(newest.name)),
         )
         self._mirrored = newest.name
@@ -186,7 +186,7 @@ class CheckpointMirror:
             self._passing_over_damage(self._upload)
         except LeaseLostError:
             logger.info("job %s: lost while mirroring a checkpoint", self._job.id)
-        except OSError as error:  # the trainer may have removed it meanwhile; the next one comes
+        except (OSError, *OUT_OF_REACH) as error:  # the trainer may have removed it meanwhile; the next one comes
             logger.warning("job %s: a checkpoint was not mirrored: %s", self._job.id, error)
             self._not_before = time.monotonic() + RETRY_SECONDS
 

@@ -14,6 +14,7 @@ from typing import BinaryIO, Protocol
 from cliprd_core.run_dir import sync_directory
 
 CHUNK_BYTES = 1 << 20
+TEMPORARY_SUFFIX = ".tmp"
 _KEY = re.compile(r"[0-9a-f]{2}/[0-9a-f]{32}")
 
 
@@ -38,8 +39,12 @@ class StoredBlob:
 class Blobs(Protocol):
     """Where the bytes of artifacts lie. Keys are the store's own; a client's input never becomes one."""
 
-    def put_file(self, source: Path) -> StoredBlob:
+    def put_file(self, source: Path, key: str | None = None) -> StoredBlob:
         """Copy a file in, and make sure that the store has what was read. After a crash there is the whole blob or none.
+
+        Args:
+            source: The file.
+            key: Of `new_key`, for those who note it before; a new one by default.
 
         Raises:
             OSError: the source can't be read, or the store not written.
@@ -62,7 +67,8 @@ class Blobs(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Forget the bytes; a key without any is fine, so that a deletion can be repeated."""
+        """Forget the bytes, and what an upload under this key that was killed left; a key without any is fine, so that a deletion can be
+        repeated."""
         ...
 
     def check_writable(self) -> None:
@@ -109,12 +115,12 @@ class BlobStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def put_file(self, source: Path) -> StoredBlob:
+    def put_file(self, source: Path, key: str | None = None) -> StoredBlob:
         """As `Blobs`."""
-        key = new_key()
-        target = self.root / key
+        key = key or new_key()
+        target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(".tmp")
+        temporary = target.with_suffix(TEMPORARY_SUFFIX)
         try:
             num_bytes, sha256 = _copy(source, temporary)
             temporary.replace(target)
@@ -143,7 +149,9 @@ class BlobStore:
 
     def delete(self, key: str) -> None:
         """As `Blobs`."""
-        self.path(key).unlink(missing_ok=True)
+        path = self.path(key)
+        path.with_suffix(TEMPORARY_SUFFIX).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         """As `Blobs`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ class S3BlobStore:
         config = Config(retries=retries, connect_timeout=connect, read_timeout=read)
         return boto3.session.Session().client("s3", config=config)  # the module's own default session is not safe in threads
 
-    def put_file(self, source: Path) -> StoredBlob:
-        """Upload a file. After a crash there is the whole blob or none.
+    def put_file(self, source: Path, key: str | None = None) -> StoredBlob:
+        """Upload a file, as `Blobs`.
 
         Raises:
             OSError: the source can't be read, or changed meanwhile; BlobsUnreachableError: the store refused it.
@@ -89,7 +89,7 @@ class S3BlobStore:
         before = source.stat()
         with source.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        blob = StoredBlob(key=new_key(), num_bytes=before.st_size, sha256=sha256)
+        blob = StoredBlob(key=key or new_key(), num_bytes=before.st_size, sha256=sha256)
         where = self._where(blob.key)
         with self._translated():
             options = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": sha256}}
@@ -131,9 +131,14 @@ class S3BlobStore:
             body.close()
 
     def delete(self, key: str) -> None:
-        """Forget the bytes; a key without any is fine, so that a deletion can be repeated."""
+        """As `Blobs`. Parts of an upload that was killed stay where the identity may not list or abort uploads."""
+        where = self._where(key)
         with self._translated():
-            self._client.delete_object(**self._where(key))
+            self._client.delete_object(**where)
+        with suppress(BlobsRefusedError), self._translated():
+            begun = self._client.list_multipart_uploads(Bucket=where["Bucket"], Prefix=where["Key"]).get("Uploads", [])
+            for upload in begun:
+                self._client.abort_multipart_upload(**where, UploadId=upload["UploadId"])
 
     def check_writable(self) -> None:
         """Raises:

@@ -68,6 +68,25 @@ def test_bytes_come_back_as_they_went_in(s3: Any, blobs: Blobs, tmp_path: Path) 
     assert b"".join(blobs.stream(empty.key)) == b""
 
 
+def test_deleting_takes_what_a_killed_upload_left(s3: Any, blobs: Blobs) -> None:
+    key, other = new_key(), new_key()
+    for one in (key, other):
+        begun = s3.create_multipart_upload(Bucket="models", Key=f"some/prefix/{one}")
+        s3.upload_part(Bucket="models", Key=f"some/prefix/{one}", UploadId=begun["UploadId"], PartNumber=1, Body=b"half")
+    blobs.delete(key)
+    assert [one["Key"] for one in s3.list_multipart_uploads(Bucket="models")["Uploads"]] == [f"some/prefix/{other}"]
+
+
+def test_an_identity_that_may_not_list_uploads_deletes_all_the_same(blobs: S3BlobStore, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "ListMultipartUploads")
+
+    s3.put_object(Bucket="models", Key=f"some/prefix/{(key := new_key())}", Body=b"x")
+    monkeypatch.setattr(blobs._client, "list_multipart_uploads", refuse)
+    blobs.delete(key)
+    assert keys(s3) == []
+
+
 def test_a_file_that_changes_while_it_is_uploaded_is_not_stored(
     s3: Any, blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,11 +31,11 @@ class Failing:
         self.error: OSError | None = error
         self.num_failures = 0
 
-    def __call__(self, source: Path) -> StoredBlob:
+    def __call__(self, source: Path, key: str) -> StoredBlob:
         if self.error is not None:
             self.num_failures += 1
             raise self.error
-        return self._put_file(source)
+        return self._put_file(source, key)
 
 
 @pytest.fixture

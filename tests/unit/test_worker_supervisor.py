@@ -29,7 +29,6 @@ from service.store.jobs import (
     QueuedJob,
     request_cancel,
     request_pause,
-    requeue_expired,
     resume_job,
     retry_job,
 )
@@ -374,14 +373,7 @@ def test_a_lost_lease_kills_at_once_and_writes_nothing_more(bench: Bench) -> Non
     job_id = bench.submit(SLOW)
     held = bench.held(job_id)
 
-    def take_away() -> None:
-        with bench.sessions.begin() as session:
-            job = session.get_one(Job, job_id)
-            job.lease_expires_at = job.created_at
-            session.flush()
-            assert requeue_expired(session=session).queued == [QueuedJob(job_id, "default")]
-
-    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), take_away)
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), lambda: bench.take_away(job_id))
     assert bench.supervisor(held).run() == []
     job = bench.job(job_id)
     assert (job.state, job.num_releases, job.error) == (JobState.QUEUED, 0, None)
