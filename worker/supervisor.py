@@ -103,7 +103,7 @@ class Supervisor:
 
     def _attempt(self, keeper: LeaseKeeper) -> list[QueuedJob]:
         try:
-            with in_use(self._run):
+            with in_use(self._run, self._job.attempt):
                 try:
                     return self._end(self._train(keeper))
                 except StopAskedError as stop:
@@ -252,6 +252,7 @@ class Supervisor:
             pause = min(2 * pause, MAX_MIRROR_PAUSE_SECONDS)
 
     def _release(self) -> list[QueuedJob]:
+        self._drop_teachers()
         self._mirror_last()
         released = self._job.release()
         logger.info("job %s: given back", self._job.id)
@@ -268,7 +269,12 @@ class Supervisor:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _drop_teachers(self) -> None:
+        """Those that were fetched, which the next attempt fetches anew; while the lease is held, as that attempt may start here."""
+        shutil.rmtree(self._run / TEACHERS_DIR, ignore_errors=True)
+
     def _finish(self, outcome: Outcome) -> list[QueuedJob]:
+        self._drop_teachers()
         files: list[Path] = []
         if isinstance(outcome, ResultRecord):
             self._stop_at = max(self._stop_at, time.monotonic() + UPLOAD_SECONDS)
@@ -279,6 +285,5 @@ class Supervisor:
         queued = self._job.finish(outcome, files)
         logger.info("job %s: ended: %s", self._job.id, outcome)
         if isinstance(outcome, ResultRecord):  # the artifact store has what matters of these
-            shutil.rmtree(self._run / TEACHERS_DIR, ignore_errors=True)
             self._remove_checkpoints()
         return queued

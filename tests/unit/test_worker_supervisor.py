@@ -39,6 +39,7 @@ from service.store.session import reading
 from tests.teacher_store_helpers import make_store
 from tests.worker_bench import Bench, soon
 from worker import held_job
+from worker.cleaner import Cleaner
 from worker.run_dirs import remove_run_dirs, run_dirs_of
 from worker.supervisor import Supervisor
 from worker.tasks import launcher, run_job
@@ -437,6 +438,22 @@ def test_an_earlier_job_is_the_teacher(bench: Bench, by: str) -> None:
     assert bench.job(student_id).state is JobState.SUCCEEDED
     assert seen["spec"]["teacher"]["model"] == f"local-dir:{bench.run_dir(student_id) / 'teachers' / 'teacher'}"
     assert seen["files"] == ["open_clip_config.json", "open_clip_model.safetensors"]
+
+
+def test_a_job_that_failed_leaves_no_teacher_and_in_time_no_run_directory(bench: Bench) -> None:
+    teacher_id = bench.submit({"steps": "2"})
+    bench.run(teacher_id)
+    student_id = bench.submit({"steps": "20", "error": "diverged"}, recipe="clip_rd", teacher={"job": teacher_id})
+    bench.run(student_id)
+    assert complete_checkpoints(bench.run_dir(student_id))
+    assert not (bench.run_dir(student_id) / "teachers").exists()
+    Cleaner(bench.settings).run_once()
+    assert bench.run_dir(student_id).exists(), "a retry goes on there"
+    Cleaner(bench.settings.model_copy(update={"checkpoint_retention_seconds": 0})).run_once()
+    assert not list(bench.settings.runs_root.iterdir())
+    bench.retry(student_id, {"steps": "20"})
+    bench.run(student_id)
+    assert bench.job(student_id).state is JobState.SUCCEEDED
 
 
 def test_each_of_several_teachers_has_its_folder(bench: Bench) -> None:
