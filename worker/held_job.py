@@ -135,7 +135,7 @@ class HeldJob:
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
             for name, blob in stored:
                 self._register(session, name, blob, kind=ArtifactKind.MODEL, group=EXPORT_GROUP)
-            dropped = self._drop_checkpoints(session, keep_groups=()) if is_success else []
+            dropped = self._drop_checkpoints(session, ArtifactKind.CHECKPOINT, keep_groups=()) if is_success else []
             return finish_job(session=session, job_id=self.id, lease_token=self._token, outcome=outcome), dropped
 
         try:
@@ -172,7 +172,7 @@ class HeldJob:
         except OUT_OF_REACH:
             return True
 
-    def _drop_checkpoints(self, session: Session, keep_groups: Sequence[str], kind: ArtifactKind = ArtifactKind.CHECKPOINT) -> list[str]:
+    def _drop_checkpoints(self, session: Session, kind: ArtifactKind, keep_groups: Sequence[str]) -> list[str]:
         return remove_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, keep_groups=keep_groups)
 
     def release(self) -> QueuedJob | None:
@@ -194,27 +194,18 @@ class HeldJob:
 
         return self.read(read)
 
-    def add_checkpoint(self, group: str, step: int, stored: Sequence[tuple[str, StoredBlob]], keep_groups: Sequence[str]) -> None:
-        """Make a mirrored checkpoint known, all files at once, and forget those outside `keep_groups`."""
-        replaced = [artifact.storage_key for artifact in self.artifacts(self.id, ArtifactKind.CHECKPOINT, group)]
-
-        def write(session: Session) -> list[str]:
-            for name, blob in stored:
-                self._register(session, name, blob, kind=ArtifactKind.CHECKPOINT, group=group, step=step)
-            record_checkpoint(session=session, job_id=self.id, lease_token=self._token, step=step)
-            return self._drop_checkpoints(session, keep_groups)
-
-        self._delete_blobs([*self._persist(write), *replaced])
-
-    def add_best_checkpoint(self, group: str, step: int, stored: Sequence[tuple[str, StoredBlob]]) -> None:
-        """Make the best checkpoint known, all files at once, in place of the one that was."""
-        kind = ArtifactKind.BEST_CHECKPOINT
+    def add_checkpoint(
+        self, kind: ArtifactKind, group: str, step: int, stored: Sequence[tuple[str, StoredBlob]], keep_groups: Sequence[str]
+    ) -> None:
+        """Make a mirrored checkpoint known, all files at once, and forget those of its kind outside `keep_groups`."""
         replaced = [artifact.storage_key for artifact in self.artifacts(self.id, kind, group)]
 
         def write(session: Session) -> list[str]:
             for name, blob in stored:
                 self._register(session, name, blob, kind=kind, group=group, step=step)
-            return self._drop_checkpoints(session, [group], kind)
+            if kind is ArtifactKind.CHECKPOINT:
+                record_checkpoint(session=session, job_id=self.id, lease_token=self._token, step=step)
+            return self._drop_checkpoints(session, kind, keep_groups)
 
         self._delete_blobs([*self._persist(write), *replaced])
 

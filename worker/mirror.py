@@ -123,23 +123,17 @@ class CheckpointMirror:
         self._upload_best(self._job.put_file)
         if newest is None:
             return
-        self._store(
-            newest,
-            ArtifactKind.CHECKPOINT,
-            self._job.put_file,
-            lambda step, stored: self._job.add_checkpoint(newest.name, step, stored, self._groups_to_keep(newest.name)),
-        )
+        self._store(newest, ArtifactKind.CHECKPOINT, self._job.put_file, self._groups_to_keep)
         self._mirrored = newest.name
 
     def _upload_best(self, put_file: PutFile) -> None:
         best = self._best()
         if best is not None:
-            add = partial(self._job.add_best_checkpoint, best.name)
-            self._store(best, ArtifactKind.BEST_CHECKPOINT, put_file, add)
+            self._store(best, ArtifactKind.BEST_CHECKPOINT, put_file, lambda name: [name])
             self._best_mirrored = best.name
 
-    def _store(self, folder: Path, kind: ArtifactKind, put_file: PutFile, add: Callable[[int, list[tuple[str, StoredBlob]]], None]) -> None:
-        """Upload a checkpoint's files and make them known by `add`, unless an earlier attempt did.
+    def _store(self, folder: Path, kind: ArtifactKind, put_file: PutFile, groups_to_keep: Callable[[str], list[str]]) -> None:
+        """Upload a checkpoint's files and make them known, unless an earlier attempt did; forget those of its kind that it replaces.
 
         Raises:
             DamagedCheckpointError: it is not what its marker says; nothing of it is known.
@@ -154,7 +148,7 @@ class CheckpointMirror:
                     stored.append((file.name, put_file(links / file.name)))
                     _check_hash(folder, file, stored[-1][1])
                 stored.append((CHECKPOINT_MARKER, put_file(links / CHECKPOINT_MARKER)))
-                add(marker.step, stored)
+                self._job.add_checkpoint(kind, folder.name, marker.step, stored, groups_to_keep(folder.name))
             except BaseException:
                 self._job.discard([blob for _, blob in stored])
                 raise
