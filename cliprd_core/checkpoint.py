@@ -33,6 +33,7 @@ from cliprd_core.retention import BestCheckpoint, CheckpointsToKeep, steps_to_ke
 from cliprd_core.run_dir import (
     CHECKPOINT_MARKER,
     CHECKPOINTS_DIR,
+    MIRRORING_PREFIX,
     CheckpointFile,
     CheckpointMarker,
     Record,
@@ -200,11 +201,12 @@ def _describe(path: Path) -> CheckpointFile:
 
 
 def prune_checkpoints(run: Path, keep: CheckpointsToKeep, best: BestCheckpoint | None, *, also: Path | None = None) -> None:
-    """Remove all complete checkpoints but those to keep, and what crashes left behind. `also` is never removed."""
+    """Remove all complete checkpoints but those to keep, and what crashes left behind. `also` is never removed, nor is what a supervisor
+    uploads: that is the supervisor's to remove."""
     steps = {step_of(folder): folder for folder in complete_checkpoints(run)}
     kept = {also, *(steps[step] for step in steps_to_keep(steps, keep, best))}
     for folder in (run / CHECKPOINTS_DIR).iterdir():
-        if folder.is_dir() and folder not in kept:
+        if folder.is_dir() and folder not in kept and not folder.name.startswith(MIRRORING_PREFIX):
             # the marker goes first, so that a crash half-way does not leave a checkpoint that claims to be whole
             (folder / CHECKPOINT_MARKER).unlink(missing_ok=True)
             shutil.rmtree(folder)

@@ -14,12 +14,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from cliprd_core.hashes import file_sha256
 from cliprd_core.models import CONFIG_FILE, WEIGHTS_FILE, LoadedModel
 from cliprd_core.run_dir import sync_directory
 
 
-def export_model(loaded: LoadedModel, folder: Path) -> list[str]:
-    """Write the model into `folder`, replacing what is there once the new files are whole; returns the names of the files.
+def export_model(loaded: LoadedModel, folder: Path) -> dict[str, str]:
+    """Write the model into `folder`, replacing what is there once the new files are whole; returns the names of the files with their
+    SHA-256, in hexadecimal.
 
     Weights are written bit for bit, in the type they have. A Hugging Face tokenizer's files go beside them, since open_clip looks
     for them in the folder.
@@ -32,16 +34,17 @@ def export_model(loaded: LoadedModel, folder: Path) -> list[str]:
     save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
     if loaded.config["text_cfg"].get("hf_tokenizer_name"):
         loaded.tokenizer.save_pretrained(str(temporary))  # type: ignore[attr-defined]  # open_clip's HFTokenizer
-    names = sorted(path.name for path in temporary.iterdir())
-    for name in names:
-        with (temporary / name).open("rb+") as file:
+    hashes: dict[str, str] = {}
+    for path in sorted(temporary.iterdir()):
+        with path.open("rb+") as file:
             os.fsync(file.fileno())
+        hashes[path.name] = file_sha256(path)
     sync_directory(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     sync_directory(folder.parent)
-    return names
+    return hashes
 
 
 def _config_content(loaded: LoadedModel) -> dict[str, Any]:

@@ -7,9 +7,10 @@ neither knows more of the other. It imports pydantic only.
     metrics.jsonl       one MetricsRecord per line, appended
     evaluations.jsonl   one EvaluationRecord per line, appended
     log.txt             what the training processes print (written by the supervisor)
-    log.txt.pumped      bytes of it that the service has (written by the supervisor)
+    ….pumped            bytes of each of these three that the service has (written by the supervisor)
     best_checkpoint.json  which of the checkpoints an evaluation found best (`retention.BestCheckpoint`), if the spec asks for it
     checkpoints/        step-0000000100/ …: all state of the run at that step; complete once it holds COMPLETE.json
+                        .mirroring-…: links to one that the supervisor uploads, which the trainer leaves alone
     export/             the trained student, loadable with open_clip's `local-dir:`
     result.json         ResultRecord: the run ended well
     error.json          ErrorRecord: the run ended badly, and why
@@ -36,6 +37,7 @@ ERROR_FILE = "error.json"
 BEST_FILE = "best_checkpoint.json"
 CHECKPOINTS_DIR = "checkpoints"
 CHECKPOINT_MARKER = "COMPLETE.json"
+MIRRORING_PREFIX = ".mirroring-"
 EXPORT_DIR = "export"
 
 ATTEMPT_VARIABLE = "CLIPRD_ATTEMPT"
@@ -132,6 +134,7 @@ class ResultRecord(Record):
     num_corrupt_samples: int = Field(description="Pairs that could not be read and were skipped, over the last attempt.")
     train_seconds: float = Field(description="Wall-clock seconds of this attempt, evaluation included.")
     export_files: list[str] = Field(description="Names of the files under export/.")
+    export_sha256: dict[str, str] = Field(default_factory=dict, description="SHA-256 of each when it was written, by name; hexadecimal.")
 
 
 class ErrorRecord(Record):

@@ -238,7 +238,7 @@ def _evaluate(run: Run, step: int) -> list[EvaluationRecord]:
 
 def _finish(run: Run, started: float, num_corrupt_samples: int) -> None:
     """Export the student and write result.json, the last thing a run does."""
-    export_files = export_model(run.student, run.run_dir / EXPORT_DIR)
+    exported = export_model(run.student, run.run_dir / EXPORT_DIR)
     result = ResultRecord(
         step=run.num_steps,
         samples_seen=run.num_steps * run.spec.training.global_batch_size,
@@ -246,7 +246,8 @@ def _finish(run: Run, started: float, num_corrupt_samples: int) -> None:
         num_teacher_parameters=sum(num_parameters(teacher.model) for teacher in run.teachers) or None,
         num_corrupt_samples=num_corrupt_samples,
         train_seconds=time.monotonic() - started,
-        export_files=export_files,
+        export_files=list(exported),
+        export_sha256=exported,
     )
     write_atomically(run.run_dir / RESULT_FILE, result.model_dump_json(indent=1))
     logger.info("finished: %s is ready for open_clip as `local-dir:%s`", EXPORT_DIR, run.run_dir / EXPORT_DIR)

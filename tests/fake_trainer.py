@@ -102,6 +102,7 @@ def finish(run: Path, attempt: int, num_steps: int, started: float) -> None:
         num_corrupt_samples=0,
         train_seconds=time.time() - started,
         export_files=["open_clip_config.json", "open_clip_model.safetensors"],
+        export_sha256={"open_clip_model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()},
     )
     write_atomically(run / RESULT_FILE, result.model_dump_json())
 

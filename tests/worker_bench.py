@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import LOG_FILE, ErrorRecord
 from cliprd_core.spec import JobSpec, merge_over
 from service.store.blobs import BlobStore
-from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_job, retry_job
+from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_job, requeue_expired, retry_job
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
 from worker.held_job import HeldJob
@@ -85,6 +85,14 @@ class Bench:
     def artifacts(self, job_id: str, kind: ArtifactKind) -> list[Artifact]:
         with reading(self.sessions) as session:
             return list(session.query(Artifact).where(Artifact.job_id == job_id, Artifact.kind == kind).all())
+
+    def take_away(self, job_id: str) -> None:
+        """Let a job's lease run out."""
+        with self.sessions.begin() as session:
+            job = session.get_one(Job, job_id)
+            job.lease_expires_at = job.created_at
+            session.flush()
+            assert requeue_expired(session=session).queued == [QueuedJob(job_id, "default")]
 
     def retry(self, job_id: str, labels: dict[str, str]) -> None:
         """Queue a failed job again, with other labels for the fake trainer."""

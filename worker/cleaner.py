@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from service.store.artifacts import remove_finished_checkpoints
 from service.store.blobs import Blobs, make_blobs
 from service.store.idempotency import forget_keys
-from service.store.jobs import deleted_among
 from service.store.session import reading
 from service.store.unneeded_blobs import forget_unneeded, release_unneeded, take_unneeded
+from service.store.unneeded_runs import LocalRun, unneeded_runs
 from service.store.webhooks import drop_untaken
 from worker.run_dirs import remove_run_dirs, run_dirs_of
 from worker.settings import WorkerSettings
@@ -99,15 +99,15 @@ class Cleaner(StoreRounds):
         return gone, failed
 
     def _remove_run_dirs(self, turn: Turn) -> None:
-        """Those of jobs that were deleted, on this machine's disk."""
+        """On this machine's disk: those of jobs that were deleted, that finished long ago, or that have moved to another machine."""
         if time.monotonic() < self._run_dirs_at:
             return
 
-        def deleted(names: Sequence[str]) -> set[str]:
+        def unneeded(runs: Mapping[str, LocalRun]) -> set[str]:
             with reading(turn.sessions) as session:
-                return deleted_among(session=session, job_ids=names)
+                return unneeded_runs(session=session, runs=runs, retention_seconds=self._settings.checkpoint_retention_seconds)
 
-        names = run_dirs_of(self._settings.runs_root, deleted)
+        names = run_dirs_of(self._settings.runs_root, unneeded)
         with turn.waiting():
             is_all = remove_run_dirs(self._settings.runs_root, names, max_seconds=REMOVAL_SECONDS)
         if is_all:

@@ -114,23 +114,24 @@ def fetch_files(job: HeldJob, files: Sequence[Artifact], folder: Path) -> None:
     Raises:
         LostBytesError: one is missing in the store, or its bytes are not those that were stored.
         LeaseLostError: the job is another worker's now.
+        StopAskedError: the run is to stop.
         OSError: any other failure, such as a full disk.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         for artifact in files:
-            job.patiently(partial(_fetch, job, artifact, folder / artifact.name))
+            job.patiently(partial(_fetch, job, artifact, folder / artifact.name), hears_stop=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _fetch(job: HeldJob, artifact: Artifact, target: Path) -> None:
-    job.check_stop()
     digest = hashlib.sha256()
     with target.open("wb") as file:
         for chunk in _stored_bytes(job, artifact):
+            job.check_stop()
             digest.update(chunk)
             file.write(chunk)
     if digest.hexdigest() != artifact.sha256:

@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.queue import JobQueue
+from service.store.blobs import make_blobs
 from service.store.session import check_database, make_engine, make_sessions
 from service.store.workers import forget_workers, remove_worker, report_worker
 from worker.consumer_watch import ConsumerWatch
@@ -25,6 +26,8 @@ from worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT_SECONDS = 2.0
+ARTIFACTS_SECONDS = 30.0
+"""Pause between looks at an artifact store that is well: each one writes there, which a bucket charges for."""
 MISSED_CHECKS = 3
 """So many may be overdue, and take CHECKS_SECONDS in all, before the last one says nothing any more."""
 CHECKS_SECONDS = 10.0
@@ -46,6 +49,9 @@ class Heartbeat:
         self._name = name
         self._watched_rounds = rounds
         self._broker = JobQueue(settings.broker_url, timeout_seconds=CHECK_TIMEOUT_SECONDS)
+        self._artifacts = make_blobs(settings.artifacts_url, settings.artifacts_root, is_quick=True)
+        self._artifacts_at = float("-inf")
+        """When to look there next (monotonic seconds)."""
         self._gpus = GpuReader()
         self._rounds = Rounds("heartbeat", self.beat, pause_seconds=settings.health_seconds)
         self._last: tuple[str, ...] | None = None
@@ -67,7 +73,7 @@ class Heartbeat:
     def beat(self) -> None:
         """One look at everything that the worker needs."""
         consumer, broker = self._watch.problem(), self._check_broker()
-        found = [None if consumer is None else f"the worker does not take jobs: {consumer}", broker]
+        found = [None if consumer is None else f"the worker does not take jobs: {consumer}", broker, self._check_artifacts()]
         reported = [problem for problem in found if problem is not None]
         database = _complaint("database", lambda: self._with_database(lambda engine: self._report(engine, reported)))
         rounds = [one.problem() for one in self._watched_rounds]
@@ -105,6 +111,15 @@ class Heartbeat:
     def _check_broker(self) -> str | None:
         """Besides the consumer's own connection, which is idle while the worker is busy."""
         return _complaint("broker", self._broker.check)
+
+    def _check_artifacts(self) -> str | None:
+        """Without them a job can neither fetch its teacher nor end."""
+        if time.monotonic() < self._artifacts_at:
+            return None
+        problem = _complaint("artifact store", self._artifacts.check_writable)
+        if problem is None:
+            self._artifacts_at = time.monotonic() + ARTIFACTS_SECONDS
+        return problem
 
     def _with_database(self, act: Callable[[Engine], None]) -> None:
         """With connections that don't outlive the round."""

@@ -4,9 +4,13 @@ and the one that an evaluation found best, to keep."""
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +19,8 @@ from cliprd_core.retention import BestCheckpoint
 from cliprd_core.run_dir import (
     BEST_FILE,
     CHECKPOINT_MARKER,
+    CHECKPOINTS_DIR,
+    MIRRORING_PREFIX,
     CheckpointFile,
     CheckpointMarker,
     checkpoint_dir,
@@ -24,7 +30,7 @@ from cliprd_core.run_dir import (
 from service.store.blobs import StoredBlob
 from service.store.jobs import LeaseLostError
 from service.store.models import ArtifactKind
-from worker.held_job import HeldJob
+from worker.held_job import OUT_OF_REACH, HeldJob
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +52,8 @@ class CheckpointMirror:
     """Uploads the best and then the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
     One that is found damaged is disowned, and the one before takes its place.
 
+    An upload goes from links of its own to the files, as it may take longer than the trainer keeps the checkpoint.
+
     The best goes first: whoever resumes from the newest knows which one was the best before it, and must find that in the store.
 
     Args:
@@ -62,6 +70,11 @@ class CheckpointMirror:
         self._best_mirrored: str | None = None
         self._not_before = 0.0
         self._thread: threading.Thread | None = None
+
+    def sweep(self) -> None:
+        """Remove the links that a killed worker left; to be called before the first upload."""
+        for folder in (self._run / CHECKPOINTS_DIR).glob(f"{MIRRORING_PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def start(self) -> None:
         """Mirror what is new, in the background. Returns at once, and does nothing while an upload runs."""
@@ -81,15 +94,19 @@ class CheckpointMirror:
 
         Raises:
             LeaseLostError: the job is another worker's now.
-            OSError: a file could not be copied.
+            OSError: a file could not be copied; others of OUT_OF_REACH: the database is.
         """
         self.wait()
         self._passing_over_damage(self._upload)
 
     def mirror_best(self) -> None:
-        """Mirror the best one if that is new, now, however long the store is away; errors as of `mirror`."""
+        """Mirror the best one if that is new, now, however long the store is away.
+
+        Raises:
+            StopAskedError: the run is to stop meanwhile; others as of `mirror`.
+        """
         self.wait()
-        self._passing_over_damage(partial(self._upload_best, lambda file: self._job.patiently(partial(self._job.blobs.put_file, file))))
+        self._passing_over_damage(partial(self._upload_best, self._job.put_file_patiently))
 
     def _passing_over_damage(self, upload: Callable[[], None]) -> None:
         """Upload, once more after each checkpoint that is found damaged."""
@@ -103,44 +120,38 @@ class CheckpointMirror:
 
     def _upload(self) -> None:
         newest = self._newest()  # before a look at which one is the best, which may change any time
-        self._upload_best(self._job.blobs.put_file)
+        self._upload_best(self._job.put_file)
         if newest is None:
             return
-        self._store(
-            newest,
-            ArtifactKind.CHECKPOINT,
-            self._job.blobs.put_file,
-            lambda step, stored: self._job.add_checkpoint(newest.name, step, stored, self._groups_to_keep(newest.name)),
-        )
+        self._store(newest, ArtifactKind.CHECKPOINT, self._job.put_file, self._groups_to_keep)
         self._mirrored = newest.name
 
     def _upload_best(self, put_file: PutFile) -> None:
         best = self._best()
         if best is not None:
-            add = partial(self._job.add_best_checkpoint, best.name)
-            self._store(best, ArtifactKind.BEST_CHECKPOINT, put_file, add)
+            self._store(best, ArtifactKind.BEST_CHECKPOINT, put_file, lambda name: [name])
             self._best_mirrored = best.name
 
-    def _store(self, folder: Path, kind: ArtifactKind, put_file: PutFile, add: Callable[[int, list[tuple[str, StoredBlob]]], None]) -> None:
-        """Upload a checkpoint's files and make them known by `add`, unless an earlier attempt did.
+    def _store(self, folder: Path, kind: ArtifactKind, put_file: PutFile, groups_to_keep: Callable[[str], list[str]]) -> None:
+        """Upload a checkpoint's files and make them known, unless an earlier attempt did; forget those of its kind that it replaces.
 
         Raises:
             DamagedCheckpointError: it is not what its marker says; nothing of it is known.
         """
-        marker = _read_marker(folder)
-        known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, kind, folder.name)}
-        if all(known.get(file.name) == file.sha256 for file in marker.files):
-            return
-        stored: list[tuple[str, StoredBlob]] = []
-        try:
-            for file in marker.files:
-                stored.append((file.name, put_file(folder / file.name)))
-                _check_hash(folder, file, stored[-1][1])
-            stored.append((CHECKPOINT_MARKER, put_file(folder / CHECKPOINT_MARKER)))
-            add(marker.step, stored)
-        except BaseException:
-            self._job.discard([blob for _, blob in stored])
-            raise
+        with _held(folder) as (links, marker):
+            known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, kind, folder.name)}
+            if all(known.get(file.name) == file.sha256 for file in marker.files):
+                return
+            stored: list[tuple[str, StoredBlob]] = []
+            try:
+                for file in marker.files:
+                    stored.append((file.name, put_file(links / file.name)))
+                    _check_hash(folder, file, stored[-1][1])
+                stored.append((CHECKPOINT_MARKER, put_file(links / CHECKPOINT_MARKER)))
+                self._job.add_checkpoint(kind, folder.name, marker.step, stored, groups_to_keep(folder.name))
+            except BaseException:
+                self._job.discard([blob for _, blob in stored])
+                raise
 
     def _best(self) -> Path | None:
         """The best complete checkpoint, if it is not in the store yet and still here (an earlier attempt's was on another machine)."""
@@ -169,21 +180,49 @@ class CheckpointMirror:
             self._passing_over_damage(self._upload)
         except LeaseLostError:
             logger.info("job %s: lost while mirroring a checkpoint", self._job.id)
-        except OSError as error:  # the trainer may have removed it meanwhile; the next one comes
+        except (OSError, *OUT_OF_REACH) as error:  # the trainer may have removed it meanwhile; the next one comes
             logger.warning("job %s: a checkpoint was not mirrored: %s", self._job.id, error)
             self._not_before = time.monotonic() + RETRY_SECONDS
 
 
-def _read_marker(folder: Path) -> CheckpointMarker:
-    path = folder / CHECKPOINT_MARKER
+@contextmanager
+def _held(folder: Path) -> Iterator[tuple[Path, CheckpointMarker]]:
+    """A folder of links to a checkpoint's files, which stay whatever the trainer removes, and the checkpoint's marker.
+
+    Raises:
+        DamagedCheckpointError: it is not what its marker says.
+        FileNotFoundError: the trainer removed it just now.
+    """
+    links = folder.with_name(f"{MIRRORING_PREFIX}{folder.name}-{secrets.token_hex(4)}")
+    links.mkdir()
     try:
-        marker = CheckpointMarker.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise DamagedCheckpointError(folder, f"{CHECKPOINT_MARKER} is not readable") from error
-    missing = [file.name for file in marker.files if not (folder / file.name).is_file()]
-    if missing and path.is_file():  # else the trainer is removing it, the marker first
-        raise DamagedCheckpointError(folder, f"{', '.join(missing)} missing")
-    return marker
+        _link(folder / CHECKPOINT_MARKER, links)
+        try:
+            marker = CheckpointMarker.model_validate_json((links / CHECKPOINT_MARKER).read_bytes())
+        except ValueError as error:
+            raise DamagedCheckpointError(folder, f"{CHECKPOINT_MARKER} is not readable") from error
+        missing: list[str] = []
+        for file in marker.files:
+            try:
+                _link(folder / file.name, links)
+            except FileNotFoundError:
+                missing.append(file.name)
+        if missing and (folder / CHECKPOINT_MARKER).is_file():
+            raise DamagedCheckpointError(folder, f"{', '.join(missing)} missing")
+        if missing:  # the trainer is removing it, the marker first
+            raise FileNotFoundError(f"{folder} was removed by the trainer")
+        yield links, marker
+    finally:
+        shutil.rmtree(links, ignore_errors=True)
+
+
+def _link(file: Path, folder: Path) -> None:
+    try:
+        os.link(file, folder / file.name)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(file, folder / file.name)
 
 
 def _check_hash(folder: Path, file: CheckpointFile, blob: StoredBlob) -> None:

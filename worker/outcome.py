@@ -27,6 +27,16 @@ class StopCause(Enum):
     """The worker was told to stop; another one shall go on with the job."""
 
 
+class StopAskedError(Exception):
+    """The run is to stop while no training runs: before it, as files are fetched, or after it, as they are stored. What was waited for,
+    if anything, is the error's context.
+    """
+
+    def __init__(self, cause: StopCause) -> None:
+        super().__init__(cause.name)
+        self.cause = cause
+
+
 def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | None:
     """How the job ended, or None if it did not and is to be given back.
 
@@ -47,12 +57,21 @@ def decide(run: Path, report: ExitReport, cause: StopCause | None) -> Outcome | 
     return explain(report)
 
 
-def of_stopped(cause: StopCause, report: ExitReport | None = None, error: ErrorRecord | None = None) -> Outcome | None:
+def of_interrupted(stop: StopAskedError) -> Outcome | None:
+    """How a job ended that was asked to stop while it fetched or stored files, or None if it did not."""
+    waited_for = stop.__context__
+    return of_stopped(stop.cause, waited_for="" if waited_for is None else f", in the end for the artifact store ({waited_for}),")
+
+
+def of_stopped(
+    cause: StopCause, report: ExitReport | None = None, error: ErrorRecord | None = None, *, waited_for: str = ""
+) -> Outcome | None:
     """How a job ended whose run was asked to stop and has no result, or None if it did not. On a shutdown, another worker shall find out.
 
     Args:
-        report: How the run's processes ended; None: they had not started.
+        report: How the run's processes ended; None: none ran.
         error: What the run left.
+        waited_for: Said of a timeout: what took the time, when it was not the training.
     """
     if cause is StopCause.CANCEL:
         return Cancelled()
@@ -60,16 +79,16 @@ def of_stopped(cause: StopCause, report: ExitReport | None = None, error: ErrorR
         return None
     if error is not None and not FAILURE_POLICIES[error.reason].is_retried:
         return error
-    return None if cause is StopCause.PAUSE else _timeout(report)
+    return None if cause is StopCause.PAUSE else _timeout(report, waited_for)
 
 
-def _timeout(report: ExitReport | None) -> ErrorRecord:
+def _timeout(report: ExitReport | None, waited_for: str) -> ErrorRecord:
     how = "was stopped"
     if report is not None and report.signal_number == signal.SIGKILL:
         how = "was killed before it had stopped, most likely as saving takes longer than the worker's `CLIPRD_GRACE_SECONDS`"
     message = (
-        f"The job ran for `resources.max_hours` and {how}. Retry it, and it goes on from its newest checkpoint for as long again; or clone"
-        " it with a higher limit."
+        f"The job ran for `resources.max_hours`{waited_for} and {how}. Retry it, and it goes on from its newest checkpoint for as long"
+        " again; or clone it with a higher limit."
     )
     return ErrorRecord(reason=ErrorReason.TIMEOUT, message=message, detail=report.last_lines if report is not None else "")
 
@@ -79,10 +98,16 @@ def _is_of_a_killed_neighbour(error: ErrorRecord, report: ExitReport) -> bool:
     return error.reason is ErrorReason.WORKER_LOST and report.signal_number not in (None, signal.SIGTERM)
 
 
-def last_words(error: ErrorRecord, attempt: int) -> str:
-    """What the log of a failed run ends with: its last lines may be of processes that only failed of the first one's absence."""
-    policy = FAILURE_POLICIES[error.reason]
-    advice = "" if policy.is_retried else f"\nWhat to do: {what_to_do(error)}"
+def last_words(error: ErrorRecord, attempt: int, *, is_last_attempt: bool) -> str:
+    """What the log of a failed run ends with: its last lines may be of processes that only failed of the first one's absence.
+
+    Args:
+        error: Why it failed.
+        attempt: Which it was.
+        is_last_attempt: Whether the job fails of it even if the reason is one that is tried again.
+    """
+    is_final = is_last_attempt or not FAILURE_POLICIES[error.reason].is_retried
+    advice = f"\nWhat to do: {what_to_do(error)}" if is_final else ""
     return f"Attempt {attempt} failed: {error.reason}: {error.message}{advice}\n"
 
 

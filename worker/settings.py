@@ -62,7 +62,10 @@ class WorkerSettings(EnvironmentSettings):
     trainer: str = Field(default="-m cliprd_core.train", description="What torchrun starts: `-m MODULE` or a script, and arguments.")
     mirrored_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints of a job kept in the artifact store.")
     checkpoint_retention_seconds: float = Field(
-        default=7 * 24 * 3600.0, ge=0, description="How long the mirrored checkpoints of a failed or cancelled job stay after its end."
+        default=7 * 24 * 3600.0,
+        ge=0,
+        description="How long a retry finds what it goes on from: after a job's end its mirrored checkpoints stay for so long if it failed"
+        " or was cancelled, and its run directories however it ended.",
     )
 
     log_format: LogFormat = Field(default=LogFormat.TEXT, description="`json`: one object a line, with job id and attempt.")

@@ -7,7 +7,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from cliprd_core.run_dir import (
@@ -15,31 +14,27 @@ from cliprd_core.run_dir import (
     CHECKPOINTS_DIR,
     DISK_FULL_ERRNOS,
     ERROR_FILE,
-    EVALUATIONS_FILE,
     EXPORT_DIR,
-    LOG_FILE,
-    METRICS_FILE,
     RESULT_FILE,
     SPEC_FILE,
     ErrorReason,
     ErrorRecord,
-    EvaluationRecord,
-    MetricsRecord,
     ResultRecord,
     complete_checkpoints,
     step_of,
     write_atomically,
 )
 from cliprd_core.store_removal import evict
+from service.store.blobs import BlobsRefusedError
 from service.store.jobs import LeaseLostError, Outcome, QueuedJob
 from worker.files import TEACHERS_DIR, TeacherGoneError, restore_checkpoint, with_fetched_teachers
-from worker.held_job import OUT_OF_REACH, HeldJob
+from worker.held_job import OUT_OF_REACH, DamagedExportError, HeldJob
 from worker.lease import LeaseKeeper
 from worker.lease_guard import LeaseGuard
 from worker.mirror import CheckpointMirror
-from worker.outcome import StopCause, decide, last_words, of_stopped
+from worker.outcome import StopAskedError, StopCause, decide, last_words, of_interrupted
 from worker.process import TrainingProcess
-from worker.pump import LogPump, RecordPump
+from worker.reports import Reports
 from worker.run_cookie import new_cookie
 from worker.run_dirs import in_use
 from worker.settings import WorkerSettings
@@ -47,17 +42,14 @@ from worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 REQUEST_POLL_SECONDS = 1.0
+UPLOAD_SECONDS = 600.0
+"""A run that ends as its time is over has so long for its model to be stored, as an artifact store that is away for minutes is no reason to
+fail it."""
+MAX_MIRROR_PAUSE_SECONDS = 5.0
+"""Longest pause between tries to mirror the last checkpoint."""
 
 Launch = Callable[[Path, HeldJob, str], TrainingProcess]
 """Starts the training processes of a prepared run directory, with the given cookie."""
-
-
-class StopAskedError(Exception):
-    """The run is to stop before its training has started."""
-
-    def __init__(self, cause: StopCause) -> None:
-        super().__init__(cause.name)
-        self.cause = cause
 
 
 class Supervisor:
@@ -79,13 +71,10 @@ class Supervisor:
         self._cookie = new_cookie()
         self._process: TrainingProcess | None = None
         self._mirror = CheckpointMirror(job, self._run, settings.mirrored_checkpoints)
-        self._pumps: list[RecordPump[MetricsRecord] | RecordPump[EvaluationRecord]] = [
-            RecordPump(self._run / METRICS_FILE, MetricsRecord, job.record_metrics, OUT_OF_REACH),
-            RecordPump(self._run / EVALUATIONS_FILE, EvaluationRecord, job.record_evaluations, OUT_OF_REACH),
-        ]
-        self._log_pump = LogPump(self._run / LOG_FILE, job.append_log, OUT_OF_REACH)
+        self._reports = Reports(job, self._run)
         self._requests_polled_at = 0.0
         self._stop_at = time.monotonic() + job.seconds_left
+        self._shutdown_at: float | None = None
 
     def run(self) -> list[QueuedJob]:
         """Work on the job until it ends, is given back or is lost.
@@ -98,6 +87,7 @@ class Supervisor:
         keeper = LeaseKeeper(self._job.renew, self._kill, **times, on_renewed=guard.renewed)
         self._job.is_lost = lambda: keeper.is_lost
         self._job.check_stop = self._check_stop
+        self._job.tell = self._reports.say
         try:
             with guard, keeper:
                 return self._attempt(keeper)
@@ -113,26 +103,33 @@ class Supervisor:
 
     def _attempt(self, keeper: LeaseKeeper) -> list[QueuedJob]:
         try:
-            with in_use(self._run):
-                return self._train(keeper)
+            with in_use(self._run, self._job.attempt):
+                try:
+                    return self._end(self._train(keeper))
+                except StopAskedError as stop:
+                    return self._end(of_interrupted(stop))
         except LeaseLostError:
             raise
         except TeacherGoneError as error:
-            return self._finish(ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=str(error)))
+            return self._fail(ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=str(error)))
+        except DamagedExportError as error:
+            return self._fail(ErrorRecord(reason=ErrorReason.INTERNAL, message=str(error)))
         except Exception as error:
             logger.exception("job %s: the supervisor failed", self._job.id)
             self._kill()
             if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
                 message = f"The worker's disk or the artifact store is full ({error}). Free space there."
-                return self._finish(ErrorRecord(reason=ErrorReason.DISK_FULL, message=message, detail=traceback.format_exc()))
+                return self._fail(ErrorRecord(reason=ErrorReason.DISK_FULL, message=message, detail=traceback.format_exc()))
             message = f"The worker could not run the job: {type(error).__name__}: {error}"
-            return self._finish(ErrorRecord(reason=ErrorReason.INTERNAL, message=message, detail=traceback.format_exc()))
+            return self._fail(ErrorRecord(reason=ErrorReason.INTERNAL, message=message, detail=traceback.format_exc()))
 
-    def _train(self, keeper: LeaseKeeper) -> list[QueuedJob]:
-        try:
-            self._prepare()
-        except StopAskedError as stop:
-            return self._end(of_stopped(stop.cause))
+    def _train(self, keeper: LeaseKeeper) -> Outcome | None:
+        """How the job ended, or None if it is to be given back.
+
+        Raises:
+            StopAskedError: the run is to stop before its training has started.
+        """
+        self._prepare()
         self._evict_teacher_stores()
         if keeper.is_lost:
             raise LeaseLostError(self._job.id)
@@ -141,13 +138,27 @@ class Supervisor:
         self._job.mark_started()
         cause = self._supervise(keeper, self._process)
         self._process.kill()  # what the run left behind, such as data loaders
-        return self._end(decide(self._run, self._process.report(), cause))
+        return decide(self._run, self._process.report(), cause)
 
     def _end(self, outcome: Outcome | None) -> list[QueuedJob]:
-        if isinstance(outcome, ErrorRecord):
-            self._append_to_log(last_words(outcome, self._job.attempt))
-        self._drain()
+        self._say_last_words(outcome)
+        self._reports.drain()
         return self._release() if outcome is None else self._finish(outcome)
+
+    def _fail(self, error: ErrorRecord) -> list[QueuedJob]:
+        """End a run of which something here failed. Its records may be what failed, so they are not asked for again."""
+        self._say_last_words(error)
+        try:
+            self._reports.drain_log()
+        except LeaseLostError:
+            raise
+        except Exception:  # that the job failed and why must be told all the same
+            logger.exception("job %s: its log could not be written", self._job.id)
+        return self._finish(error)
+
+    def _say_last_words(self, outcome: Outcome | None) -> None:
+        if isinstance(outcome, ErrorRecord):
+            self._reports.say(last_words(outcome, self._job.attempt, is_last_attempt=self._job.is_last_attempt))
 
     def _prepare(self) -> None:
         """Make the run directory ready; what an earlier attempt left in it stays, but for its verdicts.
@@ -156,6 +167,7 @@ class Supervisor:
         """
         for name in (RESULT_FILE, ERROR_FILE, BEST_FILE):
             (self._run / name).unlink(missing_ok=True)
+        self._mirror.sweep()
         spec = with_fetched_teachers(self._job, self._run)
         write_atomically(self._run / SPEC_FILE, spec.model_dump_json(indent=2))
         restored = restore_checkpoint(self._job, self._run)
@@ -192,14 +204,13 @@ class Supervisor:
             if time.monotonic() > kill_at:
                 logger.warning("job %s: not stopped after %.0f s; killing it", self._job.id, self._settings.grace_seconds)
                 process.kill()
-            for pump in self._pumps:
-                pump.pump()
-            self._log_pump.pump()
+            self._reports.pump()
             self._mirror.start()
         return cause
 
     def _stop_cause(self) -> StopCause | None:
         if self._should_stop():
+            self._shutdown_at = self._shutdown_at or time.monotonic()
             return StopCause.SHUTDOWN
         if time.monotonic() > self._stop_at:
             return StopCause.TIMEOUT
@@ -212,36 +223,36 @@ class Supervisor:
             return None  # asked again in a moment
 
     def _check_stop(self) -> None:
-        """
+        """Between two parts of a long transfer: also tell what is new.
+
         Raises:
             StopAskedError: the run is to stop.
         """
+        self._reports.pump()
         cause = self._stop_cause()
         if cause is not None:
             raise StopAskedError(cause)
 
-    def _append_to_log(self, text: str) -> None:
-        """A full disk is no reason to say nothing of how the run ended: the job's error has it, too."""
-        with suppress(OSError), (self._run / LOG_FILE).open("a", encoding="utf-8") as log:
-            log.write(text)
-
-    def _drain(self) -> None:
-        """Write the last records and lines, however long the store is away."""
-        while not all([self._log_pump.drain(), *(pump.is_drained() for pump in self._pumps)]):
-            if self._job.is_lost():
-                raise LeaseLostError(self._job.id)
-            for pump in self._pumps:
-                pump.pump()
-            time.sleep(0.02)
-
     def _mirror_last(self) -> None:
-        """So that the next attempt may be on another machine."""
-        try:
-            self._mirror.mirror()
-        except OSError:
-            logger.exception("job %s: its last checkpoint was not mirrored", self._job.id)
+        """So that the next attempt may be on another machine. Tried for as long as the grace period, which a shutdown has begun already;
+        in vain where the store refuses."""
+        until = (self._shutdown_at or time.monotonic()) + self._settings.grace_seconds
+        pause = 0.2
+        while True:
+            try:
+                self._mirror.mirror()
+            except (OSError, *OUT_OF_REACH) as error:
+                if isinstance(error, BlobsRefusedError) or time.monotonic() + pause > until:
+                    logger.exception("job %s: its last checkpoint was not mirrored", self._job.id)
+                    return
+                logger.warning("job %s: its last checkpoint was not mirrored (%s); trying again in %.1f s", self._job.id, error, pause)
+            else:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_MIRROR_PAUSE_SECONDS)
 
     def _release(self) -> list[QueuedJob]:
+        self._drop_teachers()
         self._mirror_last()
         released = self._job.release()
         logger.info("job %s: given back", self._job.id)
@@ -258,9 +269,15 @@ class Supervisor:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _drop_teachers(self) -> None:
+        """Those that were fetched, which the next attempt fetches anew; while the lease is held, as that attempt may start here."""
+        shutil.rmtree(self._run / TEACHERS_DIR, ignore_errors=True)
+
     def _finish(self, outcome: Outcome) -> list[QueuedJob]:
+        self._drop_teachers()
         files: list[Path] = []
         if isinstance(outcome, ResultRecord):
+            self._stop_at = max(self._stop_at, time.monotonic() + UPLOAD_SECONDS)
             self._mirror.mirror_best()
             files = [self._run / EXPORT_DIR / name for name in outcome.export_files]
         else:
@@ -268,6 +285,5 @@ class Supervisor:
         queued = self._job.finish(outcome, files)
         logger.info("job %s: ended: %s", self._job.id, outcome)
         if isinstance(outcome, ResultRecord):  # the artifact store has what matters of these
-            shutil.rmtree(self._run / TEACHERS_DIR, ignore_errors=True)
             self._remove_checkpoints()
         return queued

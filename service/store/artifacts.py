@@ -16,7 +16,7 @@ from service.store.leases import lock_held_job
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.unneeded_blobs import note_unneeded
+from service.store.unneeded_blobs import forget_unneeded, note_unneeded
 
 __all__ = [
     "Artifact",
@@ -61,6 +61,7 @@ def register_artifact(
     artifact.sha256 = blob.sha256
     artifact.media_type = media_type
     artifact.storage_key = blob.key
+    forget_unneeded(session=session, storage_keys=[blob.key])
     session.flush()
     return artifact
 

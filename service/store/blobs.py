@@ -14,11 +14,16 @@ from typing import BinaryIO, Protocol
 from cliprd_core.run_dir import sync_directory
 
 CHUNK_BYTES = 1 << 20
+TEMPORARY_SUFFIX = ".tmp"
 _KEY = re.compile(r"[0-9a-f]{2}/[0-9a-f]{32}")
 
 
 class BlobsUnreachableError(OSError):
     """The store does not answer, or not as it should; it may another time."""
+
+
+class BlobsRefusedError(BlobsUnreachableError):
+    """The store answers that it won't: it will not either until somebody mends its settings or rights. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,12 @@ class StoredBlob:
 class Blobs(Protocol):
     """Where the bytes of artifacts lie. Keys are the store's own; a client's input never becomes one."""
 
-    def put_file(self, source: Path) -> StoredBlob:
-        """Copy a file in. After a crash there is the whole blob or none.
+    def put_file(self, source: Path, key: str | None = None) -> StoredBlob:
+        """Copy a file in, and make sure that the store has what was read. After a crash there is the whole blob or none.
+
+        Args:
+            source: The file.
+            key: Of `new_key`, for those who note it before; a new one by default.
 
         Raises:
             OSError: the source can't be read, or the store not written.
@@ -58,7 +67,8 @@ class Blobs(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Forget the bytes; a key without any is fine, so that a deletion can be repeated."""
+        """Forget the bytes, and what an upload under this key that was killed left; a key without any is fine, so that a deletion can be
+        repeated."""
         ...
 
     def check_writable(self) -> None:
@@ -105,12 +115,12 @@ class BlobStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def put_file(self, source: Path) -> StoredBlob:
+    def put_file(self, source: Path, key: str | None = None) -> StoredBlob:
         """As `Blobs`."""
-        key = new_key()
-        target = self.root / key
+        key = key or new_key()
+        target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(".tmp")
+        temporary = target.with_suffix(TEMPORARY_SUFFIX)
         try:
             num_bytes, sha256 = _copy(source, temporary)
             temporary.replace(target)
@@ -139,7 +149,9 @@ class BlobStore:
 
     def delete(self, key: str) -> None:
         """As `Blobs`."""
-        self.path(key).unlink(missing_ok=True)
+        path = self.path(key)
+        path.with_suffix(TEMPORARY_SUFFIX).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         """As `Blobs`."""
@@ -164,16 +176,18 @@ def _chunks(file: BinaryIO, start: int, num_bytes: int | None) -> Iterator[bytes
 def _copy(source: Path, target: Path) -> tuple[int, str]:
     """
     Raises:
-        OSError: also when the copy is not what was read.
+        OSError: also when the copy does not read back as it was written.
     """
     digest = hashlib.sha256()
     num_bytes = 0
-    with source.open("rb") as reader, target.open("xb") as writer:
+    with source.open("rb") as reader, target.open("xb+") as copy:
         while chunk := reader.read(CHUNK_BYTES):
             digest.update(chunk)
-            num_bytes += writer.write(chunk)
-        writer.flush()
-        os.fsync(writer.fileno())
-    if target.stat().st_size != num_bytes:
-        raise OSError(f"{target} holds {target.stat().st_size} bytes of {num_bytes}; is the disk full?")
+            num_bytes += copy.write(chunk)
+        copy.flush()
+        os.fsync(copy.fileno())
+        os.posix_fadvise(copy.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read from the disk where that is possible, not from memory
+        copy.seek(0)
+        if hashlib.file_digest(copy, "sha256").digest() != digest.digest():
+            raise OSError(f"{target} does not read back as it was written; is the disk faulty?")
     return num_bytes, digest.hexdigest()

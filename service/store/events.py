@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, object_session
 from service.store.models import EventKind, Job, JobEvent
 from service.store.webhooks import WebhookEvent, add_messages
 
-__all__ = ["EventKind", "JobEvent", "NewEvent", "list_events", "record_event", "record_events"]
+__all__ = ["EventKind", "JobEvent", "NewEvent", "is_recorded", "list_events", "record_event", "record_events"]
 
 
 NOT_SENT = frozenset({EventKind.STARTED, EventKind.CHECKPOINT, EventKind.EVALUATED})
@@ -42,6 +42,14 @@ def record_events(session: Session, events: Sequence[NewEvent], *, now: datetime
     ids = session.scalars(insert(JobEvent).returning(JobEvent.id, sort_by_parameter_order=True), rows).all()
     sent = [WebhookEvent(*event, event_id) for event, event_id in zip(events, ids, strict=True) if event.kind not in NOT_SENT]
     add_messages(session, sent, now=now)
+
+
+def is_recorded(job: Job, kind: EventKind, **data: Any) -> bool:
+    """Whether the newest event of this kind in the job's attempt is this one."""
+    session = object_session(job)
+    assert session is not None, "a job outside its session"
+    query = select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.attempt == job.attempt, JobEvent.kind == kind)
+    return session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).first() == data
 
 
 def list_events(*, session: Session, job_id: str, after: int = 0, limit: int = 100) -> Sequence[JobEvent]:

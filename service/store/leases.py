@@ -16,7 +16,7 @@ from cliprd_core.run_dir import ErrorRecord, ResultRecord
 from service.store.attempt_counts import CANCELLED, GIVEN_BACK, SUCCEEDED, count_ended
 from service.store.due import is_due
 from service.store.errors import LeaseLostError
-from service.store.events import EventKind, record_event
+from service.store.events import EventKind, is_recorded, record_event
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
@@ -88,18 +88,21 @@ def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: flo
 def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> bool:
     """Keep the job for another `lease_seconds` from now. A lease that ran out is renewed too, as long as nobody took it away.
 
+    Holders renew in time, so what lies between its end and now is the database's clock that was set forward, and no time the job ran.
+
     Returns:
         Whether it is held. If not, stop at once and write nothing more.
     """
-    expires_at = database_now(session) + timedelta(seconds=lease_seconds)
-    renewed = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.lease_token == lease_token, Job.state == JobState.RUNNING)
-        .values(lease_expires_at=expires_at)
-        .returning(Job.id)
-        .execution_options(synchronize_session=False)
-    ).scalar_one_or_none()
-    return renewed is not None
+    try:
+        job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    except LeaseLostError:
+        return False
+    now = database_now(session)
+    assert job.attempt_started_at is not None, "a running job was claimed"
+    assert job.lease_expires_at is not None, "a running job has a lease"
+    job.attempt_started_at += max(timedelta(), now - job.lease_expires_at)
+    job.lease_expires_at = now + timedelta(seconds=lease_seconds)
+    return True
 
 
 def lock_held_job(*, session: Session, job_id: str, lease_token: str) -> Job:
@@ -116,26 +119,29 @@ def lock_held_job(*, session: Session, job_id: str, lease_token: str) -> Job:
 
 
 def mark_started(*, session: Session, job_id: str, lease_token: str) -> None:
-    """Record that the training process runs; `started_at` stays that of the first attempt.
+    """Record that the training process runs; `started_at` stays that of the first attempt. Once more, as after a commit whose
+    acknowledgement was lost, changes nothing.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
     now = database_now(session)
-    record_event(job, EventKind.STARTED, now=now)
+    if not is_recorded(job, EventKind.STARTED):
+        record_event(job, EventKind.STARTED, now=now)
     if job.started_at is None:
         job.started_at = now
 
 
 def record_checkpoint(*, session: Session, job_id: str, lease_token: str, step: int) -> None:
-    """Tell that the checkpoint of this step is in the artifact store.
+    """Tell that the checkpoint of this step is in the artifact store. Once more changes nothing, as of `mark_started`.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
-    record_event(job, EventKind.CHECKPOINT, now=database_now(session), step=step)
+    if not is_recorded(job, EventKind.CHECKPOINT, step=step):
+        record_event(job, EventKind.CHECKPOINT, now=database_now(session), step=step)
 
 
 def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outcome) -> list[QueuedJob]:

@@ -320,7 +320,7 @@ class Artifact(Base):
 
 
 class UnneededBlob(Base):
-    """Bytes in the blob store that no artifact names any more; see `service.store.unneeded_blobs`."""
+    """Bytes in the blob store that no artifact names any more, or yet; see `service.store.unneeded_blobs`."""
 
     __tablename__ = "unneeded_blobs"
     __table_args__ = (Index("unneeded_blobs_by_time", "next_try_at"),)
@@ -329,6 +329,8 @@ class UnneededBlob(Base):
     num_tries: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Begun to delete them."""
     next_try_at: Mapped[datetime]
+    lease_token: Mapped[str | None] = mapped_column(String(64))
+    """Of the attempt that uploads them: while it holds its job, they are needed. Null: nobody uploads them."""
 
 
 class Worker(Base):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from service.store.blobs import CHUNK_BYTES, BlobsUnreachableError, StoredBlob, check_key, new_key
+from service.store.blobs import CHUNK_BYTES, BlobsRefusedError, BlobsUnreachableError, StoredBlob, check_key, new_key
 
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
@@ -23,6 +23,21 @@ NUM_TRIES = 5
 QUICK_CONNECT_TIMEOUT_SECONDS = 3
 QUICK_READ_TIMEOUT_SECONDS = 5
 QUICK_TRIES = 2
+_MISSING = frozenset({"404", "NoSuchKey"})
+_RIGHTS = "Allow the worker's and the API's identity to read, write and delete objects there"
+_CREDENTIALS = "Give the worker and the API valid credentials (`AWS_…` variables, a profile or an instance's role)"
+_BUCKET = "Make the bucket, or correct `CLIPRD_ARTIFACTS_URL`"
+_REGION = "Correct `AWS_REGION` or `AWS_ENDPOINT_URL`, or the bucket in `CLIPRD_ARTIFACTS_URL`"
+WHAT_TO_DO = {
+    **dict.fromkeys(("403", "AccessDenied", "AllAccessDisabled", "AccountProblem", "NotSignedUp"), _RIGHTS),
+    **dict.fromkeys(
+        ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "InvalidSecurity", "TokenRefreshRequired"),
+        _CREDENTIALS,
+    ),
+    **dict.fromkeys(("NoSuchBucket", "InvalidBucketName"), _BUCKET),
+    **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"), _REGION),
+}
+"""For each code of S3's that says the same at every try, until somebody does this."""
 
 
 class S3BlobStore:
@@ -36,7 +51,7 @@ class S3BlobStore:
             anyway. Its client is made at once, since a child that was forked while it is made could never make one.
 
     Raises:
-        ValueError: `url` is not `s3://BUCKET[/PREFIX]`, or the extra `s3` is not installed.
+        ValueError: `url` is something else, or the extra `s3` is not installed.
     """
 
     def __init__(self, url: str, *, is_quick: bool = False) -> None:
@@ -65,8 +80,8 @@ class S3BlobStore:
         config = Config(retries=retries, connect_timeout=connect, read_timeout=read)
         return boto3.session.Session().client("s3", config=config)  # the module's own default session is not safe in threads
 
-    def put_file(self, source: Path) -> StoredBlob:
-        """Upload a file. After a crash there is the whole blob or none.
+    def put_file(self, source: Path, key: str | None = None) -> StoredBlob:
+        """Upload a file, as `Blobs`.
 
         Raises:
             OSError: the source can't be read, or changed meanwhile; BlobsUnreachableError: the store refused it.
@@ -74,7 +89,7 @@ class S3BlobStore:
         before = source.stat()
         with source.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        blob = StoredBlob(key=new_key(), num_bytes=before.st_size, sha256=sha256)
+        blob = StoredBlob(key=key or new_key(), num_bytes=before.st_size, sha256=sha256)
         where = self._where(blob.key)
         with self._translated():
             options = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": sha256}}
@@ -116,9 +131,14 @@ class S3BlobStore:
             body.close()
 
     def delete(self, key: str) -> None:
-        """Forget the bytes; a key without any is fine, so that a deletion can be repeated."""
+        """As `Blobs`. Parts of an upload that was killed stay where the identity may not list or abort uploads."""
+        where = self._where(key)
         with self._translated():
-            self._client.delete_object(**self._where(key))
+            self._client.delete_object(**where)
+        with suppress(BlobsRefusedError), self._translated():
+            begun = self._client.list_multipart_uploads(Bucket=where["Bucket"], Prefix=where["Key"]).get("Uploads", [])
+            for upload in begun:
+                self._client.abort_multipart_upload(**where, UploadId=upload["UploadId"])
 
     def check_writable(self) -> None:
         """Raises:
@@ -144,9 +164,20 @@ class S3BlobStore:
 
         try:
             yield
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
+        except (ClientError, BotoCoreError, Boto3Error) as error:
+            # an upload's error wraps the one that says why
+            cause = error.__context__ if isinstance(error, Boto3Error) and isinstance(error.__context__, ClientError) else error
+            code = cause.response.get("Error", {}).get("Code") if isinstance(cause, ClientError) else None
+            if code in _MISSING:
                 raise FileNotFoundError(f"s3://{self._bucket} does not hold the bytes") from error
+            remedy = _CREDENTIALS if _lacks_credentials(error) else WHAT_TO_DO.get(code or "")
+            if remedy is not None:
+                raise BlobsRefusedError(f"s3://{self._bucket}: {error}. {remedy}.") from error
             raise BlobsUnreachableError(f"s3://{self._bucket}: {error}") from error
-        except (BotoCoreError, Boto3Error) as error:
-            raise BlobsUnreachableError(f"s3://{self._bucket}: {error}") from error
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    """Whether no request was made, for want of credentials."""
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
+    return isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound)

@@ -34,7 +34,9 @@ def move(job: Job, target: JobState, *, now: datetime, **data: Any) -> None:
     """
     assert target in ALLOWED_MOVES[job.state], f"job {job.id} can't go from {job.state} to {target}"
     if job.state is JobState.RUNNING and job.attempt_started_at is not None:
-        job.seconds_run += (now - job.attempt_started_at).total_seconds()
+        assert job.lease_expires_at is not None, "a running job has a lease"
+        until = min(now, job.lease_expires_at)  # what comes after is not the job's: a clock set forward, or nobody looked
+        job.seconds_run += max(0.0, (until - job.attempt_started_at).total_seconds())
     job.state = target
     job.lease_token = None
     job.lease_expires_at = None

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
 from service.store import artifacts, s3_blobs
-from service.store.blobs import Blobs, BlobsUnreachableError, make_blobs, new_key
+from service.store.blobs import Blobs, BlobsRefusedError, BlobsUnreachableError, make_blobs, new_key
 from service.store.models import Artifact, ArtifactKind
 from service.store.s3_blobs import S3BlobStore
 from tests.store_helpers import claim, create, local_client
@@ -67,6 +68,25 @@ def test_bytes_come_back_as_they_went_in(s3: Any, blobs: Blobs, tmp_path: Path) 
     assert b"".join(blobs.stream(empty.key)) == b""
 
 
+def test_deleting_takes_what_a_killed_upload_left(s3: Any, blobs: Blobs) -> None:
+    key, other = new_key(), new_key()
+    for one in (key, other):
+        begun = s3.create_multipart_upload(Bucket="models", Key=f"some/prefix/{one}")
+        s3.upload_part(Bucket="models", Key=f"some/prefix/{one}", UploadId=begun["UploadId"], PartNumber=1, Body=b"half")
+    blobs.delete(key)
+    assert [one["Key"] for one in s3.list_multipart_uploads(Bucket="models")["Uploads"]] == [f"some/prefix/{other}"]
+
+
+def test_an_identity_that_may_not_list_uploads_deletes_all_the_same(blobs: S3BlobStore, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "ListMultipartUploads")
+
+    s3.put_object(Bucket="models", Key=f"some/prefix/{(key := new_key())}", Body=b"x")
+    monkeypatch.setattr(blobs._client, "list_multipart_uploads", refuse)
+    blobs.delete(key)
+    assert keys(s3) == []
+
+
 def test_a_file_that_changes_while_it_is_uploaded_is_not_stored(
     s3: Any, blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,11 +104,11 @@ def test_a_file_that_changes_while_it_is_uploaded_is_not_stored(
     assert keys(s3) == []
 
 
-def test_a_store_out_of_reach_is_told_from_missing_bytes(blobs: Blobs, tmp_path: Path) -> None:
+def test_a_refusal_says_what_to_do(blobs: Blobs, tmp_path: Path) -> None:
     blobs.check_writable()
     nowhere = S3BlobStore("s3://no-such-bucket")
-    for act in (nowhere.check_writable, lambda: nowhere.put_file(write(tmp_path / "source", b"x"))):
-        with pytest.raises(BlobsUnreachableError, match="no-such-bucket"):
+    for act in (nowhere.check_writable, lambda: nowhere.put_file(write(tmp_path / "source", b"x")), lambda: nowhere.stream(new_key())):
+        with pytest.raises(BlobsRefusedError, match=r"no-such-bucket: .*NoSuchBucket.* Make the bucket, or correct `CLIPRD_ARTIFACTS_URL`"):
             act()
 
 
@@ -99,6 +119,41 @@ def test_a_store_that_says_nothing_is_soon_given_up_where_that_is_wanted(s3_clie
         quick = make_blobs("s3://models", Path("unused"), is_quick=True)
         with pytest.raises(BlobsUnreachableError, match="Read timeout"):
             pool.submit(quick.delete, new_key()).result(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [("AccessDenied", "Allow the worker's"), ("403", "Allow the worker's"), ("InvalidAccessKeyId", "credentials"), ("SlowDown", None)],
+)
+def test_a_refusal_is_told_from_a_failure(
+    blobs: S3BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, remedy: str | None
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ClientError({"Error": {"Code": code, "Message": "no"}}, "Operation")
+
+    for operation in ("put_object", "head_object"):
+        monkeypatch.setattr(blobs._client, operation, fail)
+    source = write(tmp_path / "source", b"x")
+    for act in (lambda: blobs.put_file(source), lambda: blobs.num_bytes(new_key()), blobs.check_writable):
+        with pytest.raises(BlobsUnreachableError, match=code) as caught:
+            act()
+        assert isinstance(caught.value, BlobsRefusedError) == (remedy is not None)
+        assert remedy is None or remedy in str(caught.value)
+
+
+def test_no_credentials_are_a_refusal(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(BlobsRefusedError, match="credentials"):
+        blobs.check_writable()
+
+
+def test_a_store_out_of_reach_is_no_refusal(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(BlobsUnreachableError) as caught:
+        blobs.check_writable()
+    assert not isinstance(caught.value, BlobsRefusedError)
 
 
 @pytest.mark.parametrize("url", ["s3://", "http://bucket/x", "bucket", "s3://bucket/x?y=1"])

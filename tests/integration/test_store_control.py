@@ -391,3 +391,19 @@ def test_the_time_run_adds_up_over_attempts_and_starts_anew_with_a_retry(session
     finish(sessions, claim(sessions, job.id), FAILURE)
     retry(sessions, job.id)
     assert read(sessions, job.id).seconds_run == 0
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+@pytest.mark.parametrize("is_renewed", [True, False])
+def test_a_clock_that_is_set_is_no_time_that_a_job_ran(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, hours: int, is_renewed: bool
+) -> None:
+    job = create(sessions)
+    claimed = claim(sessions, job.id, lease_seconds=60)
+    for module in ("leases", "recovery"):
+        monkeypatch.setattr(f"service.store.{module}.database_now", lambda session: database_now(session) + timedelta(hours=hours))
+    if is_renewed:
+        with sessions.begin() as session:
+            assert jobs.renew_lease(session=session, job_id=job.id, lease_token=claimed.lease_token, lease_seconds=60)
+    release(sessions, claimed)
+    assert 0 <= read(sessions, job.id).seconds_run < 60 + 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -19,7 +20,8 @@ CAPTIONS = ["A red circle, on blue.", "two GREEN squares"]
 
 
 def exported(loaded: LoadedModel, folder: Path) -> str:
-    assert export_model(loaded, folder) == ["open_clip_config.json", "open_clip_model.safetensors"]
+    names = ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert export_model(loaded, folder) == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     return f"local-dir:{folder}"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
-from service.store.blobs import BlobStore
+from service.store.blobs import TEMPORARY_SUFFIX, BlobStore, new_key
 
 
 def files_under(folder: Path) -> list[Path]:
@@ -40,6 +41,27 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         store.put_file(tmp_path / "source")
     assert files_under(tmp_path / "store") == []
+
+
+def test_a_copy_that_does_not_read_back_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"weights")
+    store = BlobStore(tmp_path / "store")
+
+    def flip(descriptor: int) -> None:
+        os.pwrite(descriptor, b"W", 0)
+
+    monkeypatch.setattr("os.fsync", flip)
+    with pytest.raises(OSError, match="does not read back"):
+        store.put_file(tmp_path / "source")
+    assert files_under(tmp_path / "store") == []
+
+
+def test_deleting_takes_what_a_killed_upload_left(tmp_path: Path) -> None:
+    store, key = BlobStore(tmp_path), new_key()
+    store.path(key).parent.mkdir()
+    store.path(key).with_suffix(TEMPORARY_SUFFIX).write_bytes(b"half")
+    store.delete(key)
+    assert files_under(tmp_path) == []
 
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "/etc/passwd", "ab/../cd", "", "ab/" + "g" * 32, "ab/" + "0" * 32 + "\n"])

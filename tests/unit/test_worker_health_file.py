@@ -21,7 +21,7 @@ from worker import consumer_watch, health, rounds
 from worker import heartbeat as heartbeat_module
 from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
 from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health
-from worker.heartbeat import Heartbeat
+from worker.heartbeat import ARTIFACTS_SECONDS, Heartbeat
 from worker.rounds import Rounds
 from worker.settings import WorkerSettings
 
@@ -125,7 +125,9 @@ def test_the_watch_tells_a_deaf_consumer_from_a_busy_one(monkeypatch: pytest.Mon
 @pytest.fixture
 def heartbeat(tmp_path: Path) -> Heartbeat:
     url = f"sqlite:///{tmp_path / 'cliprd.db'}"
-    settings = WorkerSettings(database_url=url, broker_url="memory://", health_file=tmp_path / "health.json")
+    settings = WorkerSettings(
+        database_url=url, broker_url="memory://", health_file=tmp_path / "health.json", artifacts_root=tmp_path / "artifacts"
+    )
     return Heartbeat(settings, ConsumerWatch(["default"]), "worker-1")
 
 
@@ -201,3 +203,31 @@ def test_only_a_worker_that_does_not_consume_for_long_for_no_reason_outside_it_i
     assert not is_stuck(), "only just"
     clock.now += RESTART_SECONDS + 1
     assert is_stuck()
+
+
+def test_an_artifact_store_that_takes_nothing_makes_the_worker_unready(
+    heartbeat: Heartbeat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, heartbeat_module)
+    database_url, store = f"sqlite:///{tmp_path / 'cliprd.db'}", tmp_path / "artifacts"
+    migrate(database_url)
+
+    def problems() -> list[str]:
+        heartbeat.beat()
+        written = list(Health.read(tmp_path / "health.json").problems)
+        engine = make_engine(database_url)
+        with reading(make_sessions(engine)) as session:
+            (worker,) = list_workers(session=session)
+        engine.dispose()
+        assert worker.problems == written
+        return [problem for problem in written if "artifact store" in problem]
+
+    store.write_text("no folder")
+    assert problems() == [f"artifact store: [Errno 17] File exists: '{store}'"]
+    store.unlink()
+    assert problems() == [], "looked at again at once"
+    store.rmdir()
+    store.write_text("no folder")
+    assert problems() == [], "a while ago it was well"
+    clock.now += ARTIFACTS_SECONDS + 1
+    assert len(problems()) == 1

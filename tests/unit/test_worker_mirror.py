@@ -1,21 +1,25 @@
 """The mirror of checkpoints: what it says is in the store is there and whole, whatever the store does meanwhile."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from cliprd_core.retention import BestCheckpoint
-from cliprd_core.run_dir import BEST_FILE, CHECKPOINT_MARKER, checkpoint_dir, complete_checkpoints, step_of
+from cliprd_core.checkpoint import prune_checkpoints
+from cliprd_core.retention import BestCheckpoint, CheckpointsToKeep
+from cliprd_core.run_dir import BEST_FILE, CHECKPOINT_MARKER, CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, step_of
 from service.store.blobs import BlobsUnreachableError, StoredBlob
 from service.store.jobs import JobState, LeaseLostError, QueuedJob
 from service.store.models import ArtifactKind
 from tests.fake_trainer import save
 from tests.worker_bench import Bench, soon
+from worker.cleaner import Cleaner
 from worker.mirror import CheckpointMirror
 
 
@@ -60,7 +64,7 @@ def test_a_commit_whose_acknowledgement_is_lost_keeps_the_checkpoint(bench: Benc
     job = bench.held(job_id)
     mirror = CheckpointMirror(job, bench.run_dir(job_id), num_kept=1)
     save(bench.run_dir(job_id), 5)
-    begin = bench.sessions.begin
+    begin, add = bench.sessions.begin, job.add_checkpoint
 
     @contextmanager
     def begin_and_lose_answer_and_lease() -> Iterator[Session]:
@@ -70,7 +74,11 @@ def test_a_commit_whose_acknowledgement_is_lost_keeps_the_checkpoint(bench: Benc
         job.is_lost = lambda: True
         raise OperationalError("COMMIT", {}, ConnectionError("the answer was lost"))
 
-    monkeypatch.setattr(bench.sessions, "begin", begin_and_lose_answer_and_lease)
+    def add_in_vain(*arguments: Any) -> None:
+        monkeypatch.setattr(bench.sessions, "begin", begin_and_lose_answer_and_lease)
+        add(*arguments)
+
+    monkeypatch.setattr(job, "add_checkpoint", add_in_vain)
     with pytest.raises(LeaseLostError):
         mirror.mirror()
     assert mirrored_steps(bench, job_id) == {5}
@@ -80,12 +88,12 @@ def test_an_artifact_store_that_is_away_at_the_end_delays_the_success(bench: Ben
     job_id = bench.submit({"steps": "20", "best": "20"})
     put_file, away_until = bench.blobs.put_file, [float("inf")]
 
-    def put_or_fail(path: Path) -> StoredBlob:
+    def put_or_fail(path: Path, key: str) -> StoredBlob:
         if (bench.run_dir(job_id) / "result.json").exists():
             away_until[0] = min(away_until[0], time.monotonic() + 0.5)
-        if path.parent.name == "step-0000000020" and time.monotonic() < away_until[0]:
+        if "step-0000000020" in path.parent.name and time.monotonic() < away_until[0]:
             raise BlobsUnreachableError("503 Slow Down")
-        return put_file(path)
+        return put_file(path, key)
 
     monkeypatch.setattr(bench.blobs, "put_file", put_or_fail)
     bench.run(job_id)
@@ -158,3 +166,95 @@ def test_an_unreadable_marker_does_not_keep_a_job_from_being_given_back(bench: B
     newest = complete_checkpoints(run)[-1]
     assert step_of(newest) < 1000
     assert step_of(newest) in mirrored_steps(bench, job_id)
+
+
+def no_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_checkpoint_that_the_trainer_prunes_while_it_is_uploaded_is_mirrored(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    job_id = bench.submit({})
+    run = bench.run_dir(job_id)
+    mirror = CheckpointMirror(bench.held(job_id), run, num_kept=1)
+    save(run, 5)
+    put_file = bench.blobs.put_file
+
+    def put_slowly(source: Path, key: str) -> StoredBlob:
+        save(run, 10)
+        prune_checkpoints(run, CheckpointsToKeep(newest=1), None)
+        return put_file(source, key)
+
+    monkeypatch.setattr(bench.blobs, "put_file", put_slowly)
+    if not has_links:
+        monkeypatch.setattr("os.link", no_links)
+    mirror.mirror()
+    assert mirrored_steps(bench, job_id) == {5}
+    assert [one.name for one in (run / CHECKPOINTS_DIR).iterdir()] == ["step-0000000010"], "the links are gone"
+
+
+def test_a_checkpoint_that_goes_as_its_upload_begins_is_not_damaged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({})
+    run = bench.run_dir(job_id)
+    mirror = CheckpointMirror(bench.held(job_id), run, num_kept=1)
+    save(run, 5)
+    link = os.link
+
+    def link_and_prune(source: Path, target: Path) -> None:
+        link(source, target)
+        save(run, 10)
+        prune_checkpoints(run, CheckpointsToKeep(newest=1), None)
+
+    monkeypatch.setattr("os.link", link_and_prune)
+    with pytest.raises(FileNotFoundError, match="removed by the trainer"):
+        mirror.mirror()
+    monkeypatch.undo()
+    mirror.mirror()
+    assert mirrored_steps(bench, job_id) == {10}
+
+
+def test_links_of_a_killed_worker_are_swept(bench: Bench) -> None:
+    job_id = bench.submit({"steps": "20", "error": "timeout"})
+    run = bench.run_dir(job_id)
+    left = run / CHECKPOINTS_DIR / ".mirroring-step-0000000005-00000000"
+    left.mkdir(parents=True)
+    (left / "state.json").write_text("{}")
+    bench.run(job_id)
+    assert complete_checkpoints(run)
+    assert not left.exists()
+
+
+def test_what_a_killed_worker_uploaded_is_deleted_when_its_lease_has_run_out(bench: Bench) -> None:
+    job_id = bench.submit({})
+    job = bench.held(job_id)
+    save(bench.run_dir(job_id), 5)
+    mirror = CheckpointMirror(job, bench.run_dir(job_id), num_kept=1)
+    mirror.mirror()
+    orphan = job.put_file(bench.run_dir(job_id) / "checkpoints" / "step-0000000005" / "state.json")
+    bench.blobs.path(orphan.key).with_suffix(".tmp").write_bytes(b"half of anoth")
+    cleaner = Cleaner(bench.settings)
+    cleaner.run_once()
+    assert bench.blobs.path(orphan.key).exists(), "it may be made known yet"
+    bench.take_away(job_id)
+    cleaner.run_once()
+    assert mirrored_steps(bench, job_id) == {5}
+    assert len([path for path in bench.blobs.root.rglob("*") if path.is_file()]) == 2, "those of the checkpoint"
+
+
+def test_a_database_that_is_away_delays_the_mirror_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+    job, failures = bench.held(job_id), [1, 2]
+    note = job._noted_key
+
+    def note_or_fail() -> str:
+        if failures:
+            raise OperationalError("INSERT", {}, ConnectionError("store away" * failures.pop()))
+        return note()
+
+    monkeypatch.setattr("worker.mirror.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(job, "_noted_key", note_or_fail)
+    bench.supervisor(job).run()
+    assert not failures
+    assert bench.job(job_id).state is JobState.SUCCEEDED

@@ -7,29 +7,28 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from celery import Celery
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import METRICS_FILE, ErrorReason, ResultRecord, complete_checkpoints, step_of
+from cliprd_core.run_dir import METRICS_FILE, ErrorReason, complete_checkpoints, step_of
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.artifacts import remove_finished_checkpoints
+from service.store.blobs import StoredBlob
 from service.store.events import list_events
 from service.store.failure_policy import what_to_do
 from service.store.jobs import (
     JobState,
-    LeaseLostError,
     QueuedJob,
     request_cancel,
     request_pause,
-    requeue_expired,
     resume_job,
     retry_job,
 )
@@ -39,6 +38,8 @@ from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import reading
 from tests.teacher_store_helpers import make_store
 from tests.worker_bench import Bench, soon
+from worker import held_job
+from worker.cleaner import Cleaner
 from worker.run_dirs import remove_run_dirs, run_dirs_of
 from worker.supervisor import Supervisor
 from worker.tasks import launcher, run_job
@@ -134,6 +135,7 @@ def test_a_run_killed_for_the_last_time_points_at_memory(bench: Bench) -> None:
     error = bench.error(job_id)
     assert error.reason is ErrorReason.WORKER_LOST
     assert "memory" in error.message
+    assert bench.log(job_id).splitlines()[-2:] == [f"Attempt 1 failed: worker_lost: {error.message}", f"What to do: {what_to_do(error)}"]
 
 
 def test_a_run_that_dies_without_a_word_shows_its_last_lines(bench: Bench) -> None:
@@ -143,6 +145,25 @@ def test_a_run_that_dies_without_a_word_shows_its_last_lines(bench: Bench) -> No
     assert error.reason is ErrorReason.INTERNAL
     assert "exit code 3" in error.message
     assert "the last words of the fake trainer" in error.detail
+
+
+def test_an_export_that_has_changed_since_is_no_success(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "10"})
+    job = bench.held(job_id)
+    put_file = job.put_file_patiently
+
+    def damage_and_put(source: Path) -> StoredBlob:
+        if source.name == "open_clip_model.safetensors":
+            source.write_bytes(b"weights of a fake studenT")
+        return put_file(source)
+
+    monkeypatch.setattr(job, "put_file_patiently", damage_and_put)
+    bench.supervisor(job).run()
+    assert "open_clip_model.safetensors does not match the SHA-256" in bench.error(job_id).message
+    assert not bench.artifacts(job_id, ArtifactKind.MODEL)
+    bench.retry(job_id, {"steps": "10"})
+    bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
 
 
 def test_an_earlier_attempts_verdict_does_not_count(bench: Bench) -> None:
@@ -270,8 +291,37 @@ def test_a_full_disk_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("worker.supervisor.write_atomically", full)
     assert bench.run(job_id) == []
     assert bench.job(job_id).state is JobState.QUEUED
+    assert bench.log(job_id).startswith("Attempt 1 failed: disk_full: The worker's disk or the artifact store is full")
+    assert "What to do" not in bench.log(job_id), "it is tried again by itself"
     bench.run(job_id)
-    assert bench.error(job_id).reason is ErrorReason.DISK_FULL
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.DISK_FULL
+    assert bench.log(job_id).splitlines()[-2:] == [f"Attempt 2 failed: disk_full: {error.message}", f"What to do: {what_to_do(error)}"]
+
+
+def test_a_run_directory_that_takes_no_log_leaves_the_reason_in_the_stored_one(bench: Bench) -> None:
+    job_id = bench.submit({}, max_attempts=1)
+    bench.settings.runs_root.write_text("no folder can be made here")
+    bench.run(job_id)
+    error = bench.error(job_id)
+    assert error.reason is ErrorReason.INTERNAL
+    with reading(bench.sessions) as session:
+        log = read_log(session=session, job_id=job_id)[0]
+    assert log == f"Attempt 1 failed: internal: {error.message}\nWhat to do: {what_to_do(error)}\n"
+
+
+def test_a_record_that_the_store_does_not_take_fails_the_job_and_the_log_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit({"steps": "5"})
+    job = bench.held(job_id)
+
+    def refuse(_: object) -> None:
+        raise ValueError("no such metric")
+
+    monkeypatch.setattr(job, "record_metrics", refuse)
+    bench.supervisor(job).run()
+    error = bench.error(job_id)
+    assert error.message == "The worker could not run the job: ValueError: no such metric"
+    assert bench.log(job_id).splitlines()[-2] == f"Attempt 1 failed: internal: {error.message}"
 
 
 def test_the_best_checkpoint_stays_in_the_store(bench: Bench) -> None:
@@ -324,14 +374,7 @@ def test_a_lost_lease_kills_at_once_and_writes_nothing_more(bench: Bench) -> Non
     job_id = bench.submit(SLOW)
     held = bench.held(job_id)
 
-    def take_away() -> None:
-        with bench.sessions.begin() as session:
-            job = session.get_one(Job, job_id)
-            job.lease_expires_at = job.created_at
-            session.flush()
-            assert requeue_expired(session=session).queued == [QueuedJob(job_id, "default")]
-
-    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), take_away)
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), lambda: bench.take_away(job_id))
     assert bench.supervisor(held).run() == []
     job = bench.job(job_id)
     assert (job.state, job.num_releases, job.error) == (JobState.QUEUED, 0, None)
@@ -397,6 +440,22 @@ def test_an_earlier_job_is_the_teacher(bench: Bench, by: str) -> None:
     assert seen["files"] == ["open_clip_config.json", "open_clip_model.safetensors"]
 
 
+def test_a_job_that_failed_leaves_no_teacher_and_in_time_no_run_directory(bench: Bench) -> None:
+    teacher_id = bench.submit({"steps": "2"})
+    bench.run(teacher_id)
+    student_id = bench.submit({"steps": "20", "error": "diverged"}, recipe="clip_rd", teacher={"job": teacher_id})
+    bench.run(student_id)
+    assert complete_checkpoints(bench.run_dir(student_id))
+    assert not (bench.run_dir(student_id) / "teachers").exists()
+    Cleaner(bench.settings).run_once()
+    assert bench.run_dir(student_id).exists(), "a retry goes on there"
+    Cleaner(bench.settings.model_copy(update={"checkpoint_retention_seconds": 0})).run_once()
+    assert not list(bench.settings.runs_root.iterdir())
+    bench.retry(student_id, {"steps": "20"})
+    bench.run(student_id)
+    assert bench.job(student_id).state is JobState.SUCCEEDED
+
+
 def test_each_of_several_teachers_has_its_folder(bench: Bench) -> None:
     teacher_ids = [bench.submit({"steps": "2"}) for _ in range(2)]
     for teacher_id in teacher_ids:
@@ -419,37 +478,36 @@ def test_a_damaged_teacher_is_refused(bench: Bench) -> None:
     error = bench.error(student_id)
     assert error.reason is ErrorReason.TEACHER_UNAVAILABLE
     assert "SHA-256" in error.message
+    assert bench.log(student_id).splitlines()[-2:] == [
+        f"Attempt 1 failed: teacher_unavailable: {error.message}",
+        f"What to do: {what_to_do(error)}",
+    ]
 
 
-def test_a_commit_whose_acknowledgement_is_lost_keeps_the_model(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id = bench.submit({})
-    job = bench.held(job_id)
-    weights = tmp_path / "open_clip_model.safetensors"
-    weights.write_bytes(b"precious")
-    result = ResultRecord(
-        step=1,
-        samples_seen=4,
-        num_student_parameters=42,
-        num_teacher_parameters=None,
-        num_corrupt_samples=0,
-        train_seconds=1.0,
-        export_files=[weights.name],
-    )
-    begin = bench.sessions.begin
+@pytest.mark.parametrize("written", ["mark_started", "record_checkpoint", "finish_job"])
+def test_a_commit_whose_acknowledgement_is_lost_counts_once(bench: Bench, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    job_id = bench.submit({"steps": "30", "step_seconds": "0.02"})
+    write, sessions = getattr(held_job, written), list[Session]()
 
-    @contextmanager
-    def begin_and_lose_the_answer() -> Iterator[Session]:
-        monkeypatch.setattr(bench.sessions, "begin", begin)
-        with begin() as session:
-            yield session
+    def lose_the_answer(_: Session) -> None:
         raise OperationalError("COMMIT", {}, ConnectionError("the answer was lost"))
 
-    monkeypatch.setattr(bench.sessions, "begin", begin_and_lose_the_answer)
-    with pytest.raises(LeaseLostError):  # the second try finds the job finished already
-        job.finish(result, [weights])
+    def write_and_lose_the_answer(*, session: Session, **arguments: Any) -> Any:
+        if not sessions:
+            event.listen(session, "after_commit", lose_the_answer)
+        sessions.append(session)
+        return write(session=session, **arguments)
+
+    monkeypatch.setattr(held_job, written, write_and_lose_the_answer)
+    assert bench.run(job_id) == []
+    assert sessions
     assert bench.job(job_id).state is JobState.SUCCEEDED
-    (model,) = bench.artifacts(job_id, ArtifactKind.MODEL)
-    assert bench.blobs.path(model.storage_key).read_bytes() == b"precious"
+    with reading(bench.sessions) as session:
+        events = [(one.kind.value, json.dumps(one.data)) for one in list_events(session=session, job_id=job_id)]
+    assert len(events) == len(set(events)), events
+    (weights,) = [one for one in bench.artifacts(job_id, ArtifactKind.MODEL) if one.name.endswith("safetensors")]
+    assert bench.blobs.path(weights.storage_key).read_bytes() == b"weights of a fake student"
+    assert not (bench.run_dir(job_id) / "checkpoints").exists(), "as after any success"
 
 
 def test_a_stored_spec_that_this_version_refuses_fails_the_job(bench: Bench) -> None:
