@@ -1,11 +1,12 @@
 """Peak memory and time of the objective, dense against blocked: `python benchmarks/objective.py`.
 
 One forward and backward pass of the paper's six terms, in float32, one process, its weights; with `--terms all`, of `soft`, `gd`,
-`afd` and `mfd` besides. "Dense" is the sum of the functions of ``cliprd_core.losses``, for the paper's terms alone; "blocked" is
-``cliprd_core.objective.Objective``. Every measurement has a process of its own, so that
-its peak is its own. Extra memory is the peak above the inputs and their gradients, which are there before it is measured; on the
-CPU it is resident memory as Linux counts it (so Linux only), after a small warm-up. Wall time suffers from whatever else the
-machine does, CPU time (over all threads) hardly; both are the least of the repetitions.
+`afd` and `mfd` besides. "Dense" is the sum of the functions of ``cliprd_core.losses``; "blocked" is
+``cliprd_core.objective.Objective``; `--compile` adds the dense form through `torch.compile`. Every measurement has a process of its own,
+so that its peak is its own. Extra memory is the first repetition's peak above the inputs and their gradients, which are there before it is
+measured (later repetitions also hold what the allocator has kept of earlier ones). On the CPU it is resident memory as Linux counts it (so
+Linux only), after a small warm-up; the compiled form's warm-up is of full size, so there its memory is only to be trusted on a GPU. Wall
+time suffers from whatever else the machine does, CPU time (over all threads) hardly; both are the least of the repetitions.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliprd_core import losses
-from cliprd_core.objective import BLOCK_ELEMENTS, INITIAL_SCALE, Objective
+from cliprd_core.objective import INITIAL_SCALE, Objective
 from cliprd_core.objective_spec import ObjectiveSpec
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
+Learned = TypeVar("Learned", Tensor, nn.Linear)
+
 NUM_DENSE_MATRICES = 28  # roughly, at the dense peak: 26 similarity-sized float32 tensors alive, 32 by resident memory at B = 4,096
-MAX_DENSE_BYTES = 6e9
+MAX_SHARE_OF_FREE_MEMORY = 0.8  # that the dense form may need, to be run
+WARM_UP_SIZE = 64
 TEACHER_LOGIT_SCALE = 100.0
 WEIGHTS = {"paper": ObjectiveSpec(), "all": ObjectiveSpec(soft=1, soft_temperature=0.05, gd=1, afd=1, mfd=1)}  # soft with a T of its own
 
@@ -51,10 +56,9 @@ class Problem:
     teacher: tuple[Tensor, Tensor]
     log_logit_scale: Tensor
     objective: Objective
-    dense_scales: tuple[Tensor, Tensor, Tensor]  # what the dense form learns in place of the objective's
 
 
-def make_problem(batch_size: int, width: int, device: torch.device, max_block_elements: int, terms: str) -> Problem:
+def make_problem(batch_size: int, width: int, device: torch.device, max_block_elements: int | None, terms: str) -> Problem:
     generator = torch.Generator().manual_seed(0)
 
     def features() -> Tensor:
@@ -71,8 +75,8 @@ def make_problem(batch_size: int, width: int, device: torch.device, max_block_el
         teacher_logit_scale=TEACHER_LOGIT_SCALE,
         max_block_elements=max_block_elements,
     ).to(device)
-    log_logit_scale, cross, image, text = (torch.tensor(INITIAL_SCALE, device=device, requires_grad=True) for _ in range(4))
-    return Problem(student, (features(), features()), log_logit_scale, objective, (cross, image, text))
+    log_logit_scale = torch.tensor(INITIAL_SCALE, device=device, requires_grad=True)
+    return Problem(student, (features(), features()), log_logit_scale, objective)
 
 
 def blocked_loss(problem: Problem) -> Tensor:
@@ -88,18 +92,20 @@ def blocked_loss(problem: Problem) -> Tensor:
 
 
 def dense_loss(problem: Problem) -> Tensor:
-    weights = problem.objective.weights
-    cross_scale, image_scale, text_scale = problem.dense_scales
-    image, text = (losses.unit_rows(one) for one in problem.student)
+    """Learns the same scales and fusions as the objective; widths are equal, so there are no projections."""
+    objective = problem.objective
+    weights = objective.weights
+    image, text, *masked = (losses.unit_rows(one) for one in problem.student)
     teacher_image, teacher_text = (losses.unit_rows(one) for one in problem.teacher)
     features = (image, text, teacher_image, teacher_text)
     scale = problem.log_logit_scale.exp()
+    image_scale, text_scale, cross_scale = _given(objective.image_scale), _given(objective.text_scale), _given(objective.cross_scale)
     vertical = (
         losses.vrd_kl(*features, image_scale=image_scale, text_scale=text_scale)
         + losses.vrd_ce_image(image, teacher_image, image_scale=image_scale)
         + losses.vrd_ce_text(text, teacher_text, text_scale=text_scale)
     )
-    return (
+    total = (
         weights.task * losses.task(image, text, student_logit_scale=scale)
         + weights.fd * losses.fd(*features)
         + weights.icl * losses.icl(*features, cross_scale=cross_scale)
@@ -107,9 +113,38 @@ def dense_loss(problem: Problem) -> Tensor:
         + weights.vrd * vertical
         + weights.xrd * losses.xrd(*features, cross_scale=cross_scale)
     )
+    if weights.soft_temperature is None:
+        return total
+    fused_image = losses.unit_rows(_given(objective.image_fusion)(torch.cat((image, teacher_image), dim=1)))
+    fused_text = losses.unit_rows(_given(objective.text_fusion)(torch.cat((text, teacher_text), dim=1)))
+    return (
+        total
+        + weights.soft * losses.soft(*features, student_logit_scale=scale, teacher_scale=1 / weights.soft_temperature)
+        + weights.gd * losses.gd(*features, student_logit_scale=scale, teacher_logit_scale=TEACHER_LOGIT_SCALE)
+        + weights.afd * losses.afd(fused_image, fused_text, fusion_scale=_given(objective.fusion_scale))
+        + weights.mfd * losses.mfd(masked[0], teacher_image)
+    )
 
 
-FORMS: dict[str, Callable[[Problem], Tensor]] = {"dense": dense_loss, "blocked": blocked_loss}
+def _given(learned: Learned | None) -> Learned:
+    if learned is None:
+        raise ValueError("the dense form has CLIP-RD's six terms at least: their weights must be above 0")
+    return learned
+
+
+FORMS: dict[str, Callable[[Problem], Tensor]] = {
+    "dense": dense_loss,
+    "blocked": blocked_loss,
+    "dense-compiled": torch.compile(dense_loss, dynamic=False),
+}
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a process can have now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def resident_bytes(field: str) -> int:
@@ -135,10 +170,11 @@ def peak_bytes(device: torch.device) -> int:
 def measure(form: str, batch_size: int, args: argparse.Namespace) -> Measurement:
     device = torch.device(args.device)
     compute = FORMS[form]
-    compute(make_problem(64, args.width, device, args.max_block_elements, args.terms)).backward()
+    warm_up_size = batch_size if "compiled" in form else WARM_UP_SIZE  # a graph is compiled for its shapes
+    compute(make_problem(warm_up_size, args.width, device, args.max_block_elements, args.terms)).backward()
     problem = make_problem(batch_size, args.width, device, args.max_block_elements, args.terms)
     before = reset_peak(device)
-    times = []
+    times, peaks = [], []
     for _ in range(args.repetitions):
         start, cpu_start = time.perf_counter(), time.process_time()
         loss = compute(problem)
@@ -146,21 +182,27 @@ def measure(form: str, batch_size: int, args: argparse.Namespace) -> Measurement
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start, time.process_time() - cpu_start))
+        peaks.append(peak_bytes(device))
     wall_seconds, cpu_seconds = (min(one) for one in zip(*times, strict=True))
-    return Measurement(peak_bytes(device) - before, wall_seconds, cpu_seconds, loss.item())
+    return Measurement(peaks[0] - before, wall_seconds, cpu_seconds, loss.item())
 
 
 def measure_in_subprocess(form: str, batch_size: int, device: str, args: argparse.Namespace) -> Measurement:
     command = [sys.executable, __file__, "--measure", form, "--sizes", str(batch_size), "--device", device, "--width", str(args.width)]
-    command += ["--repetitions", str(args.repetitions), "--max-block-elements", str(args.max_block_elements), "--terms", args.terms]
+    command += ["--repetitions", str(args.repetitions), "--terms", args.terms]
+    command += ["--max-block-elements", str(args.max_block_elements)] if args.max_block_elements else []
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return Measurement(**json.loads(printed))
 
 
+def dense_bytes(batch_size: int) -> int:
+    """Of the paper's terms, roughly."""
+    return NUM_DENSE_MATRICES * batch_size**2 * 4
+
+
 def row(device: str, batch_size: int, form: str, measured: Measurement | None, baseline: Measurement | None) -> str:
     if measured is None:
-        needed = NUM_DENSE_MATRICES * batch_size**2 * 4 / 1e9
-        return f"| {device} | {batch_size} | {form} | about {needed:.0f} GB, not run | | | |"
+        return f"| {device} | {batch_size} | {form} | about {dense_bytes(batch_size) / 1e9:.0f} GB with the paper's terms, not run | | | |"
     ratio = f"{measured.wall_seconds / baseline.wall_seconds:.2f} / {measured.cpu_seconds / baseline.cpu_seconds:.2f}" if baseline else ""
     cells = (f"{measured.extra_bytes / 1e6:.0f} MB", f"{measured.wall_seconds:.3f}", f"{measured.cpu_seconds:.3f}", ratio)
     return f"| {device} | {batch_size} | {form} | {' | '.join(cells)} |"
@@ -172,12 +214,11 @@ def print_table(args: argparse.Namespace) -> None:
     print("| device | B | form | extra memory | wall s | CPU s | wall / CPU time against dense |\n|---|---|---|---|---|---|---|")
     for device in devices:
         for batch_size in args.sizes:
-            dense = None
-            if args.terms == "paper":
-                fits = NUM_DENSE_MATRICES * batch_size**2 * 4 <= MAX_DENSE_BYTES
-                dense = measure_in_subprocess("dense", batch_size, device, args) if fits else None
-                print(row(device, batch_size, "dense", dense, None), flush=True)
-            print(row(device, batch_size, "blocked", measure_in_subprocess("blocked", batch_size, device, args), dense), flush=True)
+            measured: dict[str, Measurement | None] = {}
+            for form in ("dense", "dense-compiled", "blocked") if args.compile else ("dense", "blocked"):
+                fits = form == "blocked" or dense_bytes(batch_size) <= MAX_SHARE_OF_FREE_MEMORY * free_bytes(device)
+                measured[form] = measure_in_subprocess(form, batch_size, device, args) if fits else None
+                print(row(device, batch_size, form, measured[form], measured["dense"] if form != "dense" else None), flush=True)
 
 
 def main() -> None:
@@ -187,7 +228,8 @@ def main() -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda; default: both where there is a GPU")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--terms", choices=WEIGHTS, default="paper", help="CLIP-RD's six terms (`paper`), or every term there is (`all`)")
-    parser.add_argument("--max-block-elements", type=int, default=BLOCK_ELEMENTS)
+    parser.add_argument("--max-block-elements", type=int, help="default: the objective's, by device and batch")
+    parser.add_argument("--compile", action="store_true", help="also the dense form through torch.compile")
     parser.add_argument("--measure", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
