@@ -1,4 +1,5 @@
-"""A short round of fuzzing over HTTP, from the API's own OpenAPI: no fault, and no status, header or body that it doesn't document."""
+"""A short round of fuzzing over HTTP, from the API's own OpenAPI: no fault, no status, header or body that it doesn't document, and nobody
+let in whose key does not allow it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 
 import pytest
 import schemathesis
@@ -16,8 +18,10 @@ from schemathesis.checks import CHECKS, not_a_server_error
 from service.app import create_app
 from service.settings import Settings
 from service.store import artifacts
+from service.store.keys import KeyScope, create_key
 from service.store.metrics import record_evaluations, record_metrics
 from service.store.models import ArtifactKind
+from tests.fuzz.keys import expected_refusal
 from tests.store_helpers import claim, create, evaluated, finish, measured, write_table
 
 EXAMPLES_PER_OPERATION = 10
@@ -35,6 +39,8 @@ class Running:
 
     url: str
     ids: dict[str, str]
+    keys: Iterator[tuple[KeyScope | None, dict[str, str]]]
+    """Mostly an admin's; now and then one that only reads, or none."""
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +67,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     claimed = claim(services.sessions, create(services.sessions).id)
     (folder / "weights").write_bytes(b"weights")
     with services.sessions.begin() as session:
+        keys = {scope: create_key(session=session, name=scope, scope=scope)[1] for scope in (KeyScope.ADMIN, KeyScope.READ)}
         held = {"session": session, "job_id": claimed.job.id, "lease_token": claimed.lease_token}
         record_metrics(**held, records=[measured(step, train_loss=1 / step) for step in range(1, 300)])
         record_evaluations(**held, records=[evaluated(10)])
         blob = services.blobs.put_file(folder / "weights")
         artifact = artifacts.register_artifact(**held, kind=ArtifactKind.MODEL, group="export", name="weights", blob=blob)
     finish(services.sessions, claimed)  # so that streams end
-    yield Running(f"http://127.0.0.1:{port}", {"job_id": claimed.job.id, "artifact_id": artifact.id})
+    given = [*[KeyScope.ADMIN] * 5, KeyScope.READ, None]
+    headers = [(scope, {} if scope is None else {"Authorization": f"Bearer {keys[scope]}"}) for scope in given]
+    yield Running(f"http://127.0.0.1:{port}", {"job_id": claimed.job.id, "artifact_id": artifact.id}, cycle(headers))
     uvicorn_server.should_exit = True
     thread.join()
 
@@ -85,8 +94,11 @@ def test_the_api_does_what_it_documents(server: Running, case: schemathesis.Case
         given = str(case.path_parameters.get(name, ""))
         if name in case.path_parameters and len(given) % 2 == 0:  # the others stay as they were made up
             case.path_parameters[name] = real
-    response = case.call(base_url=server.url)
+    scope, headers = next(server.keys)
+    response = case.call(base_url=server.url, headers=headers)
     case.validate_response(response, checks=WANTED)
+    refusal = expected_refusal(case.path, case.method, scope)
+    assert refusal is None or response.status_code == refusal, f"{case.method} {case.path} with a key of scope {scope}"
 
 
 def test_the_round_covers_every_route() -> None:
