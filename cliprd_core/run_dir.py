@@ -7,7 +7,7 @@ neither knows more of the other. It imports pydantic only.
     metrics.jsonl       one MetricsRecord per line, appended
     evaluations.jsonl   one EvaluationRecord per line, appended
     log.txt             what the training processes print (written by the supervisor)
-    ….pumped            bytes of each of these three that the service has (written by the supervisor)
+    log.txt.pumped      bytes of it that the service has (written by the supervisor)
     best_checkpoint.json  which of the checkpoints an evaluation found best (`retention.BestCheckpoint`), if the spec asks for it
     checkpoints/        step-0000000100/ …: all state of the run at that step; complete once it holds COMPLETE.json
                         .mirroring-…: links to one that the supervisor uploads, which the trainer leaves alone

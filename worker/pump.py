@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 500
 MAX_LOG_CHUNK_BYTES = 64 * 1024
 LOG_PAUSE_SECONDS = 1.0
-OFFSET_SUFFIX = ".pumped"
-"""Of the file beside each that is pumped, which says how many of its bytes are in the store."""
+LOG_OFFSET_SUFFIX = ".pumped"
+"""Of the file beside the log that says how many of its bytes are in the store."""
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 10.0
 
@@ -47,48 +47,11 @@ class Retry:
         return True
 
 
-class Offset:
-    """How much of a file is in the store, noted in another one beside it, for the next attempt on this machine.
-
-    It is not flushed to the disk, as it need not outlive the machine's crash; and a full disk is no reason to stop the run. What is noted
-    too late is written twice.
-
-    Args:
-        path: The file that is pumped.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._pumped = path
-        self._path = path.with_name(path.name + OFFSET_SUFFIX)
-        self._value: int | None = None  # not before the first look, when no other attempt pumps the file any more
-
-    @property
-    def value(self) -> int:
-        """Bytes that are in the store."""
-        if self._value is None:
-            self._value = self._read()
-        return self._value
-
-    def advance(self, value: int) -> None:
-        self._value = value
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        with suppress(OSError):
-            temporary.write_text(str(value))
-            temporary.replace(self._path)
-
-    def _read(self) -> int:
-        try:
-            value = int(self._path.read_text())
-            return value if 0 <= value <= self._pumped.stat().st_size else 0
-        except (OSError, ValueError):  # none yet, or unreadable after a power failure: better twice than never
-            return 0
-
-
 class RecordPump(Generic[AnyRecord]):
     """One file's records, in order, in batches. What could not be written stays in the file, so no buffer can overflow.
 
-    It starts where the last attempt on this machine left off. That may have died before it took a note of its last records, and writing a
-    record twice is harmless.
+    It starts at the beginning of the file: an earlier attempt on this machine may have died before its last records were written,
+    and writing a record twice is harmless.
 
     Args:
         path: The file, which need not exist yet.
@@ -106,22 +69,22 @@ class RecordPump(Generic[AnyRecord]):
         self._path = path
         self._kind = kind
         self._write = write
-        self._offset = Offset(path)
+        self._offset = 0
         self._retry = Retry(retriable)
 
     def pump(self) -> bool:
         """Write the next batch; True if there may be more to write at once."""
         if not self._retry.is_due():
             return False
-        batch = list(islice(read_records(self._path, self._kind, self._offset.value), MAX_BATCH))
+        batch = list(islice(read_records(self._path, self._kind, self._offset), MAX_BATCH))
         if not batch or not self._retry.run(lambda: self._write([record for record, _ in batch])):
             return False
-        self._offset.advance(batch[-1][1])
+        self._offset = batch[-1][1]
         return len(batch) == MAX_BATCH
 
     def is_drained(self) -> bool:
         """Whether every whole record of the file has been written."""
-        return next(iter(read_records(self._path, self._kind, self._offset.value)), None) is None
+        return next(iter(read_records(self._path, self._kind, self._offset)), None) is None
 
 
 class LogPump:
@@ -138,7 +101,8 @@ class LogPump:
     def __init__(self, path: Path, write: Callable[[str], None], retriable: tuple[type[Exception], ...]) -> None:
         self._path = path
         self._write = write
-        self._offset = Offset(path)
+        self._offset_path = path.with_name(path.name + LOG_OFFSET_SUFFIX)
+        self._offset: int | None = None  # not before the first look, when no other attempt pumps it any more
         self._retry = Retry(retriable)
         self._pumped_at = 0.0
 
@@ -156,12 +120,14 @@ class LogPump:
         if not self._retry.is_due():
             return True
         self._pumped_at = time.monotonic()
-        offset = self._offset.value
-        chunk = self._next_chunk(offset, is_final)
+        if self._offset is None:
+            self._offset = self._read_offset()
+        chunk = self._next_chunk(self._offset, is_final)
         if not chunk:
             return False
         if self._retry.run(lambda: self._write(chunk.decode(errors="replace"))):
-            self._offset.advance(offset + len(chunk))
+            self._offset += len(chunk)
+            self._note_offset(self._offset)
         return True
 
     def _next_chunk(self, offset: int, is_final: bool) -> bytes:
@@ -172,3 +138,16 @@ class LogPump:
             chunk = log.read(MAX_LOG_CHUNK_BYTES)
         whole_lines = chunk[: chunk.rfind(b"\n") + 1]
         return whole_lines or (chunk if is_final or len(chunk) == MAX_LOG_CHUNK_BYTES else b"")
+
+    def _read_offset(self) -> int:
+        try:
+            return int(self._offset_path.read_text())
+        except (OSError, ValueError):  # none yet, or unreadable after a power failure: better twice than never
+            return 0
+
+    def _note_offset(self, offset: int) -> None:
+        """Not flushed to the disk, as it need not outlive the machine's crash; and a full disk is no reason to stop the run."""
+        temporary = self._offset_path.with_name(f".{self._offset_path.name}.tmp")
+        with suppress(OSError):
+            temporary.write_text(str(offset))
+            temporary.replace(self._offset_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cliprd_core.run_dir import CheckpointFile, append_record
-from worker.pump import MAX_BATCH, OFFSET_SUFFIX, LogPump, RecordPump
+from worker.pump import MAX_BATCH, LogPump, RecordPump
 
 
 def record(number: int) -> CheckpointFile:
@@ -134,28 +134,3 @@ def test_a_log_whose_note_is_damaged_is_copied_again(tmp_path: Path) -> None:
     (tmp_path / "log.txt.pumped").write_text("")
     LogPump(log, copied.append, (ConnectionError,)).pump()
     assert copied == ["one\n"]
-
-
-def test_the_next_attempt_goes_on_with_new_records_only(tmp_path: Path) -> None:
-    path, written = tmp_path / "records.jsonl", list[int]()
-
-    def pump() -> RecordPump[CheckpointFile]:
-        return RecordPump(path, CheckpointFile, lambda batch: written.extend(one.num_bytes for one in batch), (OSError,))
-
-    append_record(path, record(1))
-    pump().pump()
-    append_record(path, record(2))
-    later = pump()
-    assert not later.is_drained()
-    later.pump()
-    assert later.is_drained()
-    assert written == [1, 2]
-
-
-@pytest.mark.parametrize("noted", ["", "nonsense", "-1", "1000000"])
-def test_a_note_that_can_not_be_right_has_all_records_written_again(tmp_path: Path, noted: str) -> None:
-    path, written = tmp_path / "records.jsonl", list[int]()
-    append_record(path, record(1))
-    path.with_name(path.name + OFFSET_SUFFIX).write_text(noted)
-    RecordPump(path, CheckpointFile, lambda batch: written.extend(one.num_bytes for one in batch), (OSError,)).pump()
-    assert written == [1]
