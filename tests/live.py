@@ -79,7 +79,7 @@ def eventually(look: Callable[[], Found | None], timeout_seconds: float = TIMEOU
 
 
 def processes_of(job_id: str) -> list[psutil.Process]:
-    """Live processes of a job: torchrun, trainer and data loaders have its run directory on their command line."""
+    """Live processes of a job: its lease's guard, torchrun, trainer and data loaders have its id on their command line."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         if process.info["status"] != psutil.STATUS_ZOMBIE and job_id in " ".join(process.info["cmdline"] or []):

@@ -43,7 +43,8 @@ def test_a_killed_worker_orphans_nothing_and_the_job_resumes(service: Service, v
 def test_a_killed_training_process_is_started_again_from_its_checkpoint(service: Service) -> None:
     job_id = service.submit(epochs=100)
     service.wait_for_checkpoint(job_id)
-    torchrun = min(processes_of(job_id), key=lambda process: process.create_time())
+    launchers = (process for process in processes_of(job_id) if "cliprd_core.torchrun" in process.cmdline())
+    torchrun = min(launchers, key=lambda process: process.create_time())
     (trainer,) = torchrun.children()
     trainer.kill()
     job = service.wait_for(job_id, JobState.SUCCEEDED)
