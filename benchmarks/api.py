@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import selectors
 import socket
@@ -58,6 +59,7 @@ SPEC = {
     "training": {"global_batch_size": 16, "warmup_steps": 10},
 }
 HOST = "127.0.0.1"
+LENGTH = re.compile(rb"\r\ncontent-length: ([0-9]+)", re.IGNORECASE)
 NUM_SHARDS = 8
 PAIRS_PER_SHARD = 16
 
@@ -282,9 +284,9 @@ def request_of(spec: dict[str, Any], key: str, client: httpx.Client) -> bytes:
 
 def is_whole(answer: bytes) -> bool:
     """Whether an answer with a Content-Length has arrived."""
-    head, end, body = answer.partition(b"\r\n\r\n")
-    lengths = [int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-    return bool(end) and len(body) >= lengths[0]
+    end = answer.find(b"\r\n\r\n")
+    length = LENGTH.search(answer, 0, max(end, 0))
+    return length is not None and len(answer) - end - 4 >= int(length[1])
 
 
 def allow_files(count: int) -> None:

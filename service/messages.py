@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from service.queue import JobQueue
 from service.store.transitions import QueuedJob
 
-MAX_SECONDS_HELD = 1.0
+MAX_SECONDS_HELD = 2.0
 """As long as submissions keep coming, messages wait for the answers; not longer, though, as workers wait for them."""
 PAUSE_SECONDS = 0.01
 MAX_MESSAGES = 50

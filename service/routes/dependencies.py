@@ -42,13 +42,23 @@ class Services:
     """What `/metrics` tells."""
 
 
-async def _services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
+    """Those of the app that serves the request."""
     services: Services = request.app.state.services
     return services
 
 
-async def _root_path(request: Request) -> str:
+def root_path_of(request: Request) -> str:
+    """Where a proxy has mounted the API."""
     return str(request.scope.get("root_path", ""))
+
+
+async def _services(request: Request) -> Services:
+    return services_of(request)
+
+
+async def _root_path(request: Request) -> str:
+    return root_path_of(request)
 
 
 async def _job_id(job_id: Annotated[str, Path(description="Id of the job.")]) -> str:

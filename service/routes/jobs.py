@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
@@ -14,7 +14,7 @@ from service.dry_run import dry_run
 from service.dry_run_schemas import DryRunView
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
-from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf
+from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf, root_path_of, services_of
 from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
 from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
@@ -40,8 +40,7 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 )
 async def submit_job(
     *,
-    services: ServicesOf,
-    root_path: RootPath,
+    request: Request,
     response: Response,
     spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)],
     idempotency_key: Annotated[
@@ -57,10 +56,11 @@ async def submit_job(
     with the same job, and `Idempotency-Replayed: true`. The same key and another spec are refused (422), as is the key of a job that was
     deleted.
     """
+    services = services_of(request)  # not as dependencies, which take a tenth of a submission's time
     if is_dry_run:
         return JSONResponse((await run_in_threadpool(dry_run, services, spec)).model_dump(mode="json"))
     job, is_replayed = await submit(services, spec, key=idempotency_key)
-    view = JobView.of(job, root_path)
+    view = JobView.of(job, root_path_of(request))
     response.headers["Location"] = view.links.self
     if is_replayed:
         response.headers["Idempotency-Replayed"] = "true"
