@@ -85,3 +85,14 @@ def processes_of(job_id: str) -> list[psutil.Process]:
         if process.info["status"] != psutil.STATUS_ZOMBIE and job_id in " ".join(process.info["cmdline"] or []):
             found.append(process)
     return found
+
+
+def assert_nothing_runs(job_id: str) -> None:
+    """Of a job whose end, pause or handing back has been told: its training had ended by then, the lease's guard ends just after."""
+    left = [process for process in processes_of(job_id) if not _is_guard(process)]
+    assert not left
+    eventually(lambda: not processes_of(job_id) or None)
+
+
+def _is_guard(process: psutil.Process) -> bool:
+    return "worker.lease_guard" in process.info["cmdline"]

@@ -12,7 +12,7 @@ import pytest
 from service.store.models import ArtifactKind
 from service.store.states import JobState
 from tests.acceptance.conftest import Service
-from tests.live import eventually, processes_of
+from tests.live import assert_nothing_runs, eventually, processes_of
 
 
 @pytest.mark.parametrize("victim", ["pool child", "parent"])
@@ -37,7 +37,7 @@ def test_a_killed_worker_orphans_nothing_and_the_job_resumes(service: Service, v
     resumed_at = service.steps_of_attempt(run, 2)[0]
     assert 1 < resumed_at <= service.steps_of_attempt(run, 1)[-1] + 1, "from the newest checkpoint"
     assert service.client.metrics(job_id, ["train/loss"])["train/loss"].steps[-1] == 400
-    assert not processes_of(job_id)
+    assert_nothing_runs(job_id)
 
 
 def test_a_killed_training_process_is_started_again_from_its_checkpoint(service: Service) -> None:
@@ -50,7 +50,7 @@ def test_a_killed_training_process_is_started_again_from_its_checkpoint(service:
     job = service.wait_for(job_id, JobState.SUCCEEDED)
     assert job.attempt == 2
     assert service.steps_of_attempt(service.run_dir(job_id), 2)[0] > 1, "from the newest checkpoint"
-    assert not processes_of(job_id)
+    assert_nothing_runs(job_id)
 
 
 def test_a_stopped_worker_hands_its_job_to_one_on_another_machine(service: Service, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_stopped_worker_hands_its_job_to_one_on_another_machine(service: Servi
     assert worker.process.wait(timeout=30) == 0
     job = service.client.job(job_id)
     assert (job.state, job.attempt) == (JobState.QUEUED, 1)
-    assert not processes_of(job_id)
+    assert_nothing_runs(job_id)
     stopped_at = service.steps_of_attempt(service.run_dir(job_id), 1)[-1]
     mirrored = {artifact.step for artifact in service.client.artifacts(job_id, ArtifactKind.CHECKPOINT)}
     assert stopped_at in mirrored

@@ -13,7 +13,7 @@ from cliprd_core.run_dir import ErrorReason
 from service.store.models import ArtifactKind
 from service.store.states import JobState
 from tests.acceptance.conftest import Service
-from tests.live import eventually, processes_of
+from tests.live import assert_nothing_runs, eventually, processes_of
 from tests.tiny import tiny_config
 
 LOAD_WITH_OPEN_CLIP = """
@@ -39,7 +39,7 @@ def test_from_a_spec_to_a_model_in_open_clip(service: Service, tmp_path: Path) -
     command = [sys.executable, "-W", "ignore", "-c", LOAD_WITH_OPEN_CLIP, str(tmp_path / "student")]
     loaded = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
     assert loaded == {"shape": [2, 32], "foreign": []}
-    assert not processes_of(job_id)
+    assert_nothing_runs(job_id)
 
 
 def test_cancelling_a_running_job_leaves_no_process(service: Service) -> None:
@@ -49,7 +49,7 @@ def test_cancelling_a_running_job_leaves_no_process(service: Service) -> None:
     service.client.cancel(job_id)
     job = service.wait_for(job_id, JobState.CANCELLED)
     assert job.error is None
-    assert not processes_of(job_id)
+    assert_nothing_runs(job_id)
     assert not service.client.artifacts(job_id, ArtifactKind.MODEL)
 
 
@@ -58,7 +58,7 @@ def test_a_paused_job_frees_its_worker_and_the_same_run_goes_on(service: Service
     service.wait_for_checkpoint(job_id)
     service.client.pause(job_id)
     service.wait_for(job_id, JobState.PAUSED)
-    assert not processes_of(job_id)
+    assert_nothing_runs(job_id)
     other_id = service.submit(epochs=1)
     service.wait_for(other_id, JobState.SUCCEEDED)
     service.client.resume(job_id)
