@@ -14,6 +14,7 @@ from service.app import create_app
 from service.auth import is_loopback
 from service.die_with_parent import die_with_parent
 from service.monitoring import SHARED_FOLDER_VARIABLE
+from service.processes import serve
 from service.settings import Settings
 from service.store.keys import any_keys
 from service.store.session import make_engine, make_sessions, migrate, reading
@@ -25,11 +26,17 @@ def main() -> None:
     if not is_loopback(settings.host) and not settings.always_need_key:  # which lets nobody in before there is a key
         _insist_on_a_key(settings)
     if settings.api_processes == 1:
-        _run(make_app(), settings)
+        uvicorn.run(make_app(), host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
         return
     with tempfile.TemporaryDirectory(prefix="cliprd-api-") as folder:
         os.environ[SHARED_FOLDER_VARIABLE] = folder  # the processes inherit it
-        _run("service.__main__:make_child_app", settings)
+        serve(
+            "service.__main__:make_child_app",
+            host=settings.host,
+            port=settings.port,
+            processes=settings.api_processes,
+            shutdown_seconds=settings.shutdown_seconds,
+        )
 
 
 def make_app() -> FastAPI:
@@ -43,18 +50,6 @@ def make_child_app() -> FastAPI:
     """The API of one process of several; it does not outlive the one that started them."""
     die_with_parent(os.getppid())
     return make_app()
-
-
-def _run(app: FastAPI | str, settings: Settings) -> None:
-    """Several processes listen on one socket, and one that dies is replaced; `app` then names what makes it in each of them."""
-    uvicorn.run(
-        app,
-        factory=isinstance(app, str),
-        workers=settings.api_processes,
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-    )
 
 
 def _insist_on_a_key(settings: Settings) -> None:
