@@ -31,6 +31,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import text
@@ -191,7 +192,7 @@ def server(folder: Path, database_url: str, broker_url: str, processes: int) -> 
     url = f"http://{HOST}:{port}"
     try:
         deadline = time.monotonic() + 60
-        while not _is_ready(url):
+        while not (_is_ready(url) and num_listening(process.pid) == processes):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the API did not start; see above")
             time.sleep(0.05)
@@ -205,6 +206,12 @@ def _is_ready(url: str) -> bool:
     with suppress(httpx.TransportError):
         return httpx.get(f"{url}/readyz", trust_env=False).is_success
     return False
+
+
+def num_listening(pid: int) -> int:
+    """Processes of a service that take connections."""
+    service = psutil.Process(pid)
+    return sum(any(one.status == psutil.CONN_LISTEN for one in process.net_connections()) for process in [service, *service.children()])
 
 
 def fill(database_url: str, num_steps: int, num_names: int) -> tuple[str, float]:

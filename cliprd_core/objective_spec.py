@@ -21,7 +21,7 @@ MAX_KEPT_BLOCKS = 8
 _BATCH_OF_SMALLEST_BLOCKS = 2**15
 _LARGEST_BLOCK = 4 * BLOCK_ELEMENTS
 
-Weight = Annotated[StrictFloat, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
+Weight = Annotated[StrictFloat, Field(ge=0.0, le=1e6)]
 
 
 def default_block_elements(batch_size: int, *, on_gpu: bool) -> int:
@@ -113,8 +113,10 @@ class ObjectiveSpec(SpecModel):
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
-        if not (self.task or self.needs_teacher):
+        if self.task:
+            return self
+        if not self.needs_teacher:
             raise ValueError("every weight is 0, so there is nothing to learn; set at least one above 0")
-        if self.distillation_terms == ["mfd"] and not self.task:
+        if self.distillation_terms == ["mfd"]:
             raise ValueError("`mfd` alone teaches images and leaves the text encoder untrained; set another weight above 0")
         return self

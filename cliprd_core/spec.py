@@ -243,13 +243,13 @@ class JobSpec(SpecModel):
     def _consistent(self) -> Self:
         if self.teacher is not None and self.teachers:
             raise ValueError("`teacher` and `teachers` are both set; put all of them into `teachers`, or remove it")
-        has_teacher = bool(self.teacher_fields)
-        if self.recipe is Recipe.CLIP and has_teacher and not self.objective.needs_teacher:
+        has_teacher, needs_teacher = bool(self.teacher_fields), self.objective.needs_teacher
+        if self.recipe is Recipe.CLIP and has_teacher and not needs_teacher:
             raise ValueError("`teacher` is set, but recipe `clip` trains without one; remove it, or use recipe `clip_kd` or `clip_rd`")
-        if self.objective.needs_teacher and not has_teacher:
+        if needs_teacher and not has_teacher:
             terms = ", ".join(f"`objective.{name}`" for name in self.objective.distillation_terms)
             raise ValueError(f"`teacher` is missing, which {terms} need; set it, or use recipe `clip` with those weights at 0")
-        if has_teacher and not self.objective.needs_teacher:
+        if has_teacher and not needs_teacher:
             raise ValueError("`teacher` would not be used, as every distillation weight in `objective` is 0; remove it or raise a weight")
         if self.training.global_batch_size % self.resources.num_processes:
             raise ValueError(

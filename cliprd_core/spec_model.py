@@ -15,6 +15,6 @@ MAX_COUNT = 10**12
 
 
 class SpecModel(BaseModel):
-    """Base of every part of the spec: frozen, and an unknown field is an error, never ignored."""
+    """Base of every part of the spec: frozen, an unknown field is an error, never ignored, and a number is finite, as JSON has no other."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

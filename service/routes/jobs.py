@@ -41,14 +41,13 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 async def submit_job(
     *,
     request: Request,
-    response: Response,
     spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)],
     idempotency_key: Annotated[
         str | None,
         Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$", description="Repeating a submission under one key makes one job."),
     ] = None,
     is_dry_run: Annotated[bool, Query(alias="dry_run", description="Only check the spec, and answer what it would become (200).")] = False,
-) -> JobView | JSONResponse:
+) -> Response:
     """Check the spec, store the job, and send it to the workers of its queue. All problems are named at once (422), but for those that only
     an otherwise sound spec tells: fields that don't fit each other, too few pairs for a batch, a teacher's job that can't be one.
 
@@ -61,10 +60,8 @@ async def submit_job(
         return JSONResponse((await run_in_threadpool(dry_run, services, spec)).model_dump(mode="json"))
     job, is_replayed = await submit(services, spec, key=idempotency_key)
     view = JobView.of(job, root_path_of(request))
-    response.headers["Location"] = view.links.self
-    if is_replayed:
-        response.headers["Idempotency-Replayed"] = "true"
-    return view
+    headers = {"Location": view.links.self, **({"Idempotency-Replayed": "true"} if is_replayed else {})}
+    return Response(view.model_dump_json(by_alias=True), 201, headers, media_type="application/json")  # FastAPI would check the view again
 
 
 @router.get("", summary="List jobs, newest first", responses=problem_responses(500, 503))

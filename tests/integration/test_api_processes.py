@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -79,6 +80,30 @@ def test_each_tells_the_measurements_of_all(api: tuple[str, psutil.Process]) -> 
     for _ in range(40):  # over connections of their own, which any process may take
         assert httpx.get(f"{url}/healthz", trust_env=False).is_success
     assert {num_answers(url) for _ in range(10)} == {40}
+
+
+def test_a_burst_of_connections_is_spread_evenly(api: tuple[str, psutil.Process]) -> None:
+    url, parent = api
+    host, port = url.removeprefix("http://").split(":")
+    with ExitStack() as opened:
+        for _ in range(200):
+            opened.enter_context(socket.create_connection((host, int(port))))
+        wait_for(lambda: sum(num_connections(one) for one in servers(parent)) >= 200)
+        assert min(num_connections(one) for one in servers(parent)) > 50  # by chance, once in 10^12 times
+
+
+def num_connections(process: psutil.Process) -> int:
+    """Of clients; the port is on this machine's own side."""
+    listening = {one.laddr.port for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
+    return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port in listening for one in process.net_connections())
+
+
+def test_a_port_that_another_service_has_is_not_shared_with_it(api: tuple[str, psutil.Process]) -> None:
+    _, parent = api
+    command = [sys.executable, "-m", "service"]
+    second = subprocess.run(command, env=parent.environ(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    assert second.returncode != 0
+    assert "already in use" in second.stderr
 
 
 def test_one_that_dies_is_replaced_and_its_measurements_stay(api: tuple[str, psutil.Process]) -> None:
