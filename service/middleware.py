@@ -92,8 +92,11 @@ class HeadLikeGet:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
         as_get = {**scope, "method": "GET"}
-        if scope["type"] != "http" or scope["method"] != "HEAD" or _has_route(scope) or not _has_route(as_get):
+        if _has_route(scope) or not _has_route(as_get):
             await self.app(scope, receive, send)
             return
         is_answered = False

@@ -31,7 +31,7 @@ async def refuse_other_parameters(request: Request) -> None:
     Raises:
         QueryError: there are such parameters.
     """
-    if request.query_params:
+    if request.scope["query_string"]:
         await run_in_threadpool(_refuse_others, request)
 
 
