@@ -77,9 +77,18 @@ class JobView(View):
     labels: dict[str, str]
     recipe: str
     state: JobState
-    attempt: int = Field(description="Which attempt runs or ran; 0 before the first.")
+    attempt: int = Field(
+        description="Which attempt runs or ran last; 0 before the first. It counts all, also those after a pause or a retry, so it may be"
+        " more than `max_attempts`, which bounds `failed_attempts`."
+    )
+    failed_attempts: int = Field(
+        default=0,
+        description="Attempts that failed, or whose worker was lost, since the job was submitted or last retried. One that was paused,"
+        " cancelled, or given back by a worker that shut down is none.",
+    )
     max_attempts: int = Field(
-        description="Attempts that may fail for a reason that may pass (a lost worker, a full disk) before the job fails."
+        description="The job fails at so many `failed_attempts`; before, it is tried again by itself after a failure that may pass (a lost"
+        " worker, a full disk). Any other failure ends it at once."
     )
     worker: str | None = Field(description="Worker of the latest attempt.")
     waiting_for: str | None = Field(
@@ -110,6 +119,7 @@ class JobView(View):
             recipe=job.recipe,
             state=job.state,
             attempt=job.attempt,
+            failed_attempts=job.failed_attempts,
             max_attempts=job.max_attempts,
             worker=job.worker,
             waiting_for=waiting_for,

@@ -158,6 +158,7 @@ def test_a_failed_job_says_what_to_do(bench: Bench) -> None:
     assert f"cliprd: diverged: {FAILURE.message}\nWhat to do: {what_to_do(FAILURE)}" in stderr
     shown = " ".join(bench.run("show", job_id)[1].split())
     assert f"error diverged: {FAILURE.message}" in shown
+    assert "attempt 1; 1 failed, of at most 3" in shown
     assert f"what to do {what_to_do(FAILURE)}" in shown
 
 
