@@ -57,6 +57,13 @@ class NoSuchLabelError(ValueError):
     """A `label` of the query is not `key=value`."""
 
 
+class NeverIssuedError(ValueError):
+    """A `Last-Event-ID` that no event had."""
+
+    def __init__(self, given: int, newest: int) -> None:
+        super().__init__(f"is {given}, but the newest event here has the id {newest}")
+
+
 class NotReadyError(Exception):
     """The service can't work now; `parts` says why not, part by part."""
 
@@ -98,6 +105,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(TeacherUnavailableError, _on_refused_field)
     app.add_exception_handler(InvalidCursorError, _on_refused_field)
     app.add_exception_handler(NoSuchLabelError, _on_refused_field)
+    app.add_exception_handler(NeverIssuedError, _on_refused_field)
     app.add_exception_handler(IdempotencyConflictError, _on_refused_field)
     app.add_exception_handler(JobNotFoundError, _on_not_found)
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
@@ -171,6 +179,9 @@ def _on_refused_field(request: Request, error: Exception) -> Response:
         case NoSuchLabelError():
             remedy = "Write it as `label=key=value`; repeat it for several."
             return _invalid(request, [FieldProblem(field="label", problem=str(error), remedy=remedy)])
+        case NeverIssuedError():
+            remedy = "Give the `id` of the last event that arrived from this stream of this job; leave the header out to begin anew."
+            return _invalid(request, [FieldProblem(field="Last-Event-ID", problem=str(error), remedy=remedy)])
         case IdempotencyConflictError():
             remedy = "Use a new key for each job; repeat one only with the spec it was first sent with, and while its job is there."
             return _invalid(request, [FieldProblem(field="Idempotency-Key", problem=str(error), remedy=remedy)])
