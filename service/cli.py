@@ -39,6 +39,17 @@ app.add_typer(cli_workers.app)
 app.add_typer(cli_stores.app, name="stores")
 app.add_typer(keys, name="keys")
 WATCH_SECONDS = 1.0
+ASK_NO_SERVICE = ("up", "migrate", "keys")
+"""Commands that work on this machine, whatever `--url` says."""
+
+
+@app.callback()
+def ask(
+    context: typer.Context,
+    url: Annotated[str | None, typer.Option(help="Address of the service, as after the command.", show_default=False)] = None,
+) -> None:
+    if url is not None and context.invoked_subcommand in ASK_NO_SERVICE:
+        fail(f"`{context.invoked_subcommand}` asks no service; leave --url out")
 
 
 @app.command()

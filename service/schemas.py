@@ -162,7 +162,7 @@ class JobList(View):
 class EventView(View):
     """One thing that happened to a job."""
 
-    id: int = Field(description="Higher than that of every earlier event of the job.")
+    id: int = Field(description="Higher than that of every earlier event of the job; not the next number, as all jobs share them.")
     kind: EventKind = Field(
         description="`lease_lost`: the attempt's worker vanished. `attempt_lost`: the attempt failed for a `reason` that may pass."
     )
@@ -234,7 +234,10 @@ class ArtifactView(View):
 
     id: str
     job_id: str
-    kind: ArtifactKind
+    kind: ArtifactKind = Field(
+        description="`model`: of the trained student. `checkpoint`: for a resume; gone once the job has succeeded. `best_checkpoint`: the"
+        " one that `training.keep_checkpoints.best` keeps as long as the job."
+    )
     group: str = Field(description="Files of one group belong together.", examples=["export", "step-0000000100"])
     step: int | None = Field(description="Optimiser updates done when it was made.")
     name: str = Field(description="File name.")

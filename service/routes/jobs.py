@@ -27,6 +27,13 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 
+_REPLAYED = {
+    "Idempotency-Replayed": {
+        "description": "`true`: an earlier submission under this `Idempotency-Key` made the job. Absent: this one did.",
+        "schema": {"type": "string", "enum": ["true"]},
+    }
+}
+
 
 @router.post(
     "",
@@ -35,6 +42,7 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
     response_model=JobView,
     responses={
         200: {"description": "Dry run: what the job would be", "model": DryRunView},
+        201: {"headers": _REPLAYED},
         **problem_responses(500, 503),
     },
 )
@@ -50,7 +58,7 @@ async def submit_job(
             min_length=1,
             max_length=255,
             pattern=r"^[\x21-\x7e]+$",
-            description="Repeating a submission under one key makes one job.",
+            description="Repeating a submission under one key makes one job. Note that curl leaves out a header without a value.",
         ),
     ] = None,
     is_dry_run: Annotated[bool, Query(alias="dry_run", description="Only check the spec, and answer what it would become (200).")] = False,
@@ -156,7 +164,8 @@ def list_job_artifacts(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> ArtifactList:
-    """The files that the job made, newest first."""
+    """The files that the job made, newest first. Of a job that has succeeded these are its model and its best checkpoint, where the spec
+    keeps one; the other checkpoints, which a resume would have needed, are deleted from the artifact store then."""
     with reading(services.sessions) as session:
         jobs.get_job(session=session, job_id=job_id)
         page = artifacts.list_artifacts(session=session, job_id=job_id, kind=kind, limit=limit, cursor=cursor)

@@ -166,7 +166,9 @@ def test_openapi_documents_every_error_and_examples(client: TestClient) -> None:
 
 
 def test_a_header_is_told_as_the_reference_spells_it(client: TestClient) -> None:
-    operations = [one for methods in client.get("/openapi.json").json()["paths"].values() for one in methods.values()]
+    paths = client.get("/openapi.json").json()["paths"]
+    assert list(paths["/jobs"]["post"]["responses"]["201"]["headers"]) == ["Idempotency-Replayed"]
+    operations = [one for methods in paths.values() for one in methods.values()]
     documented = {one["name"] for operation in operations for one in operation.get("parameters", []) if one["in"] == "header"}
     assert documented == {"Idempotency-Key", "Last-Event-ID", "Range", "If-Range", "If-Match", "If-None-Match"}
     for method, path, header in (("POST", "/jobs", "idempotency-key"), ("GET", "/jobs/00000000-none/events", "last-event-id")):
