@@ -15,7 +15,7 @@ from service.dry_run_schemas import DryRunView
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf, root_path_of, services_of
-from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
+from service.schemas import ArtifactList, EvaluationList, EvaluationView, JobList, JobView, MetricsView
 from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
 from service.store.session import reading
@@ -151,7 +151,7 @@ def read_evaluations(
     with reading(services.sessions) as session:
         jobs.get_job(session=session, job_id=job_id)
         page = metrics.list_evaluations(session=session, job_id=job_id, limit=limit, cursor=cursor)
-    return EvaluationList(evaluations=list(page.rows), next_cursor=page.next_cursor)
+    return EvaluationList(evaluations=[EvaluationView.of(one) for one in page.rows], next_cursor=page.next_cursor)
 
 
 @router.get("/{job_id}/artifacts", summary="A job's artifacts", responses=problem_responses(404, 500, 503))

@@ -177,6 +177,19 @@ def test_a_header_is_told_as_the_reference_spells_it(client: TestClient) -> None
         assert header not in body["detail"]
 
 
+def test_what_is_empty_or_no_number_is_told_plainly(client: TestClient, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    no_key, no_number = {"Idempotency-Key": ""}, {"Last-Event-ID": "abc"}
+    for refused, told, remedy in (
+        (client.post("/jobs", json=spec_dict(), headers=no_key), "is empty", "such as a UUID"),
+        (client.get("/jobs/00000000-none/log", headers=no_number), "must be a valid integer, but is `abc`", "whole number"),
+        (client.post("/jobs/cancel", json={"labels": {}}), "is empty, which would mean every job", '{"labels": {"team": "vision"}}'),
+    ):
+        [error] = problem(refused, 422)["errors"]
+        assert error["problem"] == told
+        assert remedy in error["remedy"]
+
+
 def test_answers_are_linked_to_what_can_be_done_next(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     operations = {one["operationId"]: (path, one) for path, methods in schema["paths"].items() for one in methods.values()}

@@ -237,7 +237,7 @@ def test_an_event_id_that_was_never_issued_is_refused(client: TestClient, sessio
         assert refused.status_code == 422
         [error] = refused.json()["errors"]
         assert (error["field"], error["problem"]) == ("Last-Event-ID", f"is {last + 1}, but the newest event here has the id {last}")
-        assert "leave the header out" in error["remedy"]
+        assert "Leave the header out to begin anew." in error["remedy"]
         assert client.get(f"/jobs/00000000-none/{name}", headers={**headers, "Last-Event-ID": "7"}).status_code == 404
     of_other = client.get(f"/jobs/{other}/events").json()["events"][-1]["id"]
     assert client.get(f"{path}/events", params={"after": of_other}).json() == {"events": []}, "ids are shared by all jobs"
