@@ -110,6 +110,9 @@ class MetricsRecord(Record):
     values: dict[str, float]
 
 
+EvaluationTask = Literal["zero_shot", "retrieval", "validation"]
+
+
 class EvaluationRecord(Record):
     """One data set's evaluation at one step. All values are fractions 0-1."""
 
@@ -117,7 +120,7 @@ class EvaluationRecord(Record):
     step: int
     epoch: float
     time: float = Field(description="Unix seconds.")
-    task: Literal["zero_shot", "retrieval", "validation"]
+    task: EvaluationTask
     dataset: str = Field(description="The set's `name` in the spec.")
     num_samples: int = Field(description="Images evaluated.")
     metrics: dict[str, float] = Field(description="`zero_shot_top1`, `image_to_text_R@1`, …")

@@ -150,7 +150,10 @@ def _train_epochs(run: Run, stop: StopRequest) -> bool:
 
 
 def _record_and_save(run: Run, output: StepOutput, step: int, *, is_stopping: bool) -> None:
-    """Log and save where this step calls for it. Only here does the host wait for the device."""
+    """Log and save where this step calls for it. Only here does the host wait for the device.
+
+    What is saved is logged first, so that whoever reads the records never takes a run for further back than its newest checkpoint.
+    """
     training = run.spec.training
     is_last = step == run.num_steps
     is_log_due = step == run.start_step + 1 or step % training.log_every_steps == 0 or is_last
@@ -158,7 +161,7 @@ def _record_and_save(run: Run, output: StepOutput, step: int, *, is_stopping: bo
     if not (is_log_due or is_save_due):
         return
     run.divergence.check()
-    if is_log_due and distributed.is_main():
+    if distributed.is_main():
         values = {**dict(zip(output.names, output.numbers.tolist(), strict=True)), "train/learning_rate": output.learning_rate}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}  # fp16 skips steps of infinite gradient
         run.metrics.training(step, finite, run.stopwatch.lap())

@@ -63,7 +63,12 @@ class TrainingSpec(SpecModel):
         default=1000, ge=1, le=MAX_COUNT, description="Steps between checkpoints; one more is saved when the run stops."
     )
     keep_checkpoints: CheckpointsToKeep = CheckpointsToKeep()
-    log_every_steps: StrictInt = Field(default=10, ge=1, le=MAX_COUNT, description="Steps between metric records.")
+    log_every_steps: StrictInt = Field(
+        default=10,
+        ge=1,
+        le=MAX_COUNT,
+        description="Steps between metric records. An attempt's first step, and every step that is saved, have one as well.",
+    )
     num_data_workers: StrictInt = Field(
         default=2, ge=0, le=256, description="Data-loading processes per training process; 0 loads in the training process."
     )

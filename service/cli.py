@@ -22,6 +22,7 @@ from service.store.states import JobState
 
 if TYPE_CHECKING:
     from service.client import Client
+    from service.schemas import JobView
 
 # Imported where used: service.client and service.embedded, which take longer than `cliprd --help` should.
 
@@ -38,6 +39,17 @@ app.add_typer(cli_workers.app)
 app.add_typer(cli_stores.app, name="stores")
 app.add_typer(keys, name="keys")
 WATCH_SECONDS = 1.0
+ASK_NO_SERVICE = ("up", "migrate", "keys")
+"""Commands that work on this machine, whatever `--url` says."""
+
+
+@app.callback()
+def ask(
+    context: typer.Context,
+    url: Annotated[str | None, typer.Option(help="Address of the service, as after the command.", show_default=False)] = None,
+) -> None:
+    if url is not None and context.invoked_subcommand in ASK_NO_SERVICE:
+        fail(f"`{context.invoked_subcommand}` asks no service; leave --url out")
 
 
 @app.command()
@@ -157,7 +169,7 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
         ("name", job.name),
         ("recipe", job.recipe),
         ("state", str(job.state)),
-        ("attempt", str(job.attempt) if job.attempt else "not started"),
+        ("attempt", _attempts(job)),
     ]
     if not job.state.is_finished:
         rows.append(("status", status_of(job)))
@@ -177,6 +189,11 @@ def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
             out.print(f"{one.dataset} at step {one.step}: {values}", soft_wrap=True)
     for artifact in artifacts:
         out.print(f"{artifact.kind} {artifact.group}/{artifact.name}  {artifact.num_bytes:,} bytes  {artifact.id}", soft_wrap=True)
+
+
+def _attempts(job: JobView) -> str:
+    failed = f"; {job.failed_attempts} failed, of at most {job.max_attempts}" if job.failed_attempts else ""
+    return f"{job.attempt}{failed}" if job.attempt else "not started"
 
 
 @app.command()

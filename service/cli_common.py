@@ -20,7 +20,19 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-Url = Annotated[str, typer.Option(envvar="CLIPRD_URL", help="Address of the service.")]
+
+def _nearest(context: typer.Context, url: str) -> str:
+    """The `--url` that stands nearest to the command: of its own, or of a command before it; else the environment's, or the default."""
+    at: Any = context
+    while at is not None:
+        source = at.get_parameter_source("url")
+        if source is not None and source.name == "COMMANDLINE":
+            return url if at is context else str(at.params["url"])
+        at = at.parent
+    return url
+
+
+Url = Annotated[str, typer.Option(envvar="CLIPRD_URL", callback=_nearest, help="Address of the service.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job, in full.", show_default=False)]
 DEFAULT_URL = "http://127.0.0.1:8000"
 

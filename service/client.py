@@ -21,7 +21,6 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from cliprd_core.run_dir import EvaluationRecord
 from cliprd_core.spec import JobSpec
 from service.dry_run_schemas import DryRunView
 from service.errors import Problem
@@ -30,17 +29,17 @@ from service.schemas import (
     ArtifactView,
     CancelledJobs,
     EvaluationList,
+    EvaluationView,
     EventList,
     EventView,
     JobList,
     JobView,
     MetricsView,
     SeriesView,
-    TeacherStoreList,
-    TeacherStoreView,
 )
 from service.store.models import ArtifactKind
 from service.store.states import JobState
+from service.teacher_store_schemas import TeacherStoreList, TeacherStoreView
 from service.worker_schemas import WorkerList, WorkerView
 
 API_KEY_VARIABLE = "CLIPRD_API_KEY"
@@ -182,7 +181,7 @@ class Client:
             params["names"] = names
         return self._call("GET", f"/jobs/{job_id}/metrics", MetricsView, params=params).series
 
-    def evaluations(self, job_id: str) -> list[EvaluationRecord]:
+    def evaluations(self, job_id: str) -> list[EvaluationView]:
         """What was evaluated, by step; values are fractions 0-1."""
         return [one for page in self._pages(f"/jobs/{job_id}/evaluations", EvaluationList, {}) for one in page.evaluations]
 

@@ -41,7 +41,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         sizes[field] = size_of_trained(students[field], locations) if field in students else size_of_model(teacher, locations)
     memory = memory_view(resolved, sizes)
     return DryRunView(
-        state=JobState.WAITING if waits else JobState.QUEUED,
+        state_if_submitted=JobState.WAITING if waits else JobState.QUEUED,
         spec=resolved.model_dump(mode="json"),
         num_pairs=num_pairs,
         num_steps=num_steps,

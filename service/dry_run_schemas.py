@@ -64,9 +64,11 @@ class FoundFilesView(View):
 
 
 class DryRunView(View):
-    """What a spec would become as a job, and what it would take."""
+    """What a spec would become as a job, and what it would take. No job was made."""
 
-    state: JobState = Field(description="`queued`, or `waiting` for a teacher that is a job under way.")
+    state_if_submitted: JobState = Field(
+        description="What the job would be at first: `queued`, or `waiting` for a teacher that is a job under way."
+    )
     spec: StoredSpec = Field(description="As it would run: recipe applied, paths absolute.")
     num_pairs: int | None = Field(description="Training pairs, unreadable ones among them. Null: unknown without much reading.")
     num_steps: int | None = Field(description="Optimiser updates of the whole run. Null: unknown.")

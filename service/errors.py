@@ -42,6 +42,15 @@ _TITLES = {413: "Content Too Large", 416: "Range Not Satisfiable", 422: "Unproce
 """RFC 9110's phrases, where they differ between Python versions."""
 
 
+_HEADER_REMEDIES = {
+    "Idempotency-Key": "Send what no other submission has, such as a UUID: up to 255 letters, digits and signs, without spaces. Or leave"
+    " the header out.",
+    "Last-Event-ID": "Send the `id` of the last event that arrived from this stream of this job, which is a whole number. Leave the header"
+    " out to begin anew.",
+}
+"""What to do about a header that is refused."""
+
+
 class Problem(BaseModel):
     """An error (RFC 9457)."""
 
@@ -55,6 +64,13 @@ class Problem(BaseModel):
 
 class NoSuchLabelError(ValueError):
     """A `label` of the query is not `key=value`."""
+
+
+class NeverIssuedError(ValueError):
+    """A `Last-Event-ID` that no event had."""
+
+    def __init__(self, given: int, newest: int) -> None:
+        super().__init__(f"is {given}, but the newest event here has the id {newest}")
 
 
 class NotReadyError(Exception):
@@ -98,6 +114,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(TeacherUnavailableError, _on_refused_field)
     app.add_exception_handler(InvalidCursorError, _on_refused_field)
     app.add_exception_handler(NoSuchLabelError, _on_refused_field)
+    app.add_exception_handler(NeverIssuedError, _on_refused_field)
     app.add_exception_handler(IdempotencyConflictError, _on_refused_field)
     app.add_exception_handler(JobNotFoundError, _on_not_found)
     app.add_exception_handler(ArtifactNotFoundError, _on_not_found)
@@ -141,7 +158,10 @@ def _on_invalid_request(request: Request, error: Exception) -> Response:
         source, *loc = one["loc"]
         if one["type"] == "json_invalid":
             return _malformed_json(request, str(error.body), int(loc[0]), one["ctx"]["error"])
-        problems += problems_of([{**one, "loc": loc}], JobSpec if source == "body" else BaseModel)
+        found = problems_of([{**one, "loc": loc}], JobSpec if source == "body" else BaseModel)
+        problems += (
+            [problem.model_copy(update={"remedy": _HEADER_REMEDIES[problem.field]}) for problem in found] if source == "header" else found
+        )
     if _takes_a_spec(request):
         problems += problems_of_parts(request.app.state.services, error.body)
     return _invalid(request, problems)
@@ -171,6 +191,9 @@ def _on_refused_field(request: Request, error: Exception) -> Response:
         case NoSuchLabelError():
             remedy = "Write it as `label=key=value`; repeat it for several."
             return _invalid(request, [FieldProblem(field="label", problem=str(error), remedy=remedy)])
+        case NeverIssuedError():
+            problem = FieldProblem(field="Last-Event-ID", problem=str(error), remedy=_HEADER_REMEDIES["Last-Event-ID"])
+            return _invalid(request, [problem])
         case IdempotencyConflictError():
             remedy = "Use a new key for each job; repeat one only with the spec it was first sent with, and while its job is there."
             return _invalid(request, [FieldProblem(field="Idempotency-Key", problem=str(error), remedy=remedy)])

@@ -96,9 +96,11 @@ def _memory_assumptions(spec: JobSpec) -> list[str]:
 def time_view(spec: JobSpec, speeds: Sequence[RecordedSpeed], num_steps: int | None) -> TimeView:
     """`speeds` of jobs like this one; `num_steps` of the whole run, if known."""
     if not speeds:
+        device = spec.resources.device
+        where = "" if device is Device.AUTO else f" on `resources.device` {device.value}"
         reason = (
-            "No job with this student, these teachers, objective, batch, precision and number of processes has recorded a speed on such a"
-            " device yet."
+            "No job with the same student, teachers, objective, batch size, precision and number of processes has recorded"
+            f" its speed{where} yet."
         )
         return TimeView(by_device=[], assumptions=[], reason=reason)
     num_pairs = None if num_steps is None else num_steps * spec.training.global_batch_size

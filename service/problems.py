@@ -168,7 +168,10 @@ def _problem_of(error: Mapping[str, Any], location: Location, model: type[BaseMo
 
 def _sentence(error: Mapping[str, Any]) -> str:
     """pydantic's sentence, in our words and with the value that was given."""
+    if error["type"] in ("string_too_short", "too_short") and not error.get("input"):
+        return "is empty"
     message = re.sub(r"^(Input|List|Dictionary|Tuple|String|Value) should ", "must ", str(error["msg"]))
+    message = re.sub(r", unable to (parse|interpret) .*", "", message)
     message = (
         message.replace("must have at most", "may have at most").replace(" after validation", "").replace("1 characters", "1 character")
     )

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, Progress, ResultRecord
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, EvaluationTask, Progress, ResultRecord
 from cliprd_core.spec import JobSpec, LabelName, LabelValue
-from cliprd_core.store_dir import StoreKey, StoreRecord
 from service.store.failure_policy import what_to_do
 from service.store.metrics import Series
 from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
@@ -77,9 +76,18 @@ class JobView(View):
     labels: dict[str, str]
     recipe: str
     state: JobState
-    attempt: int = Field(description="Which attempt runs or ran; 0 before the first.")
+    attempt: int = Field(
+        description="Which attempt runs or ran last; 0 before the first. It counts all, also those after a pause or a retry, so it may be"
+        " more than `max_attempts`, which bounds `failed_attempts`."
+    )
+    failed_attempts: int = Field(
+        default=0,
+        description="Attempts that failed, or whose worker was lost, since the job was submitted or last retried. One that was paused,"
+        " cancelled, or given back by a worker that shut down is none.",
+    )
     max_attempts: int = Field(
-        description="Attempts that may fail for a reason that may pass (a lost worker, a full disk) before the job fails."
+        description="The job fails at so many `failed_attempts`; before, it is tried again by itself after a failure that may pass (a lost"
+        " worker, a full disk). Any other failure ends it at once."
     )
     worker: str | None = Field(description="Worker of the latest attempt.")
     waiting_for: str | None = Field(
@@ -110,6 +118,7 @@ class JobView(View):
             recipe=job.recipe,
             state=job.state,
             attempt=job.attempt,
+            failed_attempts=job.failed_attempts,
             max_attempts=job.max_attempts,
             worker=job.worker,
             waiting_for=waiting_for,
@@ -152,7 +161,7 @@ class JobList(View):
 class EventView(View):
     """One thing that happened to a job."""
 
-    id: int = Field(description="Higher than that of every earlier event of the job.")
+    id: int = Field(description="Higher than that of every earlier event of the job; not the next number, as all jobs share them.")
     kind: EventKind = Field(
         description="`lease_lost`: the attempt's worker vanished. `attempt_lost`: the attempt failed for a `reason` that may pass."
     )
@@ -180,7 +189,14 @@ class LabelSelector(View):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    labels: dict[LabelName, LabelValue] = Field(min_length=1, max_length=16, examples=[{"team": "vision"}])
+    labels: dict[LabelName, LabelValue] = Field(max_length=16, examples=[{"team": "vision"}], json_schema_extra={"minProperties": 1})
+
+    @field_validator("labels", mode="after")
+    @classmethod
+    def _some(cls, value: dict[str, str]) -> dict[str, str]:
+        if not value:
+            raise ValueError('is empty, which would mean every job; give at least one label, as {"labels": {"team": "vision"}}')
+        return value
 
 
 class CancelledJobs(View):
@@ -212,10 +228,28 @@ class MetricsView(View):
         return cls(series=views, unmatched=unmatched, names=sorted(names))
 
 
+class EvaluationView(View):
+    """One data set's evaluation at one step. All values are fractions 0-1."""
+
+    attempt: int
+    step: int
+    epoch: float = Field(description="Passes over the training pairs done by then, with fraction.")
+    time: datetime
+    task: EvaluationTask
+    dataset: str = Field(description="The set's `name` in the spec.")
+    num_samples: int = Field(description="Images evaluated.")
+    metrics: dict[str, float] = Field(description="`zero_shot_top1`, `image_to_text_R@1`, …")
+    chance: dict[str, float] = Field(description="What guessing scores, under the same names.")
+
+    @classmethod
+    def of(cls, record: EvaluationRecord) -> Self:
+        return cls(**{**record.model_dump(), "time": datetime.fromtimestamp(record.time, UTC)})
+
+
 class EvaluationList(View):
     """A page of a job's evaluations, by step."""
 
-    evaluations: list[EvaluationRecord]
+    evaluations: list[EvaluationView]
     next_cursor: str | None = Field(description="Give it as `cursor` for the next page. Null: this was the last.")
 
 
@@ -224,7 +258,10 @@ class ArtifactView(View):
 
     id: str
     job_id: str
-    kind: ArtifactKind
+    kind: ArtifactKind = Field(
+        description="`model`: of the trained student. `checkpoint`: for a resume; gone once the job has succeeded. `best_checkpoint`: the"
+        " one that `training.keep_checkpoints.best` keeps as long as the job."
+    )
     group: str = Field(description="Files of one group belong together.", examples=["export", "step-0000000100"])
     step: int | None = Field(description="Optimiser updates done when it was made.")
     name: str = Field(description="File name.")
@@ -249,52 +286,6 @@ class ArtifactList(View):
     @classmethod
     def of(cls, rows: Sequence[Artifact], next_cursor: str | None, root_path: str) -> Self:
         return cls(artifacts=[ArtifactView.of(row, root_path) for row in rows], next_cursor=next_cursor)
-
-
-class TeacherStoreView(View):
-    """A teacher's features of one data set, kept on disk. What describes it is null where its own description is damaged."""
-
-    key: str = Field(description="Names it; a digest of everything the features depend on.")
-    teacher: str | None = Field(description="Name of the teacher.")
-    data: str | None = Field(description="The training data.")
-    depends_on: StoreKey | None = Field(description="Everything the features depend on.")
-    num_bytes: int = Field(description="Size once it is full.")
-    num_bytes_on_disk: int = Field(description="Size now.")
-    num_images: int = Field(description="Image features that are there, views counted each; may lag half a minute behind.")
-    num_texts: int = Field(description="Caption features that are there; may lag half a minute behind.")
-    filled: float | None = Field(description="The two as a fraction 0-1 of all there will be.")
-    hits: int = Field(description="Features that were read instead of computed.")
-    misses: int = Field(description="Features that were not there yet, or damaged.")
-    created_at: datetime | None
-    last_used_at: datetime
-    in_use: bool = Field(description="A run uses it now, so it can't be deleted.")
-
-    @classmethod
-    def of(cls, store: StoreRecord) -> Self:
-        meta, usage = store.meta, store.usage
-        total = None if meta is None else (meta.key.num_views + 1) * meta.key.num_samples
-        return cls(
-            key=store.key,
-            teacher=None if meta is None else meta.teacher,
-            data=None if meta is None else meta.data,
-            depends_on=None if meta is None else meta.key,
-            num_bytes=store.num_bytes,
-            num_bytes_on_disk=store.num_bytes_on_disk,
-            num_images=usage.num_images,
-            num_texts=usage.num_texts,
-            filled=None if total is None else (usage.num_images + usage.num_texts) / total,
-            hits=usage.hits,
-            misses=usage.misses,
-            created_at=None if meta is None else datetime.fromtimestamp(meta.created, UTC),
-            last_used_at=datetime.fromtimestamp(usage.last_used, UTC),
-            in_use=store.in_use,
-        )
-
-
-class TeacherStoreList(View):
-    """All teacher stores, most recently used first."""
-
-    teacher_stores: list[TeacherStoreView]
 
 
 class Health(View):

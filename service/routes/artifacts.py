@@ -63,11 +63,13 @@ def download_artifact(
     services: ServicesOf,
     artifact_id: ArtifactIdInPath,
     range_: Annotated[str | None, Header(alias="Range", description="`bytes=FIRST-LAST`, as in RFC 9110; one range.")] = None,
-    if_range: Annotated[str | None, Header(description="ETag of the bytes that the range is of; if others are here now, all come.")] = None,
-    if_match: Annotated[
-        str | None, Header(description="ETags of the bytes that are wanted; if others are here now, none come (412).")
+    if_range: Annotated[
+        str | None, Header(alias="If-Range", description="ETag of the bytes that the range is of; if others are here now, all come.")
     ] = None,
-    if_none_match: Annotated[str | None, Header(description="ETags that the client has already.")] = None,
+    if_match: Annotated[
+        str | None, Header(alias="If-Match", description="ETags of the bytes that are wanted; if others are here now, none come (412).")
+    ] = None,
+    if_none_match: Annotated[str | None, Header(alias="If-None-Match", description="ETags that the client has already.")] = None,
 ) -> Response:
     """The bytes. ETag and Repr-Digest are their SHA-256; HEAD and ranges work, so a broken download can be continued."""
     with reading(services.sessions) as session:

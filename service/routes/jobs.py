@@ -15,7 +15,7 @@ from service.dry_run_schemas import DryRunView
 from service.errors import NoSuchLabelError, problem_responses
 from service.examples import EXAMPLES
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf, root_path_of, services_of
-from service.schemas import ArtifactList, EvaluationList, JobList, JobView, MetricsView
+from service.schemas import ArtifactList, EvaluationList, EvaluationView, JobList, JobView, MetricsView
 from service.store import artifacts, jobs, metrics
 from service.store.models import ArtifactKind
 from service.store.session import reading
@@ -27,6 +27,13 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 
+_REPLAYED = {
+    "Idempotency-Replayed": {
+        "description": "`true`: an earlier submission under this `Idempotency-Key` made the job. Absent: this one did.",
+        "schema": {"type": "string", "enum": ["true"]},
+    }
+}
+
 
 @router.post(
     "",
@@ -35,6 +42,7 @@ _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
     response_model=JobView,
     responses={
         200: {"description": "Dry run: what the job would be", "model": DryRunView},
+        201: {"headers": _REPLAYED},
         **problem_responses(500, 503),
     },
 )
@@ -44,7 +52,13 @@ async def submit_job(
     spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)],
     idempotency_key: Annotated[
         str | None,
-        Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$", description="Repeating a submission under one key makes one job."),
+        Header(
+            alias="Idempotency-Key",
+            min_length=1,
+            max_length=255,
+            pattern=r"^[\x21-\x7e]+$",
+            description="Repeating a submission under one key makes one job. Note that curl leaves out a header without a value.",
+        ),
     ] = None,
     is_dry_run: Annotated[bool, Query(alias="dry_run", description="Only check the spec, and answer what it would become (200).")] = False,
 ) -> Response:
@@ -134,7 +148,7 @@ def read_evaluations(
     with reading(services.sessions) as session:
         jobs.get_job(session=session, job_id=job_id)
         page = metrics.list_evaluations(session=session, job_id=job_id, limit=limit, cursor=cursor)
-    return EvaluationList(evaluations=list(page.rows), next_cursor=page.next_cursor)
+    return EvaluationList(evaluations=[EvaluationView.of(one) for one in page.rows], next_cursor=page.next_cursor)
 
 
 @router.get("/{job_id}/artifacts", summary="A job's artifacts", responses=problem_responses(404, 500, 503))
@@ -147,7 +161,8 @@ def list_job_artifacts(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> ArtifactList:
-    """The files that the job made, newest first."""
+    """The files that the job made, newest first. Of a job that has succeeded these are its model and its best checkpoint, where the spec
+    keeps one; the other checkpoints, which a resume would have needed, are deleted from the artifact store then."""
     with reading(services.sessions) as session:
         jobs.get_job(session=session, job_id=job_id)
         page = artifacts.list_artifacts(session=session, job_id=job_id, kind=kind, limit=limit, cursor=cursor)

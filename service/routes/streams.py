@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -12,8 +13,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sqlalchemy.orm import Session
 
 from service.auth import STILL_ALLOWED
-from service.errors import problem_responses
-from service.routes.dependencies import JobIdInPath, ServicesOf
+from service.errors import NeverIssuedError, problem_responses
+from service.routes.dependencies import JobIdInPath, Services, ServicesOf
 from service.schemas import EventList, EventView
 from service.store import events, jobs, logs, metrics
 from service.store.models import Job
@@ -33,24 +34,63 @@ def _wants_stream(accept: Annotated[str, Header(include_in_schema=False)] = "") 
 
 
 WantsStream = Annotated[bool, Depends(_wants_stream)]
-LastEventId = Annotated[int | None, Header(ge=0, lt=2**63, description="Of a stream: the `id` of the last event that arrived.")]
+Newest = Callable[..., int]
+"""The highest id that a job's stream can have had, 0 before the first; called with `session` and `job_id`."""
 
 
-async def _follow(
-    services: ServicesOf, request: Request, last_event_id: LastEventId = None
-) -> Callable[[str, Look, int], Awaitable[Response]]:
-    """Opens a stream about a job from a position on, or from where the client's last one broke off."""
+@dataclass(frozen=True)
+class Follower:
+    """Who wants to be told of a job, and from where on: after the event that it saw last, else where its query starts (`first`)."""
 
-    async def follow(job_id: str, look: Look, position: int) -> Response:
-        is_resumed = last_event_id is not None
-        start = position if last_event_id is None else last_event_id
-        wanted = Wanted(job_id, look, start, is_resumed=is_resumed, still_allowed=getattr(request.state, STILL_ALLOWED))
-        return await services.streams.open(services.sessions, wanted)
+    services: Services
+    still_allowed: Callable[[], Awaitable[bool]]
+    last_event_id: int | None
 
-    return follow
+    def start(self, session: Session, job_id: str, newest: Newest, first: int) -> int:
+        """After which id to tell.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            NeverIssuedError: no event had the id. (An empty stream that the query starts further on ends with that as its id.)
+        """
+        jobs.get_job(session=session, job_id=job_id)
+        if self.last_event_id is None:
+            return first
+        issued = max(first, newest(session=session, job_id=job_id))
+        if self.last_event_id > issued:
+            raise NeverIssuedError(self.last_event_id, issued)
+        return self.last_event_id
+
+    async def follow(self, job_id: str, look: Look, newest: Newest, first: int) -> Response:
+        """A stream. Raises as `start` and `Streams.open` do."""
+        is_resumed = self.last_event_id is not None
+        start = await run_in_threadpool(self._looked_up_start, job_id, newest, first) if is_resumed else first
+        wanted = Wanted(job_id, look, start, is_resumed=is_resumed, still_allowed=self.still_allowed)
+        return await self.services.streams.open(self.services.sessions, wanted)
+
+    def _looked_up_start(self, job_id: str, newest: Newest, first: int) -> int:
+        with reading(self.services.sessions) as session:
+            return self.start(session, job_id, newest, first)
 
 
-Follow = Annotated[Callable[[str, Look, int], Awaitable[Response]], Depends(_follow)]
+async def _follower(
+    services: ServicesOf,
+    request: Request,
+    last_event_id: Annotated[
+        int | None,
+        Header(
+            alias="Last-Event-ID",
+            ge=0,
+            lt=2**63,
+            description="The `id` of the last event that arrived: what came after it is told, wherever the query would start. One that"
+            " this stream of this job never had is refused (422).",
+        ),
+    ] = None,
+) -> Follower:
+    return Follower(services, getattr(request.state, STILL_ALLOWED), last_event_id)
+
+
+FollowerOf = Annotated[Follower, Depends(_follower)]
 
 
 @router.get(
@@ -68,20 +108,25 @@ async def read_events(
     services: ServicesOf,
     job_id: JobIdInPath,
     is_stream: WantsStream,
-    after: Annotated[int, Query(ge=0, lt=2**63, description="Only events with a higher id.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Events, at most; a stream has all.")] = 100,
-    follow: Follow,
+    after: Annotated[
+        int,
+        Query(ge=0, lt=2**63, description="Only events with a higher id; that of a list's last one for the list that follows."),
+    ] = 0,
+    limit: Annotated[
+        int, Query(ge=1, le=1000, description="Events, at most; ask again with `after` where as many came. A stream has all.")
+    ] = 100,
+    follower: FollowerOf,
 ) -> Response:
     """Events, oldest first; each was written together with the change it tells of. With `Accept: text/event-stream` they come as they
     happen, until the job ends: `event` is the kind, `id` serves to go on after a break, and the last one is `end` with the job's state.
     """
     if is_stream:
-        return await follow(job_id, _events, after)
+        return await follower.follow(job_id, _events, events.newest_id, after)
 
     def read() -> EventList:
         with reading(services.sessions) as session:
-            jobs.get_job(session=session, job_id=job_id)
-            return EventList.of(events.list_events(session=session, job_id=job_id, after=after, limit=limit))
+            start = follower.start(session, job_id, events.newest_id, after)
+            return EventList.of(events.list_events(session=session, job_id=job_id, after=start, limit=limit))
 
     return JSONResponse((await run_in_threadpool(read)).model_dump(mode="json"))
 
@@ -97,7 +142,7 @@ async def read_events(
     },
 )
 async def stream_metrics(
-    follow: Follow,
+    follower: FollowerOf,
     job_id: JobIdInPath,
     names: Annotated[list[str], Query(max_length=256, description="As of the metric series.")] = ["*"],  # noqa: B006
     since_step: Annotated[int, Query(ge=0, lt=2**63, description="First step of interest.")] = 0,
@@ -106,7 +151,7 @@ async def stream_metrics(
     it, when more of it becomes known: an evaluation's values come after the training's, and a resumed run measures the steps after its
     checkpoint again. The later event counts. The last one is `end` with the job's state."""
     look = partial(_metrics, [name.strip() for one in names for name in one.split(",")], since_step)
-    return await follow(job_id, look, since_step)
+    return await follower.follow(job_id, look, metrics.newest_position, since_step)
 
 
 @router.get(
@@ -125,26 +170,25 @@ async def read_log(
     job_id: JobIdInPath,
     is_stream: WantsStream,
     tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines, as many. Left out: all.")] = None,
-    last_event_id: LastEventId = None,
-    follow: Follow,
+    follower: FollowerOf,
 ) -> Response:
     """What the training processes printed, over all attempts, and after each failed attempt why it failed; of a very long log the beginning
     is dropped. With `Accept: text/event-stream` it comes as events `log`, `{"text": …}`, while it is printed, until `end` with the job's
     state."""
 
-    def start() -> int:
+    def first() -> int:
         with reading(services.sessions) as session:
             jobs.get_job(session=session, job_id=job_id)
             return 0 if tail is None else logs.tail_start(session=session, job_id=job_id, num_lines=tail)
 
-    position = last_event_id if last_event_id is not None else await run_in_threadpool(start)
+    position = 0 if follower.last_event_id is not None else await run_in_threadpool(first)
     if is_stream:
-        return await follow(job_id, _log, position)
+        return await follower.follow(job_id, _log, logs.end_of_log, position)
 
     def read() -> str:
         with reading(services.sessions) as session:
-            jobs.get_job(session=session, job_id=job_id)
-            return logs.read_log(session=session, job_id=job_id, after=position)[0]
+            start = follower.start(session, job_id, logs.end_of_log, position)
+            return logs.read_log(session=session, job_id=job_id, after=start)[0]
 
     return PlainTextResponse(await run_in_threadpool(read))
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path
 from cliprd_core.store_removal import delete_store, list_stores
 from service.errors import problem_responses
 from service.routes.dependencies import ServicesOf
-from service.schemas import TeacherStoreList, TeacherStoreView
+from service.teacher_store_schemas import TeacherStoreList, TeacherStoreView
 
 router = APIRouter(prefix="/teacher-stores", tags=["teacher stores"])
 

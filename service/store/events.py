@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import insert, select, text
+from sqlalchemy import func, insert, select, text
 from sqlalchemy.orm import Session, object_session
 
 from service.store.models import EventKind, Job, JobEvent
 from service.store.webhooks import WebhookEvent, add_messages
 
-__all__ = ["EventKind", "JobEvent", "NewEvent", "is_recorded", "list_events", "record_event", "record_events"]
+__all__ = ["EventKind", "JobEvent", "NewEvent", "is_recorded", "list_events", "newest_id", "record_event", "record_events"]
 
 
 NOT_SENT = frozenset({EventKind.STARTED, EventKind.CHECKPOINT, EventKind.EVALUATED})
@@ -68,3 +68,8 @@ def list_events(*, session: Session, job_id: str, after: int = 0, limit: int = 1
     """A job's events with ids above `after`, oldest first."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after).order_by(JobEvent.id).limit(limit)
     return session.scalars(query).all()
+
+
+def newest_id(*, session: Session, job_id: str) -> int:
+    """The id of a job's newest event."""
+    return session.scalar(select(func.max(JobEvent.id)).where(JobEvent.job_id == job_id)) or 0

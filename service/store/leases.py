@@ -168,6 +168,7 @@ def finish_job(*, session: Session, job_id: str, lease_token: str, outcome: Outc
         case Cancelled():
             if job.cancel_requested_at is None:
                 raise ValueError(f"nobody asked to cancel job {job_id}; give it back with release_job")
+            job.num_releases += 1
             move(job, JobState.CANCELLED, now=now)
             queued, counted = settle_dependents(session=session, job=job, now=now), CANCELLED
     count_ended(session=session, ended=[(job.queue, counted)])

@@ -19,11 +19,16 @@ def append_log(*, session: Session, job_id: str, lease_token: str, text: str) ->
         LeaseLostError: the token no longer holds the job.
     """
     lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
-    start = session.scalar(select(func.max(LogChunk.end)).where(LogChunk.job_id == job_id)) or 0
+    start = end_of_log(session=session, job_id=job_id)
     end = start + len(text)
     session.add(LogChunk(job_id=job_id, start=start, end=end, text=text.replace("\0", "\ufffd")))  # PostgreSQL's text knows no NUL
     session.flush()
     session.execute(delete(LogChunk).where(LogChunk.job_id == job_id, LogChunk.end <= end - MAX_LOG_CHARACTERS))
+
+
+def end_of_log(*, session: Session, job_id: str) -> int:
+    """How many characters a job's log has had so far; what was dropped counts."""
+    return session.scalar(select(func.max(LogChunk.end)).where(LogChunk.job_id == job_id)) or 0
 
 
 def read_log(*, session: Session, job_id: str, after: int = 0, limit: int | None = None) -> tuple[str, int]:

@@ -26,6 +26,7 @@ __all__ = [
     "Series",
     "list_evaluations",
     "measured_after",
+    "newest_position",
     "record_evaluations",
     "record_metrics",
     "series",
@@ -183,6 +184,11 @@ def measured_after(
     return [Measured(position, step, values[step]) for position, step in page if values.get(step)], page[-1].position
 
 
+def newest_position(*, session: Session, job_id: str) -> int:
+    """The highest position of a job's steps in the order of writing; 0 before the first."""
+    return session.scalar(select(func.max(MetricStep.position)).where(MetricStep.job_id == job_id)) or 0
+
+
 def _is_one_of(session: Session, job_id: str, steps: Collection[int]) -> ColumnElement[bool]:
     """Whether a metric is of one of these steps, or of hardly any other ones between them: a range is read much faster than a list."""
     if not steps:
@@ -202,7 +208,7 @@ def _put_last(session: Session, job_id: str, *, written: Collection[int], known:
     row before one that was seen. Of `known`, those without a place get one, too: a worker of an older version gave them none."""
     of_job = MetricStep.job_id == job_id
     placed = set(session.scalars(select(MetricStep.step).where(of_job, MetricStep.step.between(min(known), max(known)))))
-    last: int = session.scalar(select(func.max(MetricStep.position)).where(of_job)) or 0
+    last = newest_position(session=session, job_id=job_id)
     rows = []
     for step in sorted({*written, *known} - (placed - set(written))):
         last = max(last, step) + 1

@@ -117,7 +117,7 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
-    """Attempts that don't count against `max_attempts`: a worker gave them back in good order, or they came before a retry."""
+    """Attempts that don't count against `max_attempts`: their worker ended them in good order, unfinished, or they came before a retry."""
     num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Unused since `EndedAttempts` counts. Older workers read it until they are replaced, so only a later version can drop it."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=DEFAULT_MAX_ATTEMPTS)
@@ -156,6 +156,12 @@ class Job(Base):
     def labels(self) -> dict[str, str]:
         labels: dict[str, str] = self.spec.get("labels", {})  # a spec of another version, too, must be told of
         return labels
+
+    @property
+    def failed_attempts(self) -> int:
+        """Attempts that count against `max_attempts`, of those that have ended."""
+        is_sound = self.state in (JobState.RUNNING, JobState.SUCCEEDED)
+        return self.attempt - self.num_releases - is_sound
 
     @property
     def teacher_job_ids(self) -> list[str]:

@@ -86,7 +86,7 @@ def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime, 
 
 
 def num_lost_attempts(job: Job) -> int:
-    """Attempts that were not given back in good order, with the present one counted as lost."""
+    """Attempts that did not end in good order, with the present one counted as lost."""
     return job.attempt - job.num_releases
 
 
@@ -97,10 +97,10 @@ def give_back(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
     Returns:
         The job if it is queued again; send its message after the commit.
     """
+    job.num_releases += 1
     if job.cancel_requested_at is not None:
         move(job, JobState.CANCELLED, now=now)
         return settle_dependents(session=session, job=job, now=now)
-    job.num_releases += 1
     if job.pause_requested_at is not None:
         move(job, JobState.PAUSED, now=now)
         return []

@@ -22,8 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cliprd_core import precision, train
+from cliprd_core import precision, train, trainer
 from cliprd_core.checkpoint import TRAINING_FILE, read_state
+from cliprd_core.data.batch import Batch
 from cliprd_core.models import load_student
 from cliprd_core.objective import Objective, ObjectiveOutput
 from cliprd_core.retention import BestCheckpoint
@@ -46,7 +47,9 @@ from cliprd_core.run_dir import (
     read_records,
     step_of,
 )
+from cliprd_core.run_setup import Run
 from cliprd_core.spec import JobSpec, StudentSpec
+from cliprd_core.stopping import StopRequest
 from tests.golden.make_loss_curve import GOLDEN_FILE, golden_spec, loss_curve
 from tests.tiny import tiny_config, tiny_spec, write_teacher
 from tests.training_runs import (
@@ -161,6 +164,23 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_stopped(inputs: Inputs, tmp_
         assert [record.step for record in metrics(run) if record.attempt == attempt] == list(range(ends[-2] + 1, ends[-1] + 1))
         assert not (run / RESULT_FILE).exists()
         assert not (run / ERROR_FILE).exists()
+
+
+@pytest.mark.parametrize("stops_after", [None, 3])
+def test_progress_is_never_behind_the_newest_checkpoint(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_after: int | None
+) -> None:
+    stop, one_step = StopRequest(), trainer.train_step
+
+    def stopping(run: Run, batch: Batch, step: int) -> trainer.StepOutput:
+        stop.requested = step + 1 == stops_after
+        return one_step(run, batch, step)
+
+    monkeypatch.setattr(trainer, "train_step", stopping)
+    training = {"epochs": 3, "log_every_steps": 1000, "checkpoint_every_steps": 1000 if stops_after else 5}
+    trainer.train(inputs.spec(training=training, evaluation={"every_epochs": 10}), tmp_path, stop)
+    assert [record.step for record in metrics(tmp_path)] == ([1, 3] if stops_after else [1, 5, 10, 12])
+    assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == ([3] if stops_after else [10, 12])
 
 
 @pytest.mark.parametrize("combination", ["concatenate", "average"])
@@ -317,7 +337,9 @@ def test_bf16_is_fp32_where_the_cpu_lacks_it(
 
 
 def test_plain_clip_without_a_teacher_and_gradient_clipping(inputs: Inputs, tmp_path: Path) -> None:
-    spec = tiny_spec(inputs.shards, training={"epochs": 1, "grad_clip_norm": 0.01, "warmup_steps": 0, "log_every_steps": 3})
+    spec = tiny_spec(
+        inputs.shards, training={"epochs": 1, "grad_clip_norm": 0.01, "warmup_steps": 0, "log_every_steps": 3, "checkpoint_every_steps": 3}
+    )
     assert run_here(tmp_path / "run", spec) == 0
     records = metrics(tmp_path / "run")
     assert [record.step for record in records] == [1, 3, 4], "the first, every third, and the last"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs
@@ -19,6 +20,8 @@ from service.store.blobs import BlobStore, StoredBlob
 from service.store.models import Job
 from service.store.unneeded_blobs import take_unneeded
 from tests.store_helpers import FAILURE, Sessions, claim, finish, local_client, report, sent_jobs, spec_dict, submit, write_table
+
+LOST = ErrorRecord(reason=ErrorReason.WORKER_LOST, message="A training process was killed.")
 
 
 @pytest.fixture
@@ -74,6 +77,33 @@ def test_retrying(client: TestClient, sessions: Sessions) -> None:
     finish(sessions, claim(sessions, job["id"]), FAILURE)
     again = client.post(job["links"]["retry"]).json()
     assert (again["state"], again["error"], again["finished_at"]) == ("queued", None, None)
+
+
+def test_of_all_attempts_the_failed_ones_count_towards_the_most_there_may_be(client: TestClient, sessions: Sessions) -> None:
+    job = submit(client)
+
+    def counts() -> tuple[int, int, int]:
+        now = client.get(job["links"]["self"]).json()
+        return now["attempt"], now["failed_attempts"], now["max_attempts"]
+
+    assert counts() == (0, 0, 3)
+    claimed = claim(sessions, job["id"])
+    client.post(job["links"]["pause"])
+    with sessions.begin() as session:
+        jobs.release_job(session=session, job_id=job["id"], lease_token=claimed.lease_token)
+    assert counts() == (1, 0, 3)
+    client.post(job["links"]["resume"])
+    claimed = claim(sessions, job["id"])
+    client.post(job["links"]["cancel"])
+    finish(sessions, claimed, jobs.Cancelled())
+    assert counts() == (2, 0, 3)
+    client.post(job["links"]["retry"])
+    finish(sessions, claim(sessions, job["id"]), LOST)
+    assert counts() == (3, 1, 3)
+    claimed = claim(sessions, job["id"])
+    assert counts() == (4, 1, 3)
+    finish(sessions, claimed)
+    assert counts() == (4, 1, 3)
 
 
 def test_a_clone_is_the_same_spec_with_some_fields_replaced_and_checked(client: TestClient, sessions: Sessions) -> None:

@@ -71,7 +71,7 @@ def test_it_waits_for_nobody_who_changes_the_teacher(postgres_url: str, settings
         with sessions.begin() as session:
             session.execute(select(Job).where(Job.id == teacher.id).with_for_update())
             answer = asked(client, recipe="clip_kd", teacher={"job": teacher.id})
-    assert (answer["state"], answer["teacher_job_ids"]) == ("waiting", [teacher.id])
+    assert (answer["state_if_submitted"], answer["teacher_job_ids"]) == ("waiting", [teacher.id])
 
 
 def test_parameters(client: TestClient, sessions: Sessions) -> None:
@@ -130,12 +130,13 @@ def test_memory_is_told_as_an_estimate_with_what_it_assumes(client: TestClient, 
 def test_time_comes_from_recorded_speeds_alone(client: TestClient, sessions: Sessions) -> None:
     nothing = asked(client)["time"]
     assert nothing["by_device"] == []
-    assert "has recorded a speed" in nothing["reason"]
+    assert nothing["reason"].endswith("number of processes has recorded its speed yet.")
     trained(sessions, 50.0, device=None)  # by a version that told no device
     trained(sessions, 70.0, training={"global_batch_size": 4, "warmup_steps": 1})
     trained(sessions, 80.0, student={"config": {**CONFIG, "embed_dim": 8}})
     trained(sessions, 90.0, resources={"num_processes": 2})
     assert asked(client)["time"] == nothing
+    assert asked(client, resources={"device": "cuda"})["time"]["reason"].endswith("its speed on `resources.device` cuda yet.")
 
     first = trained(sessions, 1.0, 10.0, 30.0)
     second = trained(sessions, 20.0, name="another name", labels={"team": "a"}, evaluation={"every_epochs": 2})

@@ -165,6 +165,31 @@ def test_openapi_documents_every_error_and_examples(client: TestClient) -> None:
     assert {"quick", "clip", "clip_kd", "clip_rd"} <= set(examples)
 
 
+def test_a_header_is_told_as_the_reference_spells_it(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert list(paths["/jobs"]["post"]["responses"]["201"]["headers"]) == ["Idempotency-Replayed"]
+    operations = [one for methods in paths.values() for one in methods.values()]
+    documented = {one["name"] for operation in operations for one in operation.get("parameters", []) if one["in"] == "header"}
+    assert documented == {"Idempotency-Key", "Last-Event-ID", "Range", "If-Range", "If-Match", "If-None-Match"}
+    for method, path, header in (("POST", "/jobs", "idempotency-key"), ("GET", "/jobs/00000000-none/events", "last-event-id")):
+        body = problem(client.request(method, path, json=spec_dict(), headers={header: "a b"}), 422)
+        assert [one["field"] for one in body["errors"] if one["field"] in documented] == [header.title().replace("-Id", "-ID")]
+        assert header not in body["detail"]
+
+
+def test_what_is_empty_or_no_number_is_told_plainly(client: TestClient, tmp_path: Path) -> None:
+    write_table(tmp_path)
+    no_key, no_number = {"Idempotency-Key": ""}, {"Last-Event-ID": "abc"}
+    for refused, told, remedy in (
+        (client.post("/jobs", json=spec_dict(), headers=no_key), "is empty", "such as a UUID"),
+        (client.get("/jobs/00000000-none/log", headers=no_number), "must be a valid integer, but is `abc`", "whole number"),
+        (client.post("/jobs/cancel", json={"labels": {}}), "is empty, which would mean every job", '{"labels": {"team": "vision"}}'),
+    ):
+        [error] = problem(refused, 422)["errors"]
+        assert error["problem"] == told
+        assert remedy in error["remedy"]
+
+
 def test_answers_are_linked_to_what_can_be_done_next(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     operations = {one["operationId"]: (path, one) for path, methods in schema["paths"].items() for one in methods.values()}

@@ -79,7 +79,12 @@ def test_a_dry_run_answers_what_the_job_would_be_and_makes_none(client: TestClie
     response = client.post("/jobs", params={"dry_run": True}, json=spec_dict(**changes))
     assert response.status_code == 200
     answer = response.json()
-    assert (answer["num_pairs"], answer["num_steps"], answer["state"], answer["teacher_job_ids"]) == (4, 6, "waiting", [teacher["id"]])
+    assert (answer["num_pairs"], answer["num_steps"], answer["state_if_submitted"], answer["teacher_job_ids"]) == (
+        4,
+        6,
+        "waiting",
+        [teacher["id"]],
+    )
     assert answer["spec"]["data"]["train"][0]["path"] == f"{tmp_path}/pairs.tsv"
     assert [job["id"] for job in client.get("/jobs").json()["jobs"]] == [teacher["id"]]
     assert submit(client, **changes)["spec"] == answer["spec"]
@@ -125,7 +130,7 @@ def test_what_a_run_reports_shows_on_its_job(client: TestClient, sessions: Sessi
     assert client.get(f"/jobs/{job['id']}/metrics", params=query).json()["unmatched"] == ["tran/*", "nothing"]
 
     assert client.get(f"/jobs/{job['id']}/evaluations").json() == {
-        "evaluations": [evaluated(10).model_dump(mode="json")],
+        "evaluations": [{**evaluated(10).model_dump(mode="json"), "time": "1970-01-01T00:00:01Z"}],
         "next_cursor": None,
     }
     finish(sessions, claimed)

@@ -74,7 +74,7 @@ def parse(lines: Iterator[str]) -> Iterator[tuple[str, str | None, Any]]:
 
 def streamed(client: TestClient, path: str, last_event_id: str | None = None, **query: Any) -> list[tuple[str, str | None, Any]]:
     headers = STREAM if last_event_id is None else {**STREAM, "Last-Event-ID": last_event_id}
-    response = client.get(path, params=query, headers=headers)
+    response = client.get(path, params=query or None, headers=headers)  # an empty one would take the path's own away
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     return list(parse(iter(response.text.splitlines())))
@@ -204,11 +204,43 @@ def test_a_client_that_knows_no_end_comes_back_once(client: TestClient, sessions
     job_id = create(sessions).id
     with sessions.begin() as session:
         jobs.request_cancel(session=session, job_id=job_id)
-    for path in (f"/jobs/{job_id}/log", f"/jobs/{job_id}/metrics/stream", f"/jobs/{job_id}/metrics/stream?since_step=7"):
-        [(event, event_id, data)] = streamed(client, path)  # nothing was printed or measured
+    events = f"/jobs/{job_id}/events?after=1000"
+    for path in (f"/jobs/{job_id}/log", f"/jobs/{job_id}/metrics/stream", f"/jobs/{job_id}/metrics/stream?since_step=7", events):
+        [(event, event_id, data)] = streamed(client, path)  # nothing was printed or measured, or happened since
         assert (event, data) == ("end", {"state": "cancelled"})
         assert event_id is not None
         assert client.get(path, headers={**STREAM, "Last-Event-ID": event_id}).status_code == 204
+
+
+def test_a_list_goes_on_after_the_last_event_id_as_a_stream_does(client: TestClient, sessions: Sessions) -> None:
+    path = f"/jobs/{lived(sessions)}"
+    listed = client.get(f"{path}/events").json()["events"]
+    for query in ({}, {"after": listed[0]["id"]}, {"after": listed[-1]["id"]}):
+        answer = client.get(f"{path}/events", params=query, headers={"Last-Event-ID": str(listed[2]["id"])})
+        assert answer.json()["events"] == listed[3:]
+    for query in ({}, {"tail": 2}):
+        assert client.get(f"{path}/log", params=query, headers={"Last-Event-ID": "6"}).text == "second\n"
+
+
+@pytest.mark.parametrize("headers", [{}, STREAM])
+def test_an_event_id_that_was_never_issued_is_refused(client: TestClient, sessions: Sessions, headers: dict[str, str]) -> None:
+    path = f"/jobs/{lived(sessions)}"
+    other = lived(sessions)
+    newest = {
+        "events": client.get(f"{path}/events").json()["events"][-1]["id"],
+        "log": len(client.get(f"{path}/log").text),
+        "metrics/stream": int(streamed(client, f"{path}/metrics/stream")[-1][1] or ""),
+    }
+    for name, last in newest.items():
+        assert client.get(f"{path}/{name}", headers={**headers, "Last-Event-ID": str(last)}).status_code in (200, 204)
+        refused = client.get(f"{path}/{name}", headers={**headers, "Last-Event-ID": str(last + 1)})
+        assert refused.status_code == 422
+        [error] = refused.json()["errors"]
+        assert (error["field"], error["problem"]) == ("Last-Event-ID", f"is {last + 1}, but the newest event here has the id {last}")
+        assert "Leave the header out to begin anew." in error["remedy"]
+        assert client.get(f"/jobs/00000000-none/{name}", headers={**headers, "Last-Event-ID": "7"}).status_code == 404
+    of_other = client.get(f"/jobs/{other}/events").json()["events"][-1]["id"]
+    assert client.get(f"{path}/events", params={"after": of_other}).json() == {"events": []}, "ids are shared by all jobs"
 
 
 def test_a_stream_of_few_metrics_reads_on_past_steps_without_them(

@@ -158,6 +158,7 @@ def test_a_failed_job_says_what_to_do(bench: Bench) -> None:
     assert f"cliprd: diverged: {FAILURE.message}\nWhat to do: {what_to_do(FAILURE)}" in stderr
     shown = " ".join(bench.run("show", job_id)[1].split())
     assert f"error diverged: {FAILURE.message}" in shown
+    assert "attempt 1; 1 failed, of at most 3" in shown
     assert f"what to do {what_to_do(FAILURE)}" in shown
 
 
@@ -176,6 +177,18 @@ def test_cancelling_ends_the_watch_with_exit_code_1(bench: Bench) -> None:
     assert code == 1
     assert "cancelled" in stdout
     assert bench.run("cancel", job_id) == (0, "cancelled\n", "")
+
+
+def test_the_address_may_stand_before_or_after_the_command_or_in_the_environment(bench: Bench) -> None:
+    job_id, elsewhere = bench.submit(), "http://127.0.0.1:1"
+    for before, after in (((), ("--url", bench.url)), (("--url", bench.url), ()), (("--url", elsewhere), ("--url", bench.url))):
+        arguments = [*before, "jobs", *after]
+        result = CliRunner(env={"CLIPRD_URL": elsewhere, "COLUMNS": "200"}).invoke(app, arguments)
+        assert job_id in result.stdout, arguments
+    for arguments in (["--url", elsewhere, "jobs"], ["stores", "--url", elsewhere, "delete", "a" * 32]):
+        assert f"no answer from {elsewhere}" in bench.run(*arguments)[2], arguments
+    for command in ("up", "migrate", "keys"):
+        assert bench.run("--url", bench.url, command) == (1, "", f"cliprd: `{command}` asks no service; leave --url out\n")
 
 
 def test_checking_a_spec_submits_nothing(bench: Bench) -> None:

@@ -36,7 +36,7 @@ def problems(spec: Any) -> dict[str, FieldProblem]:
         ({"data": {"train": [{"type": "csv", "path": "x", "sep": ","}]}}, "data.train.0.sep", "no such", "`data.train.0.separator`"),
         ({"data": {"train": [{"type": "zip"}]}}, "data.train.0.type", "is `zip`", "`webdataset`, `csv`"),
         ({"data": {"train": [{}]}}, "data.train.0.type", "which kind", "`webdataset`, `csv`"),
-        ({"data": {"train": []}}, "data.train", "at least 1", "Give at least 1."),
+        ({"data": {"train": []}}, "data.train", "is empty", "Give at least 1."),
         ({"data": {"train": "x.tar"}}, "data.train", "valid list", "Write it as a list"),
         ({"data": None}, "data", "but is null", "Write it as an object"),
         ({"labels": {"a b": "c"}}, "labels.a b", "pattern", "pattern"),

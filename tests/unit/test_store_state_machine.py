@@ -133,6 +133,7 @@ class JobLives(RuleBasedStateMachine):
             self.lose(job_id)
             assert queued == [], "what is queued for later is not sent now"
             return
+        self.expected[job_id].num_lost += outcome is FAILURE
         became_queued = self.end(job_id, JobState.SUCCEEDED if outcome is SUCCESS else JobState.FAILED)
         assert sorted(job.job_id for job in queued) == sorted(became_queued)
 
@@ -325,6 +326,7 @@ class JobLives(RuleBasedStateMachine):
             assert (row.result is not None) == (row.state is JobState.SUCCEEDED)
             assert (row.queued_at is None) <= (row.state in (JobState.WAITING, JobState.PAUSED, JobState.FAILED, JobState.CANCELLED))
             assert (row.pause_requested_at is not None) == self.expected[row.id].pause_requested
+            assert (row.attempt, row.failed_attempts) == (self.expected[row.id].num_claims, self.expected[row.id].num_lost)
 
 
 def test_any_order_of_calls_keeps_store_and_model_together(tmp_path: Path) -> None:
