@@ -82,7 +82,8 @@ class JobView(View):
     )
     failed_attempts: int = Field(
         default=0,
-        description="Attempts that failed, or whose worker was lost, since the job was submitted or last retried. One that was paused,"
+        description="Attempts that failed, or whose worker was lost, since the job was submitted, last retried, or last stored a checkpoint"
+        " further on than any before. One that was paused,"
         " cancelled, or given back by a worker that shut down is none.",
     )
     max_attempts: int = Field(

@@ -85,7 +85,8 @@ class Settings(EnvironmentSettings):
     max_attempts: int = Field(
         default=DEFAULT_MAX_ATTEMPTS,
         ge=1,
-        description="Attempts of a job that may fail for a reason that may pass (a lost worker, a full disk) before the job fails.",
+        description="Attempts of a job that may fail for a reason that may pass (a lost worker, a full disk) before the job fails;"
+        " those before one that stored a checkpoint further on don't count.",
     )
     broker_timeout_seconds: float = Field(
         default=2.0, gt=0, description="A broker that doesn't answer for this long counts as down; the reaper re-sends."

@@ -12,7 +12,17 @@ from sqlalchemy.orm import Session, object_session
 from service.store.models import EventKind, Job, JobEvent
 from service.store.webhooks import WebhookEvent, add_messages
 
-__all__ = ["EventKind", "JobEvent", "NewEvent", "is_recorded", "list_events", "newest_id", "record_event", "record_events"]
+__all__ = [
+    "EventKind",
+    "JobEvent",
+    "NewEvent",
+    "is_recorded",
+    "list_events",
+    "newest_checkpoint",
+    "newest_id",
+    "record_event",
+    "record_events",
+]
 
 
 NOT_SENT = frozenset({EventKind.STARTED, EventKind.CHECKPOINT, EventKind.EVALUATED})
@@ -62,6 +72,15 @@ def is_recorded(job: Job, kind: EventKind, **data: Any) -> bool:
     assert session is not None, "a job outside its session"
     query = select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.attempt == job.attempt, JobEvent.kind == kind)
     return session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).first() == data
+
+
+def newest_checkpoint(job: Job) -> int:
+    """The highest step of which any attempt stored a checkpoint; -1 if none did."""
+    session = object_session(job)
+    assert session is not None, "a job outside its session"
+    query = select(func.max(JobEvent.data["step"].as_integer())).where(JobEvent.job_id == job.id, JobEvent.kind == EventKind.CHECKPOINT)
+    newest = session.scalar(query)
+    return -1 if newest is None else newest
 
 
 def list_events(*, session: Session, job_id: str, after: int = 0, limit: int = 100) -> Sequence[JobEvent]:

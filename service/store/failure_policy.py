@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 
 DEFAULT_MAX_ATTEMPTS = 3
-"""Attempts at a job that may fail for a reason that is retried, over all such reasons together, before the job fails of the last one. A
-service's own number (`CLIPRD_MAX_ATTEMPTS`) is noted on each job when it is submitted."""
+"""Attempts at a job that may fail for a reason that is retried, over all such reasons together, before the job fails of the last one. Those
+before one that stored a checkpoint further on than any don't count: a week's job outlives any number of power cuts if it gets on between
+them. A service's own number (`CLIPRD_MAX_ATTEMPTS`) is noted on each job when it is submitted."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class FailurePolicy:
     """What becomes of a job whose run failed for some reason."""
 
     is_retried: bool
-    """Queued again by itself, unless this was the job's `max_attempts`-th attempt that failed so (since its last retry by a user)."""
+    """Queued again by itself, unless this was the job's `max_attempts`-th attempt that failed so, since its last retry by a user or its last
+    checkpoint further on."""
     delay_seconds: float
     """From the failure to the time it may start again."""
     what_to_do: str

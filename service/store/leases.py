@@ -16,11 +16,11 @@ from cliprd_core.run_dir import ErrorRecord, ResultRecord
 from service.store.attempt_counts import CANCELLED, GIVEN_BACK, SUCCEEDED, count_ended
 from service.store.due import is_due
 from service.store.errors import LeaseLostError
-from service.store.events import EventKind, is_recorded, record_event
+from service.store.events import EventKind, is_recorded, newest_checkpoint, record_event
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
-from service.store.transitions import QueuedJob, end_badly, give_back, move, settle_dependents, sources_of
+from service.store.transitions import QueuedJob, end_badly, give_back, move, num_lost_attempts, settle_dependents, sources_of
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,15 @@ def mark_started(*, session: Session, job_id: str, lease_token: str) -> None:
 def record_checkpoint(*, session: Session, job_id: str, lease_token: str, step: int) -> None:
     """Tell that the checkpoint of this step is in the artifact store. Once more changes nothing, as of `mark_started`.
 
+    If no earlier attempt had got so far, those no longer count against `max_attempts`: a run that gets on is never given up.
+
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
     job = lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
     if not is_recorded(job, EventKind.CHECKPOINT, step=step):
+        if num_lost_attempts(job) > 1 and step > newest_checkpoint(job):
+            job.num_releases = job.attempt - 1
         record_event(job, EventKind.CHECKPOINT, now=database_now(session), step=step)
 
 

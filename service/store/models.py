@@ -117,7 +117,8 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """How often the job was claimed; the running attempt's number."""
     num_releases: Mapped[int] = mapped_column(Integer, default=0)
-    """Attempts that don't count against `max_attempts`: their worker ended them in good order, unfinished, or they came before a retry."""
+    """Attempts that don't count against `max_attempts`: their worker ended them in good order, unfinished, or they came before a retry, or
+    before one that got further."""
     num_lost: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Unused since `EndedAttempts` counts. Older workers read it until they are replaced, so only a later version can drop it."""
     max_attempts: Mapped[int] = mapped_column(Integer, default=DEFAULT_MAX_ATTEMPTS)

@@ -184,6 +184,18 @@ def test_a_failed_job_is_tried_again_as_if_no_attempt_had_been_lost(sessions: Se
     assert lose_workers(sessions) == [job.id]
 
 
+def test_attempts_before_one_that_got_further_do_not_count(sessions: Sessions) -> None:
+    job = create(sessions, max_attempts=2)
+    for attempt, step in ((1, 10), (2, 20), (3, 30), (4, 30)):
+        claimed = claim(sessions, job.id)
+        assert claimed.attempt == attempt
+        with sessions.begin() as session:
+            jobs.record_checkpoint(session=session, job_id=job.id, lease_token=claimed.lease_token, step=step)
+        lose_workers(sessions)
+    assert read(sessions, job.id).state is JobState.FAILED, "the fourth attempt got no further than the third"
+    assert read(sessions, job.id).failed_attempts == 2
+
+
 def test_a_cancelled_job_is_tried_again_and_is_not_cancelled_by_the_old_request(sessions: Sessions) -> None:
     job = create(sessions)
     claimed = claim(sessions, job.id)
