@@ -20,8 +20,8 @@ class FailurePolicy:
     """What becomes of a job whose run failed for some reason."""
 
     is_retried: bool
-    """Queued again by itself, unless this was the job's `max_attempts`-th attempt that failed so, since its last retry by a user or its last
-    checkpoint further on."""
+    """Queued again by itself, unless this was the job's `max_attempts`-th attempt that failed so, since its last retry by a user or
+    its last checkpoint further on."""
     delay_seconds: float
     """From the failure to the time it may start again."""
     what_to_do: str
