@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ def events(job_id: JobId, url: Url = DEFAULT_URL) -> None:
     """List what happened to a job, oldest first."""
     with connected(url) as client:
         for event in client.events(job_id):
-            data = ", ".join(f"{name} {value}" for name, value in event.data.items())
+            data = ", ".join(f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in event.data.items())
             time = event.time.astimezone()
             out.print(f"{time:%Y-%m-%d %H:%M:%S}  attempt {event.attempt}  {event.kind}  {data}".rstrip(), markup=False, soft_wrap=True)
 
@@ -55,6 +56,8 @@ def cancel(
         out.print(f"{one}  cancelled", soft_wrap=True)
     for one in answer.requested:
         out.print(f"{one}  its worker was asked to stop it", soft_wrap=True)
+    if not (answer.cancelled or answer.requested):
+        out.print("no unfinished job has these labels")
 
 
 @app.command()

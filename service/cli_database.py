@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,8 +31,11 @@ def migrate(database: Database = None) -> None:
 
 
 @contextmanager
-def migrated(database: str | None) -> Iterator[str]:
-    """The address of the service's database, which is brought to the newest schema first; its errors end the command."""
+def migrated(database: str | None, *, must_exist: bool = False) -> Iterator[str]:
+    """The address of the service's database, which is brought to the newest schema first; its errors end the command.
+
+    `must_exist`: refuse to make the file of an embedded service that was never started in this folder, and that nobody has named.
+    """
     from sqlalchemy.exc import SQLAlchemyError
 
     from service.settings import Settings
@@ -39,6 +43,12 @@ def migrated(database: str | None) -> Iterator[str]:
 
     try:
         url = database or Settings().database_url
+        embedded = Settings.model_fields["database_url"].default
+        if must_exist and database is None and url == embedded and not Path(embedded.removeprefix("sqlite:///")).exists():
+            fail(
+                "no service keeps its database in this folder. Run this where `cliprd up` runs, or name the database, which"
+                " `cliprd up --home HOME` has in HOME: `--database sqlite:///HOME/cliprd.db`, or CLIPRD_DATABASE_URL"
+            )
         bring_to_newest(url)
         yield url
     except (SQLAlchemyError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cliprd_core.model_size import ModelSize
 from cliprd_core.spec import JobSpec
 from service.dry_run_schemas import DryRunView, ModelSizeView
-from service.estimates import memory_view, memory_warnings, queue_warnings, time_view
+from service.estimates import device_warnings, memory_view, memory_warnings, queue_warnings, time_view
 from service.found_files import found_files
 from service.model_sizes import Unknown, size_of_model, size_of_trained
 from service.pair_counts import known_num_pairs, num_steps_of
@@ -49,7 +49,11 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         models=[_model_view(field, size) for field, size in sizes.items()],
         memory=memory,
         time=time_view(resolved, speeds, num_steps),
-        warnings=[*queue_warnings(nobody_takes_it), *memory_warnings(resolved, memory.least_bytes, workers)],
+        warnings=[
+            *queue_warnings(nobody_takes_it),
+            *device_warnings(resolved, workers),
+            *memory_warnings(resolved, memory.least_bytes, workers),
+        ],
         files=found_files(resolved) if settings.check_files else None,
     )
 

@@ -79,6 +79,17 @@ def memory_warnings(spec: JobSpec, least_bytes: int | None, workers: Sequence[Wo
     ]
 
 
+def device_warnings(spec: JobSpec, workers: Sequence[WorkerStatus]) -> list[str]:
+    """Whether the job asks for GPUs of a queue whose workers, all there are, report none."""
+    takers = [worker for worker in workers if spec.resources.queue in worker.queues and worker.state is not WorkerState.LOST]
+    if spec.resources.device is not Device.CUDA or not takers or any(worker.gpus for worker in takers):
+        return []
+    return [
+        f"`resources.device` is cuda, but no worker of queue '{spec.resources.queue}' reports a GPU: set it to auto or cpu, or"
+        " choose another `resources.queue` (GET /workers lists them)."
+    ]
+
+
 def _memory_assumptions(spec: JobSpec) -> list[str]:
     computed = f"{spec.training.precision.value} with layer normalisation in fp32" if computes_in_half(spec) else "fp32"
     return [

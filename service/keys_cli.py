@@ -73,10 +73,10 @@ def revoke(
 
 @contextmanager
 def _session(database: str | None) -> Iterator[Session]:
-    """A transaction in the service's database, which is brought to the newest schema first."""
+    """A transaction in the service's database, which is brought to the newest schema first. A key of no service would open nothing."""
     from service.store.session import make_engine, make_sessions
 
-    with migrated(database) as url:
+    with migrated(database, must_exist=True) as url:
         engine = make_engine(url)
         try:
             with make_sessions(engine).begin() as session:

@@ -198,6 +198,17 @@ def test_a_job_that_no_worker_would_take_is_warned_of(client: TestClient, sessio
     assert "no worker takes queue 'h100'" in warning
 
 
+def test_a_job_for_gpus_of_a_queue_without_any_is_warned_of(client: TestClient, sessions: Sessions) -> None:
+    on_cuda = {"resources": {"device": "cuda"}}
+    report(sessions, "elsewhere", queues=["other"], gpus=[gpu()])
+    report(sessions, "one")
+    (warning,) = asked(client, **on_cuda)["warnings"]
+    assert "no worker of queue 'default' reports a GPU" in warning
+    assert asked(client)["warnings"] == []
+    report(sessions, "two", gpus=[gpu()])
+    assert asked(client, **on_cuda)["warnings"] == []
+
+
 def test_a_job_that_surely_does_not_fit_any_gpu_is_warned_of(client: TestClient, sessions: Sessions) -> None:
     small = replace(gpu(), name="NVIDIA T4", memory_total_bytes=2**19)
     needed = asked(client)["memory"]["least_bytes"]

@@ -191,6 +191,18 @@ def test_the_address_may_stand_before_or_after_the_command_or_in_the_environment
         assert bench.run("--url", bench.url, command) == (1, "", f"cliprd: `{command}` asks no service; leave --url out\n")
 
 
+def test_no_key_is_made_for_a_service_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CLIPRD_DATABASE_URL", raising=False)
+    for arguments in (["create", "--scope", "read", "--name", "x"], ["list"]):
+        result = CliRunner().invoke(app, ["keys", *arguments])
+        assert result.exit_code == 1
+        assert "--database sqlite:///HOME/cliprd.db" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    named = CliRunner().invoke(app, ["keys", "list", "--database", f"sqlite:///{tmp_path}/new.db"])
+    assert named.exit_code == 0
+
+
 def test_checking_a_spec_submits_nothing(bench: Bench) -> None:
     code, stdout, _ = bench.run("check", str(bench.spec_file))
     assert code == 0
@@ -221,6 +233,7 @@ def test_cancelling_by_label_retrying_cloning_and_deleting(bench: Bench, tmp_pat
     second = bench.run("clone", first, "--overrides", str(overrides))[1].strip()
     assert "a copy" in bench.run("show", second)[1]
     assert bench.run("cancel", "--label", "sweep=1")[1].splitlines() == [f"{one}  cancelled" for one in (second, first)]
+    assert bench.run("cancel", "--label", "sweep=1") == (0, "no unfinished job has these labels\n", "")
     assert bench.run("cancel")[0] == 1
     assert bench.run("retry", first) == (0, "queued\n", "")
     assert "cancel it first" in bench.run("delete", first)[2]
