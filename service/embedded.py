@@ -26,6 +26,7 @@ import httpx
 import redis
 
 from service.die_with_parent import wrap
+from service.store.blobs import BlobStore
 
 HOST = "127.0.0.1"
 START_TIMEOUT_SECONDS = 60.0
@@ -137,12 +138,22 @@ class EmbeddedStack:
             "CLIPRD_CACHE_DIR": str(self.home / "cache"),
             **self._extra_environment,
         }
+        self._check_artifacts()
         api = self._add("api", api_command(port), API_GRACE_SECONDS + 2.0)
         worker = self._add("worker", worker_command(), WORKER_GRACE_SECONDS + KILL_MARGIN_SECONDS)
         for child in (api, worker):  # stopped in reverse: first the worker, then the API, then Redis
             cleanup.callback(child.stop)
             child.start()
         wait_until(lambda: answers(self.url), api)  # it has brought the database to the newest schema by then
+
+    def _check_artifacts(self) -> None:
+        """A folder that can't be written would keep every job from its end, so that is better told now. (A bucket may just be away.)"""
+        if self._environment.get("CLIPRD_ARTIFACTS_URL"):
+            return
+        try:
+            BlobStore(Path(self._environment["CLIPRD_ARTIFACTS_ROOT"])).check_writable()
+        except OSError as error:
+            raise EmbeddedError(f"the artifact folder can't be used: {error}") from error
 
     def _start_redis(self, cleanup: ExitStack) -> str:
         port, password = choose_port(0), secrets.token_urlsafe(24)

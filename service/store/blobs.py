@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -15,6 +18,8 @@ from cliprd_core.run_dir import sync_directory
 
 CHUNK_BYTES = 1 << 20
 TEMPORARY_SUFFIX = ".tmp"
+REFUSED_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says where rights are missing, or a file system is mounted to be read only."""
 _KEY = re.compile(r"[0-9a-f]{2}/[0-9a-f]{32}")
 
 
@@ -119,16 +124,28 @@ class BlobStore:
         """As `Blobs`."""
         key = key or new_key()
         target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(TEMPORARY_SUFFIX)
-        try:
-            num_bytes, sha256 = _copy(source, temporary)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_directory(target.parent)
+        with source.open("rb") as reader, self._refusing():
+            try:
+                with self._new_file(temporary) as copy:
+                    num_bytes, sha256 = _copy(reader, copy)
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            sync_directory(target.parent)
         return StoredBlob(key=key, num_bytes=num_bytes, sha256=sha256)
+
+    def _new_file(self, path: Path) -> BufferedRandom:
+        """A new file, and its folder where that is missing: a deletion may take the empty folder away just before the file is in it."""
+        while True:
+            try:
+                return path.open("xb+")
+            except FileNotFoundError:
+                self.root.mkdir(parents=True, exist_ok=True)
+                with suppress(FileExistsError):
+                    path.parent.mkdir()
+                    sync_directory(self.root)
 
     def path(self, key: str) -> Path:
         """Where the bytes lie.
@@ -141,24 +158,44 @@ class BlobStore:
 
     def num_bytes(self, key: str) -> int:
         """As `Blobs`."""
-        return self.path(key).stat().st_size
+        with self._refusing():
+            return self.path(key).stat().st_size
 
     def stream(self, key: str, start: int = 0, num_bytes: int | None = None) -> Iterator[bytes]:
         """As `Blobs`."""
-        return _chunks(self.path(key).open("rb"), start, num_bytes)
+        with self._refusing():
+            return _chunks(self.path(key).open("rb"), start, num_bytes)
 
     def delete(self, key: str) -> None:
         """As `Blobs`."""
         path = self.path(key)
-        path.with_suffix(TEMPORARY_SUFFIX).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        with self._refusing():
+            path.with_suffix(TEMPORARY_SUFFIX).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()  # which fails where anything is in it
 
     def check_writable(self) -> None:
         """As `Blobs`."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        probe = self.root / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
+        with self._refusing():
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Rights that are missing here as the store's refusal: what trained waits until somebody has mended them."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in REFUSED_ERRNOS:
+                raise
+            where = self.root if error.filename is None else error.filename
+            raise BlobsRefusedError(
+                f"{where}: {error.strerror}. Give the user that cliprd runs as (uid {os.geteuid()}) the right to read and write the"
+                f" artifact folder {self.root} and all that is in it."
+            ) from error
 
 
 def _chunks(file: BinaryIO, start: int, num_bytes: int | None) -> Iterator[bytes]:
@@ -173,21 +210,20 @@ def _chunks(file: BinaryIO, start: int, num_bytes: int | None) -> Iterator[bytes
             yield chunk
 
 
-def _copy(source: Path, target: Path) -> tuple[int, str]:
+def _copy(source: BinaryIO, copy: BufferedRandom) -> tuple[int, str]:
     """
     Raises:
         OSError: also when the copy does not read back as it was written.
     """
     digest = hashlib.sha256()
     num_bytes = 0
-    with source.open("rb") as reader, target.open("xb+") as copy:
-        while chunk := reader.read(CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += copy.write(chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
-        os.posix_fadvise(copy.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read from the disk where that is possible, not from memory
-        copy.seek(0)
-        if hashlib.file_digest(copy, "sha256").digest() != digest.digest():
-            raise OSError(f"{target} does not read back as it was written; is the disk faulty?")
+    while chunk := source.read(CHUNK_BYTES):
+        digest.update(chunk)
+        num_bytes += copy.write(chunk)
+    copy.flush()
+    os.fsync(copy.fileno())
+    os.posix_fadvise(copy.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read from the disk where that is possible, not from memory
+    copy.seek(0)
+    if hashlib.file_digest(copy, "sha256").digest() != digest.digest():
+        raise OSError(f"{copy.name} does not read back as it was written; is the disk faulty?")
     return num_bytes, digest.hexdigest()

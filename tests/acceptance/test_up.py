@@ -55,6 +55,11 @@ def test_it_refuses_a_home_or_a_port_in_use_and_stops_in_order(up: Up, tmp_path:
     assert len(up.children) >= 3, "Redis, API and worker"
     assert f"already runs in {up.home}" in try_up("--home", str(up.home), "--port", "0")
     assert f"--port {int(up.port) + 1}" in try_up("--home", str(tmp_path / "other"), "--port", up.port)
+    (blocked := tmp_path / "blocked").mkdir()
+    (blocked / "artifacts").touch()
+    assert f"the artifact folder can't be used: [Errno 17] File exists: '{blocked}/artifacts'" in try_up(
+        "--home", str(blocked), "--port", "0"
+    )
     up.process.send_signal(signal.SIGTERM)
     said, _ = up.process.communicate(timeout=30)
     assert up.process.returncode == 0

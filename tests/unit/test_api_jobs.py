@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from service.settings import Settings
 from service.store import jobs
 from service.store.failure_policy import what_to_do
+from tests.live import eventually
 from tests.store_helpers import (
     FAILURE,
     SUCCESS,
@@ -69,6 +70,7 @@ def test_a_submitted_job_is_answered_whole_and_can_be_read(client: TestClient, s
 def test_a_submitted_job_is_sent(client: TestClient, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = sent_jobs(monkeypatch)
     job = submit(client, resources={"queue": "gpu"})
+    eventually(lambda: sent or None)  # soon after the answer
     assert sent == [(job["id"], "gpu")]
 
 

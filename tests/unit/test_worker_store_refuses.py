@@ -1,12 +1,14 @@
 """An artifact store that refuses, or is away, as a run ends: waited for, with the job's log saying so, but not against a user's will."""
 
+import errno
 from collections.abc import Callable, Iterator
+from io import BufferedRandom
 from pathlib import Path
 
 import pytest
 
 from cliprd_core.run_dir import ErrorReason, complete_checkpoints, step_of
-from service.store.blobs import BlobsRefusedError, BlobsUnreachableError, StoredBlob
+from service.store.blobs import BlobsRefusedError, BlobStore, BlobsUnreachableError, StoredBlob
 from service.store.jobs import JobState, QueuedJob, request_cancel, request_pause
 from service.store.logs import read_log
 from service.store.models import ArtifactKind
@@ -61,6 +63,21 @@ def test_a_store_that_refuses_is_waited_for_until_that_is_mended(bench: Bench, f
     assert bench.job(job_id).state is JobState.SUCCEEDED
     assert len(bench.artifacts(job_id, ArtifactKind.MODEL)) == 2
     assert f"this job waits until that is mended: {REFUSAL}\n" in stored_log(bench, job_id)
+
+
+def test_a_folder_without_rights_is_waited_for_as_well(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bench.settings.artifacts_root
+
+    def denied(_: BlobStore, path: Path) -> BufferedRandom:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as without_rights:
+        without_rights.setattr(BlobStore, "_new_file", denied)
+        job_id = bench.submit({"steps": "12"})
+        soon(lambda: waits(bench, job_id), without_rights.undo)
+        bench.run(job_id)
+    assert bench.job(job_id).state is JobState.SUCCEEDED
+    assert f"right to read and write the artifact folder {folder} and all that is in it." in stored_log(bench, job_id)
 
 
 def ask(bench: Bench, request: Callable[..., object], job_id: str) -> None:
