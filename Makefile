@@ -22,9 +22,10 @@ demo: $(INSTALLED)  ## teacher, student alone, student distilled: end to end on 
 	$(BIN)/python examples/emoji/demo.py
 
 PORT = 8000
+HOST = 127.0.0.1
 
-up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000; PORT=8001: on another port
-	$(BIN)/cliprd up --port $(PORT)
+up: $(INSTALLED)  ## the embedded service on http://127.0.0.1:8000; PORT=8001: on another port; HOST=0.0.0.0: for other machines, too
+	$(BIN)/cliprd up --port $(PORT) --host $(HOST)
 
 test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile

@@ -11,19 +11,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.auth import is_loopback
 from service.die_with_parent import die_with_parent
+from service.exposure import exposure_problem
 from service.monitoring import SHARED_FOLDER_VARIABLE
 from service.processes import serve
 from service.settings import Settings
-from service.store.keys import any_keys
-from service.store.session import make_engine, make_sessions, migrate, reading
 
 
 def main() -> None:
     """Serve until interrupted."""
     settings = Settings()
-    if not is_loopback(settings.host) and not settings.always_need_key:  # which lets nobody in before there is a key
+    if not settings.always_need_key:  # which lets nobody in before there is a key
         _insist_on_a_key(settings)
     if settings.api_processes == 1:
         uvicorn.run(make_app(), host=settings.host, port=settings.port, timeout_graceful_shutdown=settings.shutdown_seconds)
@@ -53,18 +51,10 @@ def make_child_app() -> FastAPI:
 
 
 def _insist_on_a_key(settings: Settings) -> None:
-    """Other machines are not let in by mistake: an address that they reach needs a key first."""
-    if settings.migrate_on_start:
-        migrate(settings.database_url)
-    engine = make_engine(settings.database_url)
-    try:
-        with reading(make_sessions(engine)) as session:
-            has_keys = any_keys(session=session)
-    finally:
-        engine.dispose()
-    if not has_keys:
+    problem = exposure_problem(settings.host, database_url=settings.database_url, may_migrate=settings.migrate_on_start)
+    if problem is not None:
         sys.exit(
-            f"cliprd: CLIPRD_HOST={settings.host} can be reached from other machines, but no API key has been made yet."
+            f"cliprd: CLIPRD_HOST={problem}."
             " Make one with `cliprd keys create --scope admin --name NAME`, leave CLIPRD_HOST at 127.0.0.1,"
             " or set CLIPRD_ALWAYS_NEED_KEY=true to refuse every request until then."
         )

@@ -58,6 +58,7 @@ def up(
         ".cliprd"
     ),
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the API on this machine; 0 picks a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; one that other machines reach needs an API key first.")] = "127.0.0.1",
 ) -> None:
     """Run the whole service on this machine, with nothing else to install. Ctrl-C stops it."""
     from service.embedded import EmbeddedError, EmbeddedStack
@@ -65,7 +66,7 @@ def up(
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell without job control starts its background processes deaf to SIGINT
         signal.signal(number, _interrupt)
     try:
-        with EmbeddedStack(home, port) as stack:
+        with EmbeddedStack(home, port, host=host) as stack:
             out.print(f"cliprd is up: {stack.url} (API reference: {stack.url}/docs)")
             out.print(f"Everything is kept in {stack.home}; logs are in {stack.logs}. Stop with Ctrl-C.")
             _watch_until_interrupted(stack.watch)

