@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat
 
@@ -18,3 +18,7 @@ class SpecModel(BaseModel):
     """Base of every part of the spec: frozen, an unknown field is an error, never ignored, and a number is finite, as JSON has no other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Itself, as nothing changes it: pydantic copies a default for every spec that leaves it out."""
+        return self

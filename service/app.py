@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Engine
 
@@ -27,7 +27,6 @@ from service.settings import Settings
 from service.store.blobs import Blobs, make_blobs
 from service.store.session import check_database, make_engine, make_sessions, migrate
 from service.streams import Streams
-from service.strict_query import refuse_other_parameters
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -59,7 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RequestMonitor, registry=services.registry)
     install_handlers(app)
     for part in (jobs, control, streams, artifacts, teacher_stores, workers, health, docs):
-        app.include_router(part.router, dependencies=[Depends(refuse_other_parameters)])
+        app.include_router(part.router)
     app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 

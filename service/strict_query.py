@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
 
 from service.problems import FieldProblem, closest
 
@@ -23,16 +24,26 @@ class QueryError(ValueError):
         self.problems = problems
 
 
-async def refuse_other_parameters(request: Request) -> None:
-    """A dependency of every route: what the OpenAPI does not list for it is refused, and so are lists of what is single-valued.
+class StrictRoute(APIRoute):
+    """A route that refuses what the OpenAPI does not list for it, and lists of what is single-valued. All of ours are of this class.
 
-    Only a query takes a thread: a request without one, such as a probe, is served also while all threads wait for the database.
-
-    Raises:
-        QueryError: there are such parameters.
+    Not a dependency, which every request would pay for; and only a query takes a thread: a request without one, such as a probe, is served
+    also while all threads wait for the database.
     """
-    if request.scope["query_string"]:
-        await run_in_threadpool(_refuse_others, request)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            """
+            Raises:
+                QueryError: there are other parameters.
+            """
+            if request.scope["query_string"]:
+                await run_in_threadpool(_refuse_others, request)
+            return await handle(request)
+
+        return strictly
 
 
 def _refuse_others(request: Request) -> None:

@@ -21,10 +21,11 @@ from service.store.blobs import Blobs
 from service.store.errors import ArtifactNotFoundError
 from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
+from service.strict_query import StrictRoute
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter(prefix="/artifacts", tags=["artifacts"])
+router = APIRouter(prefix="/artifacts", tags=["artifacts"], route_class=StrictRoute)
 
 _BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 

@@ -19,9 +19,10 @@ from service.routes.dependencies import JobIdInPath, RootPath, Services, Service
 from service.schemas import CancelledJobs, JobView, LabelSelector
 from service.store import jobs
 from service.store.session import reading
+from service.strict_query import StrictRoute
 from service.submission import cloned_spec, submit
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
 
 Overrides = Annotated[

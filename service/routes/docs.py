@@ -9,6 +9,8 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 
+from service.strict_query import StrictRoute
+
 PAGE_HEADERS = {
     # Swagger UI makes `style` attributes and `data:` images of its own.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
@@ -23,7 +25,7 @@ ASSETS = {"swagger-ui-bundle.js": SWAGGER_UI, "swagger-ui.css": SWAGGER_UI, "fav
 
 DOCS_PATHS = frozenset({"/", "/openapi.json", "/docs", *(f"/docs/{name}" for name in ASSETS)})
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=StrictRoute)
 
 
 @router.get("/openapi.json")

@@ -9,8 +9,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from service.errors import NotReadyError, problem_responses
 from service.routes.dependencies import ServicesOf
 from service.schemas import Health
+from service.strict_query import StrictRoute
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=StrictRoute)
 
 
 @router.get("/healthz", summary="Is the process up?")

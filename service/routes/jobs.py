@@ -21,9 +21,10 @@ from service.store.models import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
 from service.store.workers import complaint_about_queue
+from service.strict_query import StrictRoute
 from service.submission import submit
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
 _LABEL = re.compile(r"([A-Za-z0-9_.-]{1,64})=([A-Za-z0-9_.-]{0,128})")
 

@@ -20,8 +20,9 @@ from service.store import events, jobs, logs, metrics
 from service.store.models import Job
 from service.store.session import reading
 from service.streams import MEDIA_TYPE, Found, Look, News, Wanted
+from service.strict_query import StrictRoute
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
 STEPS_PER_LOOK = 500
 CHUNKS_PER_LOOK = 16

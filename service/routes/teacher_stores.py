@@ -9,9 +9,10 @@ from fastapi import APIRouter, Path
 from cliprd_core.store_removal import delete_store, list_stores
 from service.errors import problem_responses
 from service.routes.dependencies import ServicesOf
+from service.strict_query import StrictRoute
 from service.teacher_store_schemas import TeacherStoreList, TeacherStoreView
 
-router = APIRouter(prefix="/teacher-stores", tags=["teacher stores"])
+router = APIRouter(prefix="/teacher-stores", tags=["teacher stores"], route_class=StrictRoute)
 
 
 @router.get("", summary="List teacher stores, most recently used first", responses=problem_responses(500))

@@ -8,9 +8,10 @@ from service.errors import problem_responses
 from service.routes.dependencies import ServicesOf
 from service.store.session import reading
 from service.store.workers import list_workers as read_workers
+from service.strict_query import StrictRoute
 from service.worker_schemas import WorkerList, WorkerView
 
-router = APIRouter(prefix="/workers", tags=["workers"])
+router = APIRouter(prefix="/workers", tags=["workers"], route_class=StrictRoute)
 
 
 @router.get("", summary="List workers", responses=problem_responses(500, 503))
