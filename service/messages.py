@@ -14,6 +14,10 @@ from service.store.transitions import QueuedJob
 MAX_SECONDS_HELD = 2.0
 """As long as submissions keep coming, messages wait for the answers; not longer, though, as workers wait for them."""
 PAUSE_SECONDS = 0.01
+SETTLE_SECONDS = 0.25
+"""After a burst they wait as long, since other processes of the API may still answer their share of it."""
+MIN_BURST = 20
+"""So many unsent messages are of a burst."""
 MAX_MESSAGES = 50
 """Of one call, between which answers may go first again."""
 
@@ -52,6 +56,9 @@ class Messages:
                 self._unsent.clear()  # each would wait for the broker in vain
 
     async def _let_answers_go_first(self) -> None:
-        deadline = asyncio.get_running_loop().time() + MAX_SECONDS_HELD
-        while self._is_busy() and asyncio.get_running_loop().time() < deadline:
+        time = asyncio.get_running_loop().time
+        deadline, settled_at = time() + MAX_SECONDS_HELD, 0.0
+        while time() < deadline and (self._is_busy() or time() < settled_at):
+            if self._is_busy() and len(self._unsent) >= MIN_BURST:
+                settled_at = time() + SETTLE_SECONDS
             await asyncio.sleep(PAUSE_SECONDS)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.orm import Session, object_session
 
+from service.store.bulk import insert_rows
 from service.store.models import EventKind, Job, JobEvent
 from service.store.webhooks import WebhookEvent, add_messages
 
@@ -61,8 +62,7 @@ def _insert(session: Session, rows: Sequence[Mapping[str, Any]]) -> Sequence[int
     if len(rows) == 1 or session.get_bind().dialect.name != "postgresql":
         return session.scalars(insert(JobEvent).returning(JobEvent.id, sort_by_parameter_order=True), rows).all()
     ids = session.scalars(_NEXT_IDS, {"count": len(rows)}).all()
-    session.flush()
-    session.connection().execute(insert(JobEvent), [{"id": one, **row} for one, row in zip(ids, rows, strict=True)])
+    insert_rows(session, JobEvent, [{"id": one, **row} for one, row in zip(ids, rows, strict=True)])
     return ids
 
 

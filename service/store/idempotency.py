@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
+from service.store.bulk import insert_rows
 from service.store.errors import IdempotencyConflictError
 from service.store.models import IdempotencyKey, Job
 from service.store.session import database_now
@@ -58,8 +59,7 @@ def remember_keys(*, session: Session, submissions: Sequence[tuple[Keyed, Job]])
         {"key": one.key, "body_sha256": one.digest, "job_id": job.id, "created_at": job.created_at}
         for one, job in sorted(submissions, key=lambda pair: pair[0].key)
     ]
-    if rows:
-        session.execute(insert(IdempotencyKey), rows)
+    insert_rows(session, IdempotencyKey, rows)
 
 
 def forget_keys(*, session: Session, older_than_hours: float = KEPT_HOURS) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from service.store.bulk import insert_rows
 from service.store.models import EventKind, Job, WebhookDelivery
 from service.store.session import database_now
 
@@ -60,8 +61,7 @@ def add_messages(session: Session, events: Sequence[WebhookEvent], *, now: datet
         {"message_id": f"job_event_{one.event_id}", "url": None, "body": one.body(now), "num_tries": 0, "next_try_at": now}
         for one in events
     ]
-    if rows:
-        session.execute(insert(WebhookDelivery), rows)
+    insert_rows(session, WebhookDelivery, rows)
 
 
 def address_messages(*, session: Session, urls: Sequence[str], limit: int = 1000) -> None:

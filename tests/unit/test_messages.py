@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from service.messages import MAX_MESSAGES, MAX_SECONDS_HELD, Messages
+from service.messages import MAX_MESSAGES, MAX_SECONDS_HELD, MIN_BURST, PAUSE_SECONDS, SETTLE_SECONDS, Messages
 from service.queue import JobQueue
 from service.store.transitions import QueuedJob
 
@@ -71,5 +71,20 @@ def test_but_not_for_ever() -> None:
         messages.send_soon(JOBS[0])
         await asyncio.wait_for(messages.drain(), TIMEOUT_SECONDS)
         assert broker.calls == [JOBS[:1]]
+
+    asyncio.run(waiting())
+
+
+def test_after_a_burst_those_of_other_processes_go_first_too() -> None:
+    async def waiting() -> None:
+        broker, busy = Broker(), True
+        messages = Messages(broker, is_busy=lambda: busy)
+        for job in JOBS[:MIN_BURST]:
+            messages.send_soon(job)
+        await asyncio.sleep(5 * PAUSE_SECONDS)
+        busy, idle_since = False, asyncio.get_running_loop().time()
+        await asyncio.wait_for(messages.drain(), TIMEOUT_SECONDS)
+        assert asyncio.get_running_loop().time() - idle_since > SETTLE_SECONDS / 2
+        assert broker.calls == [JOBS[:MIN_BURST]]
 
     asyncio.run(waiting())
