@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Engine
@@ -18,7 +19,7 @@ from service.messages import Messages
 from service.middleware import HeadLikeGet, ProblemsOnly, RequestLimits, SecurityHeaders
 from service.monitoring import RequestMonitor, make_registry
 from service.openapi import DESCRIPTION, openapi_of
-from service.preparation import Preparation
+from service.preparation import MAX_CALLS, Preparation
 from service.queue import JobQueue
 from service.readiness import Part, Readiness
 from service.routes import artifacts, control, docs, health, jobs, streams, teacher_stores, workers
@@ -85,6 +86,7 @@ def _make_services(settings: Settings) -> Services:
             heartbeat_seconds=settings.stream_heartbeat_seconds,
         ),
         readiness=_make_readiness(engine, queue, blobs),
+        file_looks=CapacityLimiter(MAX_CALLS),
     )
 
 

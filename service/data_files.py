@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
-from cliprd_core.evaluation_spec import EvaluationSet
 from cliprd_core.spec import CsvSource
+from service.file_walk import FileWalk
 from service.problems import FieldProblem, closest
 
 Found = tuple[str, str] | None
@@ -62,7 +62,7 @@ def pattern_problem(pattern: str) -> Found:
         num_names = count_names(pattern)
     except ValueError:
         return f"`{pattern}` has unbalanced braces", "Write a range as {00000..00007}."
-    return _num_shards_problem(num_names) or _length_problem(num_names, pattern)
+    return num_shards_problem(num_names) or _length_problem(num_names, pattern)
 
 
 def count_names(pattern: str) -> int:
@@ -71,15 +71,13 @@ def count_names(pattern: str) -> int:
     Raises:
         ValueError: unbalanced braces.
     """
-    return sum(1 for _ in islice(braceexpand(pattern), MAX_SHARDS + 1))
+    return len(_names(pattern))
 
 
-def shards_problem(pattern: str) -> Found:
-    """Every shard that a well-formed pattern's brace ranges and globs name must be a non-empty file."""
-    try:
-        return _files_problem(list(islice(expand_shards(pattern), MAX_SHARDS + 1)))
-    except FileNotFoundError as error:
-        return f"no file matches {error.filename}", CHECK_PATH
+@lru_cache(maxsize=2)
+def _names(pattern: str) -> tuple[str, ...]:
+    """Kept, as each check asks for them again, and expanding braces takes longer than most."""
+    return tuple(islice(braceexpand(pattern), MAX_SHARDS + 1))
 
 
 def _ranges_problem(pattern: str) -> Found:
@@ -96,7 +94,7 @@ def remote_problem(pattern: str) -> Found:
         return found
     try:
         num_names = count_names(pattern)
-        too_many = _num_shards_problem(num_names) or _length_problem(num_names, pattern)
+        too_many = num_shards_problem(num_names) or _length_problem(num_names, pattern)
         addresses = [] if too_many else [(url, urlsplit(url)) for url in expand_remote(pattern)]
     except ValueError as error:
         return f"`{pattern}` is no pattern of addresses: {error}", "Write a range as {00000..00007}, and brackets only in a host's number."
@@ -110,7 +108,8 @@ def remote_problem(pattern: str) -> Found:
     return None
 
 
-def _num_shards_problem(num_shards: int) -> Found:
+def num_shards_problem(num_shards: int) -> Found:
+    """A source may name so many and no more."""
     return (f"names more than {MAX_SHARDS} shards", "Use fewer and larger shards.") if num_shards > MAX_SHARDS else None
 
 
@@ -120,11 +119,8 @@ def _length_problem(num_names: int, pattern: str) -> Found:
     return f"names {num_names} shards at great length", f"Use shorter paths or fewer shards: {MAX_NAME_CHARACTERS} characters in all."
 
 
-def _files_problem(files: list[Path]) -> Found:
-    """All of these must be non-empty files."""
-    too_many = _num_shards_problem(len(files))
-    if too_many is not None:
-        return too_many
+def files_problem(files: list[Path]) -> Found:
+    """All of these must be non-empty files, and those that begin as a tar does, as far as they are looked into."""
     bad = [file for file in files if not (is_file(file) and os.access(file, os.R_OK) and file.stat().st_size)]
     if not bad:
         return next((problem for file in files[:MAX_LOOKS_INSIDE] if (problem := _tar_problem(file)) is not None), None)
@@ -167,34 +163,40 @@ def _count_pairs(shard: Path, identity: tuple[int, ...]) -> int | None:  # noqa:
 
 def expand_remote(pattern: str) -> Iterator[str]:
     """The addresses of a well-formed pattern."""
-    return iter(braceexpand(pattern))
+    return iter(_names(pattern))
 
 
 def expand_folders(pattern: str) -> Iterator[str]:
     """For each name of a well-formed pattern: itself, or the folder from which its glob starts to look, without `..`."""
-    for given in braceexpand(pattern):
+    for given in dict.fromkeys(_names(pattern)):
         name = os.path.normpath(given)
         if glob.has_magic(name):
             name = str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(name).parts)))
         yield name
 
 
-def expand_shards(pattern: str) -> Iterator[Path]:
-    """The files that a pattern names.
+def expand_shards(walk: FileWalk, pattern: str) -> Iterator[Path]:
+    """The files that an absolute pattern names.
 
     Raises:
         ValueError: unbalanced braces.
         FileNotFoundError: a glob matches nothing.
+        TooMuchToWalkError: it leads to more looks than a spec may.
     """
-    for given in braceexpand(pattern):
-        name = os.path.normpath(given)
-        if not glob.has_magic(name) or is_file(name):
-            yield Path(name)
-            continue
-        matches = sorted(islice(glob.iglob(name, recursive=True), MAX_SHARDS + 1))  # noqa: PTH207  Path.glob takes no absolute pattern
-        if not matches:
-            raise FileNotFoundError(2, "no match", name)
-        yield from map(Path, matches)
+    found: dict[str, list[Path]] = {}  # a few characters of braces make one name many times
+    for given in _names(pattern):
+        if given not in found:
+            found[given] = _files_of(walk, os.path.normpath(given))
+        yield from found[given]
+
+
+def _files_of(walk: FileWalk, name: str) -> list[Path]:
+    if not glob.has_magic(name) or is_file(name):
+        return [Path(name)]
+    matches = walk.matches(name, limit=MAX_SHARDS + 1)
+    if not matches:
+        raise FileNotFoundError(2, "no match", name)
+    return [Path(match) for match in matches]
 
 
 def checkpoint_problem(path: str) -> Found:
@@ -220,9 +222,14 @@ def local_dir_problem(path: str) -> Found:
         return f"there is no folder {path}", "Give a folder that holds open_clip_config.json and the weights."
     if not is_file(folder / "open_clip_config.json"):
         return f"{path} holds no open_clip_config.json", "Give a folder that holds open_clip_config.json and the weights."
-    if not any(file.suffix in WEIGHTS for file in folder.glob("*")):
+    if not any(name.endswith(WEIGHTS) for name in _names_in(folder)):
         return f"{path} holds no weights", "Put open_clip_model.safetensors into it."
     return None
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        yield from (entry.name for entry in islice(entries, MAX_SHARDS))
 
 
 def table_problems(field: str, source: CsvSource) -> list[FieldProblem]:
@@ -255,61 +262,4 @@ def _column_problems(field: str, source: CsvSource, header: list[str]) -> list[F
             hint = f"Did you mean `{near[0]}`?" if near else "Set it to one of them, or set `separator` to what stands between them."
             problem = f"{source.path} has no column `{column}`; split at {source.separator!r}, its columns are {columns}"
             problems.append(FieldProblem(field=f"{field}.{name}", problem=problem, remedy=hint))
-    return problems
-
-
-def _declared_type(folder: Path) -> str:
-    """What dataset_type.txt says; without one a set is for classification."""
-    try:
-        return (folder / "dataset_type.txt").read_text().strip()[:64] or "classification"
-    except (OSError, ValueError):
-        return "classification"
-
-
-def evaluation_files(one: EvaluationSet) -> Iterator[str]:
-    """What is read of an evaluation set, its folder first, so that a look at the others ends at a folder that may not be read."""
-    folder = Path(one.path)
-    yield one.path
-    yield from (str(folder / name) for name in ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"))
-    yield str(folder / one.split)
-    if is_dir(folder / one.split):
-        yield from (str(file) for file in islice((folder / one.split).iterdir(), MAX_SHARDS + 1))
-
-
-def evaluation_problems(field: str, kind: str, one: EvaluationSet) -> list[FieldProblem]:
-    """The layout of clip_benchmark's webdatasets: SPLIT/nshards.txt and SPLIT/0.tar …, and class names where classes are told apart."""
-    folder, split = Path(one.path), Path(one.path) / one.split
-
-    def problem(name: str, what: str, remedy: str) -> FieldProblem:
-        return FieldProblem(field=f"{field}.{name}", problem=what, remedy=remedy)
-
-    if not is_dir(folder):
-        return [problem("path", f"there is no folder {folder}", CHECK_PATH)]
-    problems = []
-    if kind == "zero_shot" and not is_file(folder / "classnames.txt"):
-        remedy = "Put one class name a line there; a set with captions instead of classes belongs under `evaluation.retrieval`."
-        problems.append(problem("path", f"{folder} holds no classnames.txt", remedy))
-    elif kind == "zero_shot" and not is_file(folder / "zeroshot_classification_templates.txt"):
-        remedy = "Put one prompt a line there, such as `a photo of a {c}.`, where `{c}` stands for the class name."
-        problems.append(problem("path", f"{folder} holds no zeroshot_classification_templates.txt", remedy))
-    declared = _declared_type(folder)
-    if (declared == "retrieval") != (kind == "retrieval"):
-        belongs = "retrieval" if declared == "retrieval" else "zero_shot"
-        source = "by its dataset_type.txt" if is_file(folder / "dataset_type.txt") else "as it has no dataset_type.txt"
-        what = f"{folder} is a {declared} set, {source}"
-        problems.append(problem("path", what, f"Move it to `evaluation.{belongs}`, or write its type into dataset_type.txt."))
-    if not is_dir(split):
-        splits = sorted(inner.parent.name for inner in folder.glob("*/nshards.txt")) or ["none"]
-        problems.append(problem("split", f"{folder} has no split `{one.split}`", f"Its splits are: {', '.join(splits)}."))
-        return problems
-    try:
-        num_shards = int((split / "nshards.txt").read_text())
-    except (OSError, ValueError):
-        remedy = "Put the number of its tars there, which are named 0.tar, 1.tar, …"
-        return [*problems, problem("path", f"{split / 'nshards.txt'} doesn't hold a number", remedy)]
-    if not 1 <= num_shards <= MAX_SHARDS:
-        return [*problems, problem("path", f"{split / 'nshards.txt'} says {num_shards}", f"Give 1 to {MAX_SHARDS} tars.")]
-    found = _files_problem([split / f"{number}.tar" for number in range(num_shards)])
-    if found is not None:
-        problems.append(problem("path", *found))
     return problems

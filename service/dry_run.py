@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from cliprd_core.model_size import ModelSize
 from cliprd_core.spec import JobSpec
 from service.dry_run_schemas import DryRunView, ModelSizeView
 from service.estimates import device_warnings, memory_view, memory_warnings, queue_warnings, time_view
+from service.file_walk import FileWalk, TooMuchToWalkError
 from service.found_files import found_files
 from service.model_sizes import Unknown, size_of_model, size_of_trained
-from service.pair_counts import known_num_pairs, num_steps_of
+from service.pair_counts import at_most_num_pairs, known_num_pairs, num_steps_of
+from service.problems import BODY, FieldProblem, SpecError
 from service.routes.dependencies import Services
+from service.spec_check import WALK_LESS
 from service.store.session import reading
 from service.store.speeds import recorded_speeds
 from service.store.states import JobState
@@ -24,6 +29,13 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         SpecError: the spec has faults.
         TeacherUnavailableError: a teacher can't be had.
     """
+    try:
+        return _dry_run(services, spec, FileWalk())
+    except TooMuchToWalkError as error:  # slower this time than when the spec was checked
+        raise SpecError([FieldProblem(field=BODY, problem=str(error), remedy=WALK_LESS)]) from error
+
+
+def _dry_run(services: Services, spec: JobSpec, walk: FileWalk) -> DryRunView:
     settings = services.settings
     resolved = services.preparation.check(spec)
     locations = settings.locations if settings.check_files else None
@@ -34,7 +46,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
         workers = list_workers(session=session)
         nobody_takes_it = complaint_about_queue(session=session, queue=resolved.resources.queue)
     waits = not all(teacher.state.is_finished for teacher in teachers)
-    num_pairs = known_num_pairs(resolved) if settings.check_files else None
+    num_pairs = known_num_pairs(resolved, partial(at_most_num_pairs, walk)) if settings.check_files else None
     num_steps = None if num_pairs is None else num_steps_of(resolved, num_pairs)
     sizes = {"student": size_of_model(resolved.student, locations)}
     for field, teacher in resolved.teacher_fields.items():
@@ -54,7 +66,7 @@ def dry_run(services: Services, spec: JobSpec) -> DryRunView:
             *device_warnings(resolved, workers),
             *memory_warnings(resolved, memory.least_bytes, workers),
         ],
-        files=found_files(resolved) if settings.check_files else None,
+        files=found_files(walk, resolved) if settings.check_files else None,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -151,7 +152,12 @@ def _allowed_methods(request: Request) -> list[str]:
     return sorted({*found, "HEAD"}) if "GET" in found else found
 
 
-def _on_invalid_request(request: Request, error: Exception) -> Response:
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    looks = request.app.state.services.file_looks if _takes_a_spec(request) else None
+    return await run_sync(_describe_invalid, request, error, limiter=looks)
+
+
+def _describe_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems: list[FieldProblem] = []
     for one in error.errors():

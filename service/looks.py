@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from service.file_walk import FileWalk
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -23,5 +25,19 @@ class Looks:
         key = (look, args, tuple(kwargs.items()))
         if key not in self._found:
             self._found[key] = look(*args, **kwargs)
+        result: Result = self._found[key]
+        return result
+
+    def around(
+        self, look: Callable[Concatenate[FileWalk, Arguments], Result], walk: FileWalk, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """As a call, of a function that reads folders: the spec that has it called pays for it, and no other that asks the same.
+
+        Raises:
+            TooMuchToWalkError: this spec leads to more looks than one may; another one may have more left.
+        """
+        key = (look, args, tuple(kwargs.items()))
+        if key not in self._found:
+            self._found[key] = look(walk, *args, **kwargs)
         result: Result = self._found[key]
         return result

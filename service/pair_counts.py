@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from cliprd_core.spec import CsvSource, DataSource, JobSpec, WebDatasetSource
 from service import data_files
+from service.file_walk import FileWalk
 
 
-def at_most_num_pairs(source: DataSource) -> int | None:
+def at_most_num_pairs(walk: FileWalk, source: DataSource) -> int | None:
     """The pairs that a source has at most. None: unknown without much reading.
 
     `sizes.json` beside the shards, as webdataset's tools write it, gives the number of samples of each shard; small ones are counted.
+
+    Raises:
+        TooMuchToWalkError: it leads to more looks than a spec may.
     """
-    counted = _rows_of(source) if isinstance(source, CsvSource) else _pairs_of(source)
+    counted = _rows_of(source) if isinstance(source, CsvSource) else _pairs_of(walk, source)
     known = [number for number in (counted, source.num_samples) if number is not None]
     return min(known, default=None)
 
 
-def known_num_pairs(spec: JobSpec, *, count: Callable[[DataSource], int | None] = at_most_num_pairs) -> int | None:
-    """The training pairs of a resolved spec, at most: unreadable ones are among them. None: unknown without much reading."""
+def known_num_pairs(spec: JobSpec, count: Callable[[DataSource], int | None]) -> int | None:
+    """The training pairs of a resolved spec, at most, as `count` finds those of a source: unreadable ones are among them. None: unknown
+    without much reading."""
     counts = [count(source) for source in spec.data.train]
     return None if None in counts else sum(count for count in counts if count is not None)
 
@@ -35,15 +41,22 @@ def num_steps_of(spec: JobSpec, num_pairs: int) -> int:
 def _rows_of(source: CsvSource) -> int | None:
     """Lines below a small table's header: never fewer than its rows."""
     table = Path(source.path)
-    if table.stat().st_size > data_files.MAX_BYTES_COUNTED:
+    status = table.stat()
+    if status.st_size > data_files.MAX_BYTES_COUNTED:
         return None
+    return _num_rows(table, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=data_files.MAX_COUNTS_KEPT)
+def _num_rows(table: Path, identity: tuple[int, ...]) -> int:  # noqa: ARG001  it tells the file of today from another
+    """Kept, as one spec may name a table hundreds of times."""
     return max(0, len(table.read_bytes().splitlines()) - 1)
 
 
-def _pairs_of(source: WebDatasetSource) -> int | None:
+def _pairs_of(walk: FileWalk, source: WebDatasetSource) -> int | None:
     if source.is_remote:
         return None
-    shards = list(data_files.expand_shards(source.shards))
+    shards = list(data_files.expand_shards(walk, source.shards))
     sizes: dict[Path, dict[str, Any]] = {}
     total = 0
     is_small = sum(shard.stat().st_size for shard in shards) <= data_files.MAX_BYTES_COUNTED

@@ -9,16 +9,16 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic_core import PydanticSerializationError
 
 from cliprd_core.evaluation_spec import EvaluationSet
-from cliprd_core.locations import ForbiddenLocationError, Locations, ServiceFileError
+from cliprd_core.locations import Locations
 from cliprd_core.spec import DataSource, JobSpec, StudentSpec, TeacherSpec, WebDatasetSource
-from service import data_files, model_names
+from service import data_files, evaluation_files, model_names, places
+from service.file_walk import FileWalk, TooMuchToWalkError
 from service.looks import Looks
 from service.model_config_check import model_config_problems
 from service.pair_counts import at_most_num_pairs, known_num_pairs, num_steps_of
@@ -27,13 +27,15 @@ from service.spec_parts import SpecPart, valid_parts
 
 MAX_CONFIG_DEPTH = 16
 MAX_PATH_DEPTH = 64
+WALK_LESS = "Name shards by ranges such as {00000..00007}, start globs in smaller folders, and keep other files elsewhere."
 MAX_NAMES = 200_000
 """Shards that all patterns of a spec name together: each is looked at, while the submission waits."""
 
 CONFIGS: dict[str, set[str] | dict[str, set[str]]] = {"student": {"config"}, "teacher": {"config"}, "teachers": {"__all__": {"config"}}}
 """Of models: the only fields of a spec that may hold anything."""
 
-Place = TypeVar("Place")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 ModelSpec = TypeVar("ModelSpec", StudentSpec, TeacherSpec)
 
 
@@ -90,6 +92,7 @@ class _Check:
         self.locations = locations
         self.check_files = check_files
         self.look = looks or Looks()
+        self.walk = FileWalk()
         self.problems: list[FieldProblem] = []
         self._num_names = 0
 
@@ -192,11 +195,12 @@ class _Check:
     def _source(self, field: str, source: DataSource) -> DataSource:
         if isinstance(source, WebDatasetSource):
             if source.is_remote:
-                self._add_shards(f"{field}.shards", source.shards, data_files.remote_problem, _remote_problem)
+                self._add_shards(f"{field}.shards", source.shards, data_files.remote_problem, places.remote_problem)
                 return source
             shards = source.model_copy(update={"shards": self._absolute(source.shards)})
-            look = _local_problem if self.check_files else _local_place_problem
-            self._add_shards(f"{field}.shards", shards.shards, data_files.pattern_problem, look)
+            self._add_shards(
+                f"{field}.shards", shards.shards, data_files.pattern_problem, places.local_place_problem, around=places.local_problem
+            )
             return shards
         image_root = None if source.image_root is None else self._absolute(source.image_root)
         table = source.model_copy(update={"path": self._absolute(source.path), "image_root": image_root})
@@ -212,19 +216,24 @@ class _Check:
 
     def _evaluation_set(self, field: str, one: EvaluationSet) -> EvaluationSet:
         resolved = one.model_copy(update={"path": self._absolute(one.path)})
-        found = self.look(_evaluation_problem, self.locations, resolved)
+        found = self._look_around(f"{field}.path", places.evaluation_problem, self.locations, resolved.path, resolved.split)
         if found is not None:
             self._add(f"{field}.path", *found)
         elif self.check_files:
-            _, kind, _ = field.split(".")
-            self.problems += self.look(data_files.evaluation_problems, field, kind, resolved)
+            kind = field.split(".")[1]
+            problems = self._look_around(f"{field}.path", evaluation_files.evaluation_problems, kind, resolved.path, resolved.split)
+            for name, problem, remedy in problems or []:
+                self._add(f"{field}.{name}", problem, remedy)
         return resolved
 
     def _check_num_steps(self, spec: JobSpec) -> None:
         """Batch and warm-up against the number of pairs, as far as that is known without reading the data."""
         if not self.check_files or self.problems:
             return
-        num_pairs = known_num_pairs(spec, count=lambda source: self.look(at_most_num_pairs, source))
+        try:
+            num_pairs = known_num_pairs(spec, lambda source: self.look.around(at_most_num_pairs, self.walk, source))
+        except TooMuchToWalkError:
+            return
         if num_pairs is None:
             return
         training = spec.training
@@ -253,61 +262,48 @@ class _Check:
         if found is not None:
             self._add(field, *found)
 
-    def _add_shards(self, field: str, pattern: str, check: data_files.Look, look: Callable[[Locations, str], data_files.Found]) -> None:
-        """What `check` finds wrong with a pattern itself, or `look` with what it names."""
+    def _look_around(
+        self,
+        field: str,
+        look: Callable[Concatenate[FileWalk, Arguments], Result | None],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result | None:
+        """What `look` finds; nothing if the spec leads to more looks than one may, which is a problem of the first field that does."""
+        if self.walk.is_used_up:
+            return None
+        try:
+            return self.look.around(look, self.walk, *args, **kwargs)
+        except TooMuchToWalkError as error:
+            self._add(field, str(error), WALK_LESS)
+            return None
+
+    def _add_shards(
+        self,
+        field: str,
+        pattern: str,
+        check: data_files.Look,
+        look: Callable[[Locations, str], data_files.Found],
+        *,
+        around: Callable[[FileWalk, Locations, str], data_files.Found] | None = None,
+    ) -> None:
+        """What `check` finds wrong with a pattern itself, `look` with where it leads, or `around` with the files there."""
         found = self.look(check, pattern)
         if found is None:
             self._num_names += self.look(data_files.count_names, pattern)
             if self._num_names > MAX_NAMES:
                 found = f"makes the spec's shards more than {MAX_NAMES}", "Use fewer and larger shards, or `*` in place of braces."
         found = found or self.look(look, self.locations, pattern)
+        if found is None and around is not None and self.check_files:
+            found = self._look_around(field, around, self.locations, pattern)
         if found is not None:
             self._add(field, *found)
 
     def _is_allowed(self, field: str, paths: Iterable[str]) -> bool:
-        found = self.look(_paths_problem, self.locations, tuple(paths))
+        found = self.look(places.paths_problem, self.locations, tuple(paths))
         if found is not None:
             self._add(field, *found)
         return found is None
-
-
-def _paths_problem(locations: Locations, paths: Sequence[str]) -> data_files.Found:
-    return location_problem(locations.check_paths, [paths])
-
-
-def _evaluation_problem(locations: Locations, one: EvaluationSet) -> data_files.Found:
-    return location_problem(locations.check_paths, [data_files.evaluation_files(one)])
-
-
-def _local_place_problem(locations: Locations, pattern: str) -> data_files.Found:
-    """The folders in which globs look, and what is named without any, must lie where jobs may read."""
-    return location_problem(locations.check_paths, [data_files.expand_folders(pattern)])
-
-
-def _local_problem(locations: Locations, pattern: str) -> data_files.Found:
-    """So must what is found, before a look at any of it."""
-    found = _local_place_problem(locations, pattern)
-    if found is None:
-        with suppress(FileNotFoundError):
-            found = location_problem(locations.check_paths, [map(str, data_files.expand_shards(pattern))])
-    return found or data_files.shards_problem(pattern)
-
-
-def _remote_problem(locations: Locations, pattern: str) -> data_files.Found:
-    return location_problem(locations.check_url, data_files.expand_remote(pattern))
-
-
-def location_problem(check: Callable[[Place], None], places: Iterable[Place]) -> data_files.Found:
-    """The first of the places that jobs may not read from."""
-    for place in places:
-        try:
-            check(place)
-        except ServiceFileError as error:
-            remedy = 'Keep data elsewhere; a trained model is named by {"job": ID} or {"artifact": ID}.'
-            return str(error), remedy
-        except ForbiddenLocationError as error:
-            return str(error), "Move the data there, or ask the service's operator to allow it (CLIPRD_DATA_ROOTS, CLIPRD_REMOTE_HOSTS)."
-    return None
 
 
 def _is_plain(spec: JobSpec) -> bool:

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from service.logs import about
 from service.queue import JobQueue
-from service.store.jobs import QueuedJob, jobs_to_send, mark_sent, requeue_expired
+from service.store.jobs import QueuedJob, jobs_to_send, mark_sent, num_to_send, requeue_expired
 from service.store.session import database_now, reading
 from worker import lease_guard
 from worker.settings import WorkerSettings
@@ -67,27 +67,24 @@ class Reaper(StoreRounds):
             self._patient_until = asked_at + self._settings.lease_seconds
 
     def _send_again(self, turn: Turn) -> None:
+        """Of queues that hold fewer messages than jobs wait. In the others each job may just wait its turn: sending them again and again
+        for days would fill the broker."""
+        seconds = self._settings.resend_seconds
         with reading(turn.sessions) as session:
-            waiting = jobs_to_send(session=session, older_than_seconds=self._settings.resend_seconds)
+            waiting = num_to_send(session=session, older_than_seconds=seconds)
         try:
-            missing = self._without_message(waiting)
+            num_messages = self._queue.num_messages(list(waiting))
         except BROKER_AWAY as error:
-            logger.warning("the broker is out of reach (%s); %d jobs wait for it", error, len(waiting))
+            logger.warning("the broker is out of reach (%s); %d jobs wait for it", error, sum(waiting.values()))
             return
-        self._send(turn, missing)
+        short = [queue for queue, num_jobs in waiting.items() if num_messages[queue] < num_jobs]
+        if short:
+            with reading(turn.sessions) as session:
+                missing = jobs_to_send(session=session, queues=short, older_than_seconds=seconds)
+            self._send(turn, missing)
 
     def _send(self, turn: Turn, queued: Sequence[QueuedJob]) -> None:
         sent = list(takewhile(lambda job: self._queue.send([job]), queued))
         if sent:
             with turn.sessions.begin() as session:
                 mark_sent(session=session, job_ids=[job.job_id for job in sent])
-
-    def _without_message(self, waiting: Sequence[QueuedJob]) -> list[QueuedJob]:
-        """Those of queues that hold fewer messages than jobs wait. In the others each job may just wait its turn: sending them again
-        and again for days would fill the broker."""
-        by_queue: dict[str, list[QueuedJob]] = {}
-        for job in waiting:
-            by_queue.setdefault(job.queue, []).append(job)
-        num_messages = self._queue.num_messages(list(by_queue))
-        short = [jobs for queue, jobs in by_queue.items() if num_messages[queue] < len(jobs)]
-        return [job for jobs in short for job in jobs]

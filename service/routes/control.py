@@ -10,8 +10,8 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Body, Response
-from fastapi.concurrency import run_in_threadpool
 
 from cliprd_core.spec import JobSpec
 from service.errors import problem_responses
@@ -108,7 +108,8 @@ async def clone_job(
     overrides: Overrides = {},  # noqa: B006
 ) -> JobView:
     """A new job from this one's resolved spec, with the given fields replaced; the whole is checked as a new submission is."""
-    job, _ = await submit(services, await run_in_threadpool(_cloned_spec, services, job_id, overrides))
+    spec = await run_sync(_cloned_spec, services, job_id, overrides, limiter=services.file_looks)
+    job, _ = await submit(services, spec)
     view = JobView.of(job, root_path)
     response.headers["Location"] = view.links.self
     return view

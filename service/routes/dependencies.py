@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Path, Query, Request
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
@@ -40,6 +41,8 @@ class Services:
     readiness: Readiness
     registry: CollectorRegistry
     """What `/metrics` tells."""
+    file_looks: CapacityLimiter
+    """Of threads that look at the files of specs, which a slow file server may hold; the submissions' own are in `preparation`."""
 
 
 def services_of(request: Request) -> Services:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Body, Header, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from cliprd_core.spec import JobSpec
@@ -72,7 +72,8 @@ async def submit_job(
     """
     services = services_of(request)  # not as dependencies, which take a tenth of a submission's time
     if is_dry_run:
-        return JSONResponse((await run_in_threadpool(dry_run, services, spec)).model_dump(mode="json"))
+        found = await run_sync(dry_run, services, spec, limiter=services.file_looks)
+        return JSONResponse(found.model_dump(mode="json"))
     job, is_replayed = await submit(services, spec, key=idempotency_key)
     view = JobView.of(job, root_path_of(request))
     headers = {"Location": view.links.self, **({"Idempotency-Replayed": "true"} if is_replayed else {})}

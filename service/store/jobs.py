@@ -52,7 +52,7 @@ from service.store.leases import (
 )
 from service.store.metrics import record_evaluations, record_metrics
 from service.store.models import Job, JobLabel, JobTeacher
-from service.store.recovery import jobs_to_send, mark_sent, requeue_expired
+from service.store.recovery import jobs_to_send, mark_sent, num_to_send, requeue_expired
 from service.store.session import database_now
 from service.store.states import ALLOWED_MOVES, JobState
 from service.store.teachers import lock_teachers
@@ -88,6 +88,7 @@ __all__ = [
     "list_jobs",
     "mark_sent",
     "mark_started",
+    "num_to_send",
     "record_checkpoint",
     "record_evaluations",
     "record_metrics",

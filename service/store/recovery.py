@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
@@ -19,6 +19,13 @@ from service.store.transitions import QueuedJob, end_badly, num_lost_attempts
 
 LONGEST_LEASE_SECONDS = 600.0
 """No worker asks for a longer lease, so one that ends further ahead is of a clock that has been set back since."""
+
+MAX_QUEUES = 1000
+"""Whose messages are counted at one time: each is a question to the broker, and their names are the submitters'."""
+
+
+MAX_JOBS_SENT = 1000
+"""At one time, as leases that ran out wait meanwhile."""
 
 
 class Expired(NamedTuple):
@@ -61,21 +68,36 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> Expired
     return Expired(lost, queued)
 
 
-def jobs_to_send(*, session: Session, older_than_seconds: float, now: datetime | None = None, limit: int = 1000) -> list[QueuedJob]:
-    """Queued jobs, oldest first, that have waited this long since they were queued or last sent: their message may be lost.
+def num_to_send(*, session: Session, older_than_seconds: float, now: datetime | None = None) -> dict[str, int]:
+    """By queue, how many queued jobs have waited this long since they were queued or last sent: their messages may be lost. Of very many
+    queues some, others each time."""
+    now = now or database_now(session)
+    query = select(Job.queue, func.count()).where(*_may_be_lost(older_than_seconds, now)).group_by(Job.queue)
+    return dict(session.execute(query.order_by(func.random()).limit(MAX_QUEUES)).tuples().all())
+
+
+def jobs_to_send(
+    *, session: Session, queues: Collection[str], older_than_seconds: float, now: datetime | None = None, limit: int | None = None
+) -> list[QueuedJob]:
+    """The jobs that `num_to_send` counts in these queues: the oldest of each first, then the second of each, so that no queue waits for a
+    longer one; at most `limit` (default: MAX_JOBS_SENT) of all.
 
     A message too many is harmless, since only one claim succeeds.
     """
-    now = now or database_now(session)
+    now, limit = now or database_now(session), limit or MAX_JOBS_SENT
+    place = func.row_number().over(partition_by=Job.queue, order_by=(Job.created_at, Job.id)).label("place")
+    waiting = (
+        select(Job.id, Job.queue, Job.created_at, place).where(Job.queue.in_(queues), *_may_be_lost(older_than_seconds, now)).subquery()
+    )
+    query = select(waiting.c.id, waiting.c.queue).where(waiting.c.place <= limit)
+    query = query.order_by(waiting.c.place, waiting.c.created_at, waiting.c.id).limit(limit)
+    return [QueuedJob(job_id, queue) for job_id, queue in session.execute(query)]
+
+
+def _may_be_lost(older_than_seconds: float, now: datetime) -> tuple[ColumnElement[bool], ...]:
     cutoff = now - timedelta(seconds=older_than_seconds)
     is_old = or_(Job.sent_at.is_(None), Job.sent_at <= cutoff, Job.sent_at > now)  # ahead: of a clock that has been set back since
-    query = (
-        select(Job.id, Job.queue)
-        .where(Job.state == JobState.QUEUED, is_due(cutoff, now), is_old)
-        .order_by(Job.created_at, Job.id)
-        .limit(limit)
-    )
-    return [QueuedJob(job_id, queue) for job_id, queue in session.execute(query)]
+    return Job.state == JobState.QUEUED, is_due(cutoff, now), is_old
 
 
 def mark_sent(*, session: Session, job_ids: Sequence[str]) -> None:

@@ -341,7 +341,7 @@ def test_a_job_that_was_queued_before_the_clock_was_set_back_does_not_wait_for_i
         job, now = session.get_one(Job, job_id), database_now(session)
         job.queued_at = job.sent_at = now + timedelta(hours=1)
         session.flush()
-        assert jobs.jobs_to_send(session=session, older_than_seconds=30, now=now) == [jobs.QueuedJob(job_id, "default")]
+        assert jobs.jobs_to_send(session=session, queues=["default"], older_than_seconds=30, now=now) == [jobs.QueuedJob(job_id, "default")]
     assert claim_next(sessions, job_id) == job_id
 
 
@@ -372,7 +372,8 @@ def test_each_reason_is_retried_as_the_table_says(sessions: Sessions, reason: Er
             assert once.queued_at is not None
             wait = (once.queued_at - database_now(session)).total_seconds()
             assert policy.delay_seconds - 30 < wait <= policy.delay_seconds
-            sent = jobs.jobs_to_send(session=session, older_than_seconds=1, now=once.queued_at + timedelta(seconds=2))
+            due = once.queued_at + timedelta(seconds=2)
+            sent = jobs.jobs_to_send(session=session, queues=["default"], older_than_seconds=1, now=due)
             assert sent == [jobs.QueuedJob(job.id, "default")]
         assert (claim_next(sessions, job.id) is None) == (policy.delay_seconds > 0)
         if policy.delay_seconds:

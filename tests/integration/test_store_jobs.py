@@ -288,12 +288,23 @@ def test_messages_that_may_be_lost_are_sent_again(sessions: Sessions) -> None:
         jobs.mark_sent(session=session, job_ids=[sent.id, taken.id])
     with sessions.begin() as session:
         now = database_now(session)
-        assert jobs.jobs_to_send(session=session, older_than_seconds=30, now=now) == []
+        assert jobs.num_to_send(session=session, older_than_seconds=30, now=now) == {}
+        assert jobs.jobs_to_send(session=session, queues=["default", "gpu"], older_than_seconds=30, now=now) == []
         later = now + timedelta(seconds=31)
+        assert jobs.num_to_send(session=session, older_than_seconds=30, now=later) == {"default": 1, "gpu": 1}
         both = [jobs.QueuedJob(sent.id, "default"), jobs.QueuedJob(unsent.id, "gpu")]
-        assert jobs.jobs_to_send(session=session, older_than_seconds=30, now=later) == both
-        assert jobs.jobs_to_send(session=session, older_than_seconds=30, now=later, limit=1) == both[:1]
+        assert jobs.jobs_to_send(session=session, queues=["default", "gpu"], older_than_seconds=30, now=later) == both
+        assert jobs.jobs_to_send(session=session, queues=["gpu"], older_than_seconds=30, now=later) == both[1:]
     assert read(sessions, taken.id).sent_at is None
+
+
+def test_no_queue_waits_for_a_longer_one_to_have_its_messages_sent_again(sessions: Sessions) -> None:
+    long = [create(sessions) for _ in range(4)]
+    short = create(sessions, JobSpec.model_validate(spec_dict(resources={"queue": "gpu"})))
+    with sessions.begin() as session:
+        later = database_now(session) + timedelta(seconds=31)
+        sent = jobs.jobs_to_send(session=session, queues=["default", "gpu"], older_than_seconds=30, now=later, limit=3)
+    assert [one.job_id for one in sent] == [long[0].id, short.id, long[1].id]
 
 
 def test_pages_are_newest_first_and_stable_while_jobs_are_added(sessions: Sessions) -> None:

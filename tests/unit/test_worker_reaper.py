@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.queue import JobQueue
+from service.store import recovery
 from service.store.artifacts import list_artifacts, register_artifact
 from service.store.blobs import BlobStore
 from service.store.jobs import Cancelled, JobState, claim_job, create_job, delete_job, finish_job, get_job, release_job, request_cancel
@@ -54,13 +56,13 @@ class Bench:
         self.reaper = Reaper(self.settings)
         self.cleaner = Cleaner(self.settings)
 
-    def submit(self, *, age_seconds: float) -> str:
+    def submit(self, *, age_seconds: float, queue: str | None = None) -> str:
         spec = {
             "name": "fake",
             "recipe": "clip",
             "student": {"model": "ViT-T-16"},
             "data": {"train": [{"type": "webdataset", "shards": "none.tar"}]},
-            "resources": {"queue": self.queue},
+            "resources": {"queue": queue or self.queue},
         }
         with self.sessions.begin() as session:
             job = create_job(session=session, spec=JobSpec.model_validate(spec))
@@ -76,10 +78,10 @@ class Bench:
             assert job.lease_expires_at is not None
             job.lease_expires_at -= timedelta(seconds=61)
 
-    def num_messages(self) -> int:
+    def num_messages(self, queue: str | None = None) -> int:
         broker = JobQueue("memory://", timeout_seconds=1)
         try:
-            return broker.num_messages([self.queue])[self.queue]
+            return broker.num_messages([queue or self.queue])[queue or self.queue]
         finally:
             broker.close()
 
@@ -150,6 +152,20 @@ def test_jobs_that_only_wait_their_turn_do_not_fill_the_broker(bench: Bench) -> 
                 assert job.sent_at is not None
                 job.sent_at -= timedelta(seconds=60)
         bench.reaper.run_once()
+    assert bench.num_messages() == 3
+
+
+def test_a_long_queue_keeps_no_other_from_having_its_lost_messages_sent_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = f"queue-{uuid.uuid4().hex}"
+    for _ in range(3):
+        bench.submit(age_seconds=3600)
+    bench.reaper.run_once()
+    with bench.sessions.begin() as session:
+        session.execute(update(Job).values(sent_at=database_now(session) - timedelta(hours=1)))  # each of them just waits its turn
+    bench.submit(age_seconds=60, queue=other)
+    monkeypatch.setattr(recovery, "MAX_JOBS_SENT", 2)
+    bench.reaper.run_once()
+    assert bench.num_messages(other) == 1
     assert bench.num_messages() == 3
 
 
