@@ -73,7 +73,7 @@ def num_to_send(*, session: Session, older_than_seconds: float, now: datetime | 
     queues some, others each time."""
     now = now or database_now(session)
     query = select(Job.queue, func.count()).where(*_may_be_lost(older_than_seconds, now)).group_by(Job.queue)
-    return dict(session.execute(query.order_by(func.random()).limit(MAX_QUEUES)).tuples().all())
+    return {row[0]: row[1] for row in session.execute(query.order_by(func.random()).limit(MAX_QUEUES))}
 
 
 def jobs_to_send(
