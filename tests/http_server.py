@@ -23,6 +23,9 @@ class FileServer:
     failures_left: int = 0  # this many GETs answer 503
     cut_at: int | None = None  # bytes after which the connection breaks
     answers_get_after_seconds: float = 0.0
+    sends_before: bytes = b""  # a GET's content begins with so much that no HEAD has told of
+    headers_of_get: dict[str, str] = field(default_factory=dict)
+    encodings_asked_for: set[str] = field(default_factory=set)
     redirects: dict[str, str] = field(default_factory=dict)  # from paths to URLs
 
     def num_downloads(self, name: str) -> int:
@@ -59,12 +62,19 @@ def serve(folder: Path) -> Iterator[FileServer]:
                 self.send_error(404)
                 return
             content = file.read_bytes()
+            server.encodings_asked_for.add(self.headers.get("Accept-Encoding", ""))
             self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
+            if with_body and server.sends_before:  # its length is told by the end of the connection
+                self.close_connection = True
+            else:
+                self.send_header("Content-Length", str(len(content)))
+            for name, value in server.headers_of_get.items() if with_body else ():
+                self.send_header(name, value)
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()[:16]}"')
             self.end_headers()
             if with_body:
-                self.wfile.write(content[: server.cut_at])
+                with contextlib.suppress(ConnectionError):  # whoever has enough hangs up
+                    self.wfile.write(server.sends_before + content[: server.cut_at])
             if server.cut_at is not None:
                 self.close_connection = True
 

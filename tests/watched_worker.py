@@ -1,6 +1,7 @@
 """The worker's Celery app, for tests of what it says about itself: `celery -A tests.watched_worker worker`.
 
-It counts as silent sooner. SIGUSR1 cancels its consumer; SIGUSR2 takes away what makes kombu ask the broker for messages.
+It counts as silent sooner, and its child as hanging. SIGUSR1 cancels its consumer; SIGUSR2 takes away what makes kombu ask the
+broker for messages.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import Any
 
 from celery import Celery, bootsteps
 
-from worker import celery_app, consumer_watch, heartbeat
+from worker import celery_app, child_watch, consumer_watch, heartbeat
 
 consumer_watch.SILENCE_SECONDS = 5.0
 heartbeat.CHECKS_SECONDS = 4.0
+child_watch.JOBLESS_SECONDS = 2.0
 
 
 class Sabotage(bootsteps.StartStopStep):

@@ -18,7 +18,9 @@ from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_j
 from service.store.models import Artifact, ArtifactKind, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
 from worker.held_job import HeldJob
+from worker.lease_guard import now
 from worker.process import TrainingProcess, trainer_environment
+from worker.run_cookie import new_cookie
 from worker.settings import WorkerSettings
 from worker.supervisor import Supervisor
 
@@ -59,10 +61,11 @@ class Bench:
             return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes)), max_attempts=max_attempts).id
 
     def held(self, job_id: str, lease_seconds: float = 2) -> HeldJob:
+        held_since = now()
         with self.sessions.begin() as session:
             claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=lease_seconds)
         assert claim is not None
-        return HeldJob(claim, self.sessions, self.blobs, lease_seconds=lease_seconds)
+        return HeldJob(claim, self.sessions, self.blobs, lease_seconds=lease_seconds, held_since=held_since)
 
     def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
         def launch(run: Path, job: HeldJob, cookie: str) -> TrainingProcess:
@@ -70,7 +73,7 @@ class Bench:
             self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1), cookie)
             return self.process
 
-        return Supervisor(job, settings or self.settings, self.stop.is_set, launch)
+        return Supervisor(job, settings or self.settings, self.stop.is_set, launch, new_cookie())
 
     def run(self, job_id: str) -> list[QueuedJob]:
         return self.supervisor(self.held(job_id)).run()

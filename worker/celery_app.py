@@ -12,6 +12,7 @@ from service.logs import LogFormat, configure
 from worker.cleaner import Cleaner
 from worker.consumer_watch import ConsumerWatch, watching_step
 from worker.heartbeat import Heartbeat
+from worker.holds import Holds
 from worker.reaper import Reaper
 from worker.rounds import stop_all
 from worker.settings import WorkerSettings
@@ -24,7 +25,7 @@ _connected: list[Any] = []
 """Celery keeps weak references to signal receivers only."""
 
 
-def create_app(settings: WorkerSettings, flag: ShutdownFlag, name: str) -> Celery:
+def create_app(settings: WorkerSettings, flag: ShutdownFlag, name: str, holds: Holds) -> Celery:
     """An app with the task `cliprd.run_job` that runs one job at a time, as the worker of this name.
 
     A message is acknowledged on receipt, since Redis would deliver it again after an hour and training takes days; what makes a
@@ -51,17 +52,17 @@ def create_app(settings: WorkerSettings, flag: ShutdownFlag, name: str) -> Celer
 
     @app.task(name=RUN_JOB, shared=False)  # else every later app of the process would get this one
     def _run_job(job_id: str) -> None:
-        run_job(app, settings, flag.is_raised, name, job_id)
+        run_job(app, settings, flag.is_raised, holds, worker=name, job_id=job_id)
 
     return app
 
 
-def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag, name: str) -> None:
+def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag, name: str, holds: Holds) -> None:
     """In the worker's parent process: run a heartbeat and what else is done beside the jobs, and pass the order to shut down on to the
     running job."""
     watch = ConsumerWatch(settings.queues)
     app.steps["consumer"].add(watching_step(watch))
-    reaper = Reaper(settings)
+    reaper = Reaper(settings, holds)
     rounds: list[StoreRounds] = [reaper, Cleaner(settings), *(Messenger(settings, url) for url in settings.webhook_urls)]
     heartbeat = Heartbeat(settings, watch, name, rounds)
 
@@ -95,9 +96,9 @@ def connect_signals(app: Celery, settings: WorkerSettings, flag: ShutdownFlag, n
 
 @cache
 def _worker_app() -> Celery:
-    settings, flag, name = WorkerSettings(), ShutdownFlag(), worker_name()
-    app = create_app(settings, flag, name)
-    connect_signals(app, settings, flag, name)
+    settings, flag, name, holds = WorkerSettings(), ShutdownFlag(), worker_name(), Holds()
+    app = create_app(settings, flag, name, holds)
+    connect_signals(app, settings, flag, name, holds)
     return app
 
 

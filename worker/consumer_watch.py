@@ -2,7 +2,8 @@
 
 That happens: after a broker came back, workers of some versions have answered pings for days and taken no task. So what counts is that
 the broker answers the consumer's own requests for messages (Redis answers each BRPOP within a second, with a message or without).
-A worker that is busy asks for none, and counts as consuming as long as its event loop runs.
+A worker that is busy asks for none, and counts as consuming as long as its event loop runs; whether its child works,
+`ChildWatch` sees.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from queue import Empty
 from typing import Any
 
 from celery import bootsteps
+from celery.worker import state
 
 LOOK_SECONDS = 1.0
 SILENCE_SECONDS = 10.0
@@ -29,6 +31,8 @@ class ConsumerWatch:
     def __init__(self, queues: Sequence[str]) -> None:
         self.is_shutting_down = False
         """Set by whoever is told to stop."""
+        self.message: str | None = None
+        """Id of the message that the pool's child works on; None: it is free."""
         self._queues = tuple(queues)
         self._missing: tuple[str, ...] = ()
         self._looked_at: float | None = None
@@ -78,6 +82,7 @@ class ConsumerWatch:
         """
         now = time.monotonic()
         self._missing = tuple(queue for queue in self._queues if not consumer.consuming_from(queue))
+        self.message = next((request.id for request in list(state.reserved_requests)), None)
         if not consumer.channel.qos.can_consume():  # busy: it asks for nothing, so there is nothing to be heard
             self._heard_at = now
         self._looked_at = now

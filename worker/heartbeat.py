@@ -15,8 +15,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.queue import JobQueue
 from service.store.blobs import make_blobs
-from service.store.session import check_database, make_engine, make_sessions
-from service.store.workers import forget_workers, remove_worker, report_worker
+from service.store.session import check_database, make_engine, make_sessions, reading
+from service.store.workers import forget_workers, holds_a_job, remove_worker, report_worker
+from worker.child_watch import ChildWatch
 from worker.consumer_watch import ConsumerWatch
 from worker.gpus import GpuReader
 from worker.health import RESTART_SECONDS, Health
@@ -47,6 +48,7 @@ class Heartbeat:
         self._settings = settings
         self._watch = watch
         self._name = name
+        self._child = ChildWatch()
         self._watched_rounds = rounds
         self._broker = JobQueue(settings.broker_url, timeout_seconds=CHECK_TIMEOUT_SECONDS)
         self._artifacts = make_blobs(settings.artifacts_url, settings.artifacts_root, is_quick=True)
@@ -72,7 +74,7 @@ class Heartbeat:
 
     def beat(self) -> None:
         """One look at everything that the worker needs."""
-        consumer, broker = self._watch.problem(), self._check_broker()
+        consumer, broker = self._watch.problem() or self._check_child(), self._check_broker()
         found = [None if consumer is None else f"the worker does not take jobs: {consumer}", broker, self._check_artifacts()]
         reported = [problem for problem in found if problem is not None]
         database = _complaint("database", lambda: self._with_database(lambda engine: self._report(engine, reported)))
@@ -111,6 +113,20 @@ class Heartbeat:
     def _check_broker(self) -> str | None:
         """Besides the consumer's own connection, which is idle while the worker is busy."""
         return _complaint("broker", self._broker.check)
+
+    def _check_child(self) -> str | None:
+        """What keeps the pool's child from its next job. Unknown while the database is away, which is told for itself."""
+        message, found = self._watch.message, list[bool]()
+        if message is not None:
+            with suppress(SQLAlchemyError):
+                self._with_database(lambda engine: found.append(self._holds_job(engine)))
+            if not found:
+                return None
+        return self._child.look(message, holds_job=any(found))
+
+    def _holds_job(self, engine: Engine) -> bool:
+        with reading(make_sessions(engine)) as session:
+            return holds_a_job(session=session, worker_id=self._name)
 
     def _check_artifacts(self) -> str | None:
         """Without them a job can neither fetch its teacher nor end."""

@@ -68,9 +68,16 @@ class HeldJob:
 
     `record_…`, `append_log`, `renew` and `requested_stop` raise one of OUT_OF_REACH at once; their callers try again in their own time.
     All other methods keep trying for as long as the lease is held.
+
+    Args:
+        claim: How the job was claimed.
+        sessions: The database's.
+        blobs: The artifact store.
+        lease_seconds: For which each renewal asks, as the claim did.
+        held_since: When the claim began, as `lease_guard.now` says: from then on the lease counts.
     """
 
-    def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: Blobs, *, lease_seconds: float) -> None:
+    def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: Blobs, *, lease_seconds: float, held_since: float) -> None:
         self.id = claim.job.id
         self.attempt = claim.attempt
         self.is_last_attempt = num_lost_attempts(claim.job) >= claim.job.max_attempts
@@ -81,6 +88,7 @@ class HeldJob:
         if self.spec.resources.max_hours is not None:
             self.seconds_left = 3600 * self.spec.resources.max_hours - claim.job.seconds_run
         self.blobs = blobs
+        self.held_since = held_since
         self.is_lost: Callable[[], bool] = lambda: False
         """Set by whoever keeps the lease."""
         self.check_stop: Callable[[], None] = lambda: None

@@ -25,8 +25,9 @@ class LeaseKeeper:
         renew: Renews the lease in the store; False if it is not ours any more. Any exception means the store is out of reach.
         on_lost: Called once, from the watching thread, when the lease is lost.
         on_renewed: Called after each renewal with the moment from which the lease counts again, as `lease_guard.now` says.
-        lease_seconds: How long the lease lasts without renewal. It is taken to be fresh now.
+        lease_seconds: How long the lease lasts without renewal.
         heartbeat_seconds: Pause between renewals.
+        since: From when on the lease counts, as `lease_guard.now` says.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LeaseKeeper:
         *,
         lease_seconds: float,
         heartbeat_seconds: float,
+        since: float,
         on_renewed: Callable[[float], None] = lambda _: None,
     ) -> None:
         assert heartbeat_seconds < lease_seconds, "a lease must outlive the pause between its renewals"
@@ -45,7 +47,7 @@ class LeaseKeeper:
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._is_taken = threading.Event()
-        self._renewed_at = now()
+        self._renewed_at = since
         self._done = threading.Event()
         self._threads = [threading.Thread(target=target, name="lease", daemon=True) for target in (self._keep, self._watch)]
 

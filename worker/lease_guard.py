@@ -38,17 +38,19 @@ class LeaseGuard:
 
     Args:
         cookie: In the environment of every process of the run.
-        lease_seconds: How long the lease lasts without renewal. It is taken to be fresh now.
+        lease_seconds: How long the lease lasts without renewal.
+        since: From when on it counts, as `now` says.
     """
 
-    def __init__(self, cookie: str, lease_seconds: float) -> None:
+    def __init__(self, cookie: str, lease_seconds: float, *, since: float) -> None:
         self._cookie = cookie
         self._lease_seconds = lease_seconds
+        self._since = since
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._start(now())
+        self._start(self._since)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -12,9 +12,11 @@ from itertools import takewhile
 
 from service.logs import about
 from service.queue import JobQueue
-from service.store.jobs import QueuedJob, jobs_to_send, mark_sent, num_to_send, requeue_expired
+from service.store.jobs import QueuedJob, jobs_to_send, mark_sent, num_to_send, requeue_expired, requeue_lost
 from service.store.session import database_now, reading
 from worker import lease_guard
+from worker.holds import Hold, Holds
+from worker.run_cookie import kill_processes
 from worker.settings import WorkerSettings
 from worker.store_rounds import StoreRounds, Turn
 from worker.tasks import BROKER_AWAY
@@ -25,13 +27,23 @@ BROKER_TIMEOUT_SECONDS = 2.0
 """A broker that says nothing must hold up leases no longer."""
 
 
-class Reaper(StoreRounds):
-    """Rounds in the worker's parent process: take back what expired, and send again what is queued and may have lost its message."""
+KILLED = "The worker's process that ran the job was killed, most likely because the machine ran out of memory; the kernel's log tells."
 
-    def __init__(self, settings: WorkerSettings) -> None:
-        parts = (self._requeue_expired, self._send_again)
+
+class Reaper(StoreRounds):
+    """Rounds in the worker's parent process: take back what its children held that were killed, and what expired, and send again what is
+    queued and may have lost its message.
+
+    Args:
+        settings: The worker's.
+        holds: What its children hold.
+    """
+
+    def __init__(self, settings: WorkerSettings, holds: Holds) -> None:
+        parts = (self._requeue_lost, self._requeue_expired, self._send_again)
         super().__init__("reaper", settings.database_url, parts, pause_seconds=settings.reaper_seconds)
         self._settings = settings
+        self._holds = holds
         self._queue = JobQueue(settings.broker_url, timeout_seconds=BROKER_TIMEOUT_SECONDS)
         self._clock: tuple[float, datetime] | None = None
         """When the database's clock was last asked for (`lease_guard.now`), and what it said."""
@@ -41,6 +53,26 @@ class Reaper(StoreRounds):
     def close(self) -> None:
         """Drop the connections to the broker."""
         self._queue.close()
+
+    def _requeue_lost(self, turn: Turn) -> None:
+        for hold in self._holds.of_the_dead():
+            self._take_back(turn, hold)
+            self._holds.forget(hold)
+
+    def _take_back(self, turn: Turn, hold: Hold) -> None:
+        """The lease of a child that has ended, unless it had done with it. Its guard has killed the run most likely; this makes sure."""
+        with turn.waiting():
+            survivors = kill_processes(hold.cookie)
+        if survivors:
+            logger.error(
+                "processes %s of a killed worker process survive SIGKILL, as they hang in the kernel; its lease runs out", survivors
+            )
+            return
+        with turn.sessions.begin() as session:
+            lost = requeue_lost(session=session, lease_token=hold.lease_token, cause=KILLED)
+        for job in lost.lost:
+            logger.warning("job %s: the process that ran it was killed; it is %s now", job.id, job.state, extra=about(job.id, job.attempt))
+        self._send(turn, lost.queued)
 
     def _requeue_expired(self, turn: Turn) -> None:
         with turn.sessions.begin() as session:

@@ -89,14 +89,21 @@ class WorkerSettings(EnvironmentSettings):
         " need the same ones.",
     )
     webhook_secret: SecretStr | None = Field(
-        default=None, description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 random bytes."
+        default=None,
+        description="Signs webhooks (Standard Webhooks): `whsec_` and base64 of 24 to 64 random bytes. Several, comma-separated, all sign,"
+        " so that receivers can change over from one to the next.",
     )
+
+    @property
+    def webhook_secrets(self) -> tuple[str, ...]:
+        """All that sign."""
+        return () if self.webhook_secret is None else _names(self.webhook_secret.get_secret_value())
 
     @field_validator("queues", "webhook_urls", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
-            return tuple(name.strip() for name in value.split(",") if name.strip())
+            return _names(value)
         return value
 
     @model_validator(mode="after")
@@ -106,21 +113,28 @@ class WorkerSettings(EnvironmentSettings):
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("heartbeat_seconds must be at most half of lease_seconds, or one missed heartbeat loses the job")
         if self.webhook_urls:
-            _check_webhooks(self.webhook_urls, self.webhook_secret)
+            _check_webhooks(self.webhook_urls, self.webhook_secrets)
         return self
 
 
-def _check_webhooks(urls: tuple[str, ...], secret: SecretStr | None) -> None:
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _check_webhooks(urls: tuple[str, ...], secrets: tuple[str, ...]) -> None:
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"webhook_urls: {url!r} is no address; write it as https://HOST/PATH")
-    encoded = "" if secret is None else secret.get_secret_value()
+    if not secrets or not all(_is_secret(secret) for secret in secrets):
+        raise ValueError(
+            "webhook_secret: webhooks need one to be signed with, or several, comma-separated; make it with"
+            """ `python -c "import base64, os; print('whsec_' + base64.b64encode(os.urandom(32)).decode())"`"""
+        )
+
+
+def _is_secret(encoded: str) -> bool:
     try:
         num_bytes = len(base64.b64decode(encoded.removeprefix("whsec_"), validate=True))
     except ValueError:
-        num_bytes = 0
-    if not encoded.startswith("whsec_") or not MIN_SECRET_BYTES <= num_bytes <= MAX_SECRET_BYTES:
-        raise ValueError(
-            "webhook_secret: webhooks need one to be signed with; make it with"
-            """ `python -c "import base64, os; print('whsec_' + base64.b64encode(os.urandom(32)).decode())"`"""
-        )
+        return False
+    return encoded.startswith("whsec_") and MIN_SECRET_BYTES <= num_bytes <= MAX_SECRET_BYTES

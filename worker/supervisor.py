@@ -35,7 +35,6 @@ from worker.mirror import CheckpointMirror
 from worker.outcome import StopAskedError, StopCause, decide, last_words, of_interrupted
 from worker.process import TrainingProcess
 from worker.reports import Reports
-from worker.run_cookie import new_cookie
 from worker.run_dirs import in_use
 from worker.settings import WorkerSettings
 
@@ -60,15 +59,16 @@ class Supervisor:
         settings: The worker's.
         should_stop: Whether the worker is shutting down; asked several times a second.
         launch: How training starts.
+        cookie: Of this run alone (see `run_cookie`).
     """
 
-    def __init__(self, job: HeldJob, settings: WorkerSettings, should_stop: Callable[[], bool], launch: Launch) -> None:
+    def __init__(self, job: HeldJob, settings: WorkerSettings, should_stop: Callable[[], bool], launch: Launch, cookie: str) -> None:
         self._job = job
         self._settings = settings
         self._should_stop = should_stop
         self._launch = launch
         self._run = (settings.runs_root / job.id).resolve()
-        self._cookie = new_cookie()
+        self._cookie = cookie
         self._process: TrainingProcess | None = None
         self._mirror = CheckpointMirror(job, self._run, settings.mirrored_checkpoints)
         self._reports = Reports(job, self._run)
@@ -82,9 +82,15 @@ class Supervisor:
         Returns:
             Jobs that are to be sent to the broker now: those that waited for this one, or this one if it was given back.
         """
-        times = {"lease_seconds": self._settings.lease_seconds, "heartbeat_seconds": self._settings.heartbeat_seconds}
-        guard = LeaseGuard(self._cookie, self._settings.lease_seconds)
-        keeper = LeaseKeeper(self._job.renew, self._kill, **times, on_renewed=guard.renewed)
+        guard = LeaseGuard(self._cookie, self._settings.lease_seconds, since=self._job.held_since)
+        keeper = LeaseKeeper(
+            self._job.renew,
+            self._kill,
+            lease_seconds=self._settings.lease_seconds,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
+            since=self._job.held_since,
+            on_renewed=guard.renewed,
+        )
         self._job.is_lost = lambda: keeper.is_lost
         self._job.check_stop = self._check_stop
         self._job.tell = self._reports.say
@@ -129,6 +135,8 @@ class Supervisor:
         Raises:
             StopAskedError: the run is to stop before its training has started.
         """
+        if keeper.is_lost:  # this process was stopped since its claim: the run directory may be another attempt's by now
+            raise LeaseLostError(self._job.id)
         self._prepare()
         self._evict_teacher_stores()
         if keeper.is_lost:

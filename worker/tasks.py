@@ -19,10 +19,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.logs import about, clear_job, set_job
 from service.store.blobs import make_blobs
-from service.store.jobs import Claim, QueuedJob, claim_next, finish_job, mark_sent
+from service.store.jobs import Claim, QueuedJob, claim_next, finish_job, mark_sent, new_lease_token
 from service.store.session import make_engine, make_sessions
 from worker.held_job import OUT_OF_REACH, HeldJob
+from worker.holds import Holds
+from worker.lease_guard import now
 from worker.process import TrainingProcess
+from worker.run_cookie import new_cookie
 from worker.settings import WorkerSettings
 from worker.supervisor import Launch, Supervisor
 
@@ -34,16 +37,19 @@ BROKER_AWAY = (KombuError, RedisError, OSError)
 """What is raised when the broker cannot be reached just now: kombu wraps some of its transport's errors, and lets others through."""
 
 
-def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], worker: str, job_id: str) -> None:
+def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], bool], holds: Holds, *, worker: str, job_id: str) -> None:
     """Claim the best job of the named one's queue as `worker`, and see it through. Where none is queued any more, this does nothing."""
     if should_stop():
         return  # taken while shutting down: the job stays queued, and the reaper sends it again
     engine = make_engine(settings.database_url)  # made here, in the pool's child: connections don't survive a fork
     try:
         sessions = make_sessions(engine)
+        token, cookie = new_lease_token(), new_cookie()
+        holds.note(token, cookie)
+        held_since = now()  # the store counts from later, so this errs on the safe side
         try:
             with sessions.begin() as session:
-                claim = claim_next(session=session, job_id=job_id, worker=worker, lease_seconds=settings.lease_seconds)
+                claim = claim_next(session=session, job_id=job_id, worker=worker, lease_seconds=settings.lease_seconds, lease_token=token)
         except OUT_OF_REACH as error:
             what = "job %s: not claimed, as the store is out of reach (%s); the reaper sends it again"
             logger.warning(what, job_id, error, extra=about(job_id))
@@ -52,14 +58,13 @@ def run_job(app: Celery, settings: WorkerSettings, should_stop: Callable[[], boo
             logger.info("nothing is queued where job %s was, so there is nothing to do", job_id)
             return
         try:
-            job = HeldJob(
-                claim, sessions, make_blobs(settings.artifacts_url, settings.artifacts_root), lease_seconds=settings.lease_seconds
-            )
+            blobs = make_blobs(settings.artifacts_url, settings.artifacts_root)
+            job = HeldJob(claim, sessions, blobs, lease_seconds=settings.lease_seconds, held_since=held_since)
         except ValidationError as error:
             queued = refuse(sessions, claim, error)
         else:
             set_job(claim.job.id, claim.attempt)
-            queued = Supervisor(job, settings, should_stop, launcher(settings)).run()
+            queued = Supervisor(job, settings, should_stop, launcher(settings), cookie).run()
         send(app, sessions, queued)
     finally:
         clear_job()

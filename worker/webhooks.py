@@ -40,7 +40,7 @@ class Messenger(StoreRounds):
     """Rounds that deliver to one address, in the worker's parent process: an address that doesn't answer holds up no other one.
 
     Args:
-        settings: The worker's, with the secret that signs.
+        settings: The worker's, with the secrets that sign, each of which gives a signature.
         url: Where to deliver.
         transport: for tests: replaces the network.
     """
@@ -48,10 +48,10 @@ class Messenger(StoreRounds):
     def __init__(self, settings: WorkerSettings, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         name = f"webhooks to {urlsplit(url).hostname}"  # the rest of an address may be secret
         super().__init__(name, settings.database_url, [self._deliver], pause_seconds=settings.reaper_seconds)
-        assert settings.webhook_secret is not None, "the settings have it where there are URLs"
         self._urls = settings.webhook_urls
         self._url = url
-        self._signer = Webhook(settings.webhook_secret.get_secret_value())
+        self._signers = [Webhook(secret) for secret in settings.webhook_secrets]
+        assert self._signers, "the settings have one where there are URLs"
         self._transport = transport
 
     def _deliver(self, turn: Turn) -> None:
@@ -101,7 +101,7 @@ class Messenger(StoreRounds):
             "Content-Type": "application/json",
             "webhook-id": message.message_id,
             "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": self._signer.sign(message.message_id, now, message.body),
+            "webhook-signature": " ".join(signer.sign(message.message_id, now, message.body) for signer in self._signers),
         }
         try:
             async with (

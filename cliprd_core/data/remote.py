@@ -98,7 +98,7 @@ def expand_s3_glob(pattern: str) -> list[str]:
 
 def _download_once(shard: RemoteShard, target: Path) -> None:
     filesystem, path = _filesystem(shard.url)
-    filesystem.get_file(path, str(target))
+    filesystem.get_file(path, str(target), callback=_limit(shard.num_bytes))
     with target.open("rb+") as file:
         num_bytes = file.seek(0, os.SEEK_END)
         os.fsync(file.fileno())
@@ -106,6 +106,26 @@ def _download_once(shard: RemoteShard, target: Path) -> None:
         raise RemoteError(f"it should have {shard.num_bytes:,} bytes, and {num_bytes:,} came")
     if _describe(shard.url) != (shard.num_bytes, shard.version):
         raise RemoteError("it was changed on the server since the run began")
+
+
+def _limit(num_bytes: int) -> Any:
+    """What fsspec tells how far a download is, and which breaks it off as soon as more comes than the server announced: room was made for
+    so much, and the rest would go past the limit of the cache.
+    """
+    from fsspec.callbacks import Callback
+
+    class Limit(Callback):  # type: ignore[misc]  # fsspec has no types
+        def set_size(self, size: int | None) -> None:
+            super().set_size(size)
+            if size is not None and size > num_bytes:
+                raise RemoteError(f"it should have {num_bytes:,} bytes, and {size:,} are to come")
+
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > num_bytes:
+                raise RemoteError(f"it should have {num_bytes:,} bytes, and more came")
+
+    return Limit()
 
 
 def _describe(url: str) -> tuple[int, str]:
@@ -128,7 +148,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
         from cliprd_core.data.http_client import ClientFactory
 
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)}
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS),
+            "headers": {"Accept-Encoding": "identity"},
+            "auto_decompress": False,  # a server that packs all the same would send more than can be counted before it is written
+        }
         origin = urlsplit(url)._replace(path="", query="", fragment="").geturl()
         options["get_client"] = ClientFactory(without_secrets(origin), Locations.from_environment())
     filesystem, path = url_to_fs(url, **options)

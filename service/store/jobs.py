@@ -46,13 +46,14 @@ from service.store.leases import (
     claim_next,
     finish_job,
     mark_started,
+    new_lease_token,
     record_checkpoint,
     release_job,
     renew_lease,
 )
 from service.store.metrics import record_evaluations, record_metrics
 from service.store.models import Job, JobLabel, JobTeacher
-from service.store.recovery import jobs_to_send, mark_sent, num_to_send, requeue_expired
+from service.store.recovery import jobs_to_send, mark_sent, num_to_send, requeue_expired, requeue_lost
 from service.store.session import database_now
 from service.store.states import ALLOWED_MOVES, JobState
 from service.store.teachers import lock_teachers
@@ -88,6 +89,7 @@ __all__ = [
     "list_jobs",
     "mark_sent",
     "mark_started",
+    "new_lease_token",
     "num_to_send",
     "record_checkpoint",
     "record_evaluations",
@@ -97,6 +99,7 @@ __all__ = [
     "request_cancel",
     "request_pause",
     "requeue_expired",
+    "requeue_lost",
     "resume_job",
     "retry_job",
     "unfinished_jobs",

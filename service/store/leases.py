@@ -41,10 +41,23 @@ Outcome = ResultRecord | ErrorRecord | Cancelled
 """How a run ended: succeeded with this result, failed with this error, or cancelled."""
 
 
-def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: float) -> Claim | None:
-    """Take a queued job. None: it isn't queued (any more), so someone else has it, or it was cancelled, or there is no such job."""
+def new_lease_token() -> str:
+    """Names one lease; only its holder knows it."""
+    return uuid.uuid4().hex
+
+
+def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: float, lease_token: str | None = None) -> Claim | None:
+    """Take a queued job. None: it isn't queued (any more), so someone else has it, or it was cancelled, or there is no such job.
+
+    Args:
+        session: The database's.
+        job_id: The job's.
+        worker: Who takes it.
+        lease_seconds: How long it is held without renewal.
+        lease_token: A new one, where others are to know it before the claim is made; None: one is made here.
+    """
     now = database_now(session)
-    token = uuid.uuid4().hex
+    token = lease_token or new_lease_token()
     claimed = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.state.in_(sources_of(JobState.RUNNING)))
@@ -66,10 +79,11 @@ def claim_job(*, session: Session, job_id: str, worker: str, lease_seconds: floa
     return Claim(job=job, attempt=job.attempt, lease_token=token)
 
 
-def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: float) -> Claim | None:
+def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: float, lease_token: str | None = None) -> Claim | None:
     """Take, for a message that names `job_id`, the best job of that job's queue: the highest priority, and the oldest of several.
 
-    A queue has a message for each job, so whatever job a message names, as many messages as jobs find one.
+    A queue has a message for each job, so whatever job a message names, as many messages as jobs find one. The other arguments are those
+    of `claim_job`.
     """
     now = database_now(session)
     named = session.execute(select(Job.queue, is_due(now, now)).where(Job.id == job_id)).one_or_none()
@@ -82,7 +96,7 @@ def claim_next(*, session: Session, job_id: str, worker: str, lease_seconds: flo
     if best is None and not named_is_due:
         return None
     # None that is not locked: the named one may be, by whoever marks it as sent, and that is worth waiting for.
-    return claim_job(session=session, job_id=best or job_id, worker=worker, lease_seconds=lease_seconds)
+    return claim_job(session=session, job_id=best or job_id, worker=worker, lease_seconds=lease_seconds, lease_token=lease_token)
 
 
 def renew_lease(*, session: Session, job_id: str, lease_token: str, lease_seconds: float) -> bool:

@@ -19,6 +19,18 @@ def append_log(*, session: Session, job_id: str, lease_token: str, text: str) ->
         LeaseLostError: the token no longer holds the job.
     """
     lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    add_text(session=session, job_id=job_id, text=text)
+
+
+def add_line(*, session: Session, job_id: str, line: str) -> None:
+    """Add a line to the log of a job that the caller has locked and nobody holds any more; what stands there last may be no whole line."""
+    last = session.scalar(select(LogChunk.text).where(LogChunk.job_id == job_id).order_by(LogChunk.start.desc()).limit(1))
+    lead = "" if last is None or last.endswith("\n") else "\n"
+    add_text(session=session, job_id=job_id, text=f"{lead}{line}\n")
+
+
+def add_text(*, session: Session, job_id: str, text: str) -> None:
+    """Add to the end of the log of a job that the caller has locked."""
     start = end_of_log(session=session, job_id=job_id)
     end = start + len(text)
     session.add(LogChunk(job_id=job_id, start=start, end=end, text=text.replace("\0", "\ufffd")))  # PostgreSQL's text knows no NUL

@@ -12,6 +12,9 @@ from sqlalchemy.orm import Session
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.attempt_counts import LEASE_LOST, count_ended
 from service.store.due import is_due
+from service.store.errors import LeaseLostError
+from service.store.leases import lock_held_job
+from service.store.logs import add_line
 from service.store.models import Job
 from service.store.session import database_now
 from service.store.states import JobState
@@ -61,11 +64,39 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> Expired
             f"The worker ({job.worker}) stopped reporting, and its lease ran out: lost attempt {num_lost_attempts(job)} of at most"
             f" {job.max_attempts}. Look at the worker's log for why it ended; memory that ran out is the usual cause."
         )
-        error = ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message)
-        queued += end_badly(session=session, job=job, error=error, now=now, is_lease_lost=True)
+        queued += _lose(session, job, message, now=now, is_lease_lost=True)
         lost.append(job)
     count_ended(session=session, ended=[(job.queue, LEASE_LOST) for job in lost])
     return Expired(lost, queued)
+
+
+def requeue_lost(*, session: Session, lease_token: str, cause: str) -> Expired:
+    """Take a job away whose holder is known to be gone, with all processes of its run, without waiting for the lease to run out. What
+    becomes of it is as of `requeue_expired`; nothing where the lease is not held any more.
+
+    Args:
+        session: The database's.
+        lease_token: The holder's.
+        cause: How it is known, as a sentence.
+    """
+    job_id = session.scalar(select(Job.id).where(Job.state == JobState.RUNNING, Job.lease_token == lease_token))
+    try:
+        job = None if job_id is None else lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
+    except LeaseLostError:
+        job = None
+    if job is None:
+        return Expired([], [])
+    message = f"{cause} Lost attempt {num_lost_attempts(job)} of at most {job.max_attempts}."
+    queued = _lose(session, job, message, now=database_now(session), is_lease_lost=False)
+    count_ended(session=session, ended=[(job.queue, ErrorReason.WORKER_LOST.value)])
+    return Expired([job], queued)
+
+
+def _lose(session: Session, job: Job, message: str, *, now: datetime, is_lease_lost: bool) -> list[QueuedJob]:
+    """End a locked job's attempt as `worker_lost`, which its log tells, too: whoever held it says nothing more there."""
+    add_line(session=session, job_id=job.id, line=f"Attempt {job.attempt} was lost: {message}")
+    error = ErrorRecord(reason=ErrorReason.WORKER_LOST, message=message)
+    return end_badly(session=session, job=job, error=error, now=now, is_lease_lost=is_lease_lost)
 
 
 def num_to_send(*, session: Session, older_than_seconds: float, now: datetime | None = None) -> dict[str, int]:

@@ -9,10 +9,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from service.store.attempt_counts import GIVEN_BACK
 from service.store.events import EventKind, record_event
 from service.store.failure_policy import FAILURE_POLICIES, what_to_do
 from service.store.models import Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
+
+GIVEN_BACK_MESSAGE = "Its worker gave it back in good order, as one does that is shut down. The attempt does not count as lost."
 
 
 class QueuedJob(NamedTuple):
@@ -104,7 +107,7 @@ def give_back(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
     if job.pause_requested_at is not None:
         move(job, JobState.PAUSED, now=now)
         return []
-    move(job, JobState.QUEUED, now=now)
+    move(job, JobState.QUEUED, now=now, reason=GIVEN_BACK, message=GIVEN_BACK_MESSAGE)
     return [QueuedJob(job.id, job.queue)]
 
 

@@ -113,6 +113,12 @@ def list_workers(*, session: Session) -> list[WorkerStatus]:
     return [_status(worker, jobs.get(worker.id), now) for worker in workers]
 
 
+def holds_a_job(*, session: Session, worker_id: str) -> bool:
+    """Whether a worker has a running job whose lease has not run out."""
+    held = select(Job.id).where(Job.state == JobState.RUNNING, Job.worker == worker_id, Job.lease_expires_at >= database_now(session))
+    return session.scalars(held.limit(1)).first() is not None
+
+
 def complaint_about_queue(*, session: Session, queue: str) -> str | None:
     """Why no worker takes the jobs of a queue now; None: one does, or will when it is free."""
     now = database_now(session)

@@ -48,8 +48,8 @@ class Strike(NamedTuple):
     attempt: int
     at: float
     """Of the monotonic clock."""
-    wall_time: float
-    """Unix seconds."""
+    step: int
+    """The last one that had been trained."""
 
 
 class Outage:
@@ -151,17 +151,17 @@ class Lab(Jobs):
         """The fault has just happened, or ended if it lasts: the time of recovery is from now until the API tells of a step that was not
         trained before."""
         attempt = max((sight.attempt for sight in self.witness.told[job_id].sights), default=0)
-        self._struck = Strike(job_id, attempt, time.monotonic(), time.time())
+        at, trained = time.monotonic(), (record.step for record in self.records(job_id))
+        self._struck = Strike(job_id, attempt, at, max(trained, default=0))
 
     def recovery_seconds(self) -> float | None:
         if self._struck is None:
             return None
-        job_id, attempt, at, wall_time = self._struck
+        job_id, attempt, at, trained = self._struck
         records = self.records(job_id)
-        was_ended = any(record.attempt > attempt for record in records)
-        # An attempt that was ended may have trained a step or two more while its processes died.
-        trained = (one.step for one in records if one.attempt <= attempt and (was_ended or one.time <= wall_time))
-        recovered_at = self.witness.told[job_id].first_beyond(max(trained, default=0), at)
+        if any(record.attempt > attempt for record in records):  # the one that ended may have trained on while its processes died
+            trained = max((record.step for record in records if record.attempt <= attempt), default=0)
+        recovered_at = self.witness.told[job_id].first_beyond(trained, at)
         return None if recovered_at is None else recovered_at - at
 
     def see(self, job_id: str) -> JobView | None:
@@ -217,9 +217,9 @@ class Lab(Jobs):
         return [root / job_id for root in roots if (root / job_id).exists()]
 
     def records(self, job_id: str) -> list[MetricsRecord]:
-        """Everything its trainers wrote down, by time."""
+        """Everything its trainers wrote down, attempt by attempt. The time in them is of a clock that may have been set."""
         found = [record for run in self.runs_of(job_id) for record, _ in read_records(run / METRICS_FILE, MetricsRecord)]
-        return sorted(found, key=lambda record: record.time)
+        return sorted(found, key=lambda record: record.attempt)
 
     @contextmanager
     def outage(self, job_id: str, seconds: float | None = None) -> Iterator[Outage]:

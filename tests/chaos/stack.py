@@ -33,9 +33,15 @@ CUT_PROBABILITY = 0.04
 
 
 class Worker:
-    """A Celery worker: its parent process, and the pool's child that runs jobs."""
+    """A Celery worker: its parent process, and the pool's child that runs jobs.
 
-    def __init__(self, child: Child) -> None:
+    Args:
+        name: Also of its connections, to PostgreSQL.
+        child: Its parent process.
+    """
+
+    def __init__(self, name: str, child: Child) -> None:
+        self.name = name
         self.child = child
 
     @property
@@ -129,7 +135,8 @@ class Stack:
             runs = f"runs-{number}" if self._are_apart else "runs"
             name = f"worker-{number}"
             command = [*worker_command(), "-n", f"{name}@chaos"]
-            self.workers.append(Worker(self._child(name, command, STOP_SECONDS, self.environment(runs))))
+            environment = self.environment(runs) | {"PGAPPNAME": name}
+            self.workers.append(Worker(name, self._child(name, command, STOP_SECONDS, environment)))
         for child in (self.api, *(worker.child for worker in self.workers)):
             cleanup.callback(child.stop)
         self.start_api()

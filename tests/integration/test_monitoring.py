@@ -38,6 +38,7 @@ from service.store.session import database_now, is_writable, make_engine, readin
 from service.store.statistics import QueueTotals, RunningJob, job_statistics
 from tests.store_helpers import FAILURE, Sessions, claim, create, finish, local_client, measured
 from worker.cleaner import Cleaner
+from worker.holds import Holds
 from worker.reaper import Reaper
 from worker.settings import WorkerSettings
 from worker.webhooks import Messenger
@@ -224,7 +225,7 @@ def test_json_lines_of_the_workers_parent_process_name_job_and_attempt(
     Messenger(settings, settings.webhook_urls[0], NobodyThere()).run_once()
     with sessions.begin() as session:
         session.get_one(Job, lost.id).lease_expires_at = database_now(session) - timedelta(seconds=1)
-    reaper = Reaper(settings)
+    reaper = Reaper(settings, Holds())
     reaper.run_once()
     reaper.close()
     Cleaner(settings).run_once()

@@ -226,12 +226,28 @@ def test_workers_that_look_at_once_take_different_messages(sessions: Sessions) -
     assert len(taken) == len(set(taken)) == 20
 
 
+def test_each_of_several_secrets_signs(sessions: Sessions, database_url: str) -> None:
+    other = "whsec_" + "b3RoZXIh" * 4
+    create(sessions)
+    network = Receivers()
+    secrets = SecretStr(f"{SECRET}, {other}")
+    settings = WorkerSettings(database_url=database_url, webhook_urls=URLS[:1], webhook_secret=secrets)
+    Messenger(settings, URLS[0], network).run_once()
+    request = network.received[0]
+    for secret in (SECRET, other):
+        Webhook(secret).verify(request.content, dict(request.headers))
+    with pytest.raises(WebhookVerificationError):
+        Webhook("whsec_" + "bm9ib2R5" * 4).verify(request.content, dict(request.headers))
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"webhook_urls": "https://one"},
         {"webhook_urls": "https://one", "webhook_secret": "whsec_c2hvcnQ="},
         {"webhook_urls": "https://one", "webhook_secret": "x" * 40},
+        {"webhook_urls": "https://one", "webhook_secret": f"{SECRET},whsec_c2hvcnQ="},
+        {"webhook_urls": "https://one", "webhook_secret": ","},
         {"webhook_urls": "ftp://one", "webhook_secret": SECRET},
     ],
 )

@@ -22,6 +22,7 @@ from service.store.states import JobState
 from service.store.transitions import QueuedJob
 from service.store.workers import WorkerState, WorkerStatus, list_workers
 from tests.dripping_receiver import dripping
+from tests.live import SHORT_LEASES
 from tests.redis_server import RedisServer
 from tests.store_helpers import Sessions, create, read, spec_dict
 from worker.health import HEALTH_FILE_VARIABLE
@@ -179,6 +180,43 @@ def test_a_stopped_worker_is_not_ready_until_it_goes_on(machine: Machine) -> Non
 def test_a_killed_worker_is_not_ready(machine: Machine) -> None:
     machine.worker.kill()
     machine.wait_until("has not reported for [0-9]+ s")
+
+
+def test_a_worker_whose_child_hangs_is_not_ready(tmp_path: Path) -> None:
+    with RedisServer() as redis:
+        machine = Machine(tmp_path, redis, **SHORT_LEASES)
+        try:
+            machine.wait_until("^ready$")
+            job_id = machine.submit(steps="10000", step_seconds="0.05")
+            machine.wait_for(job_id, JobState.RUNNING)
+            (child,) = psutil.Process(machine.worker.pid).children()
+            child.suspend()
+            machine.wait_for(job_id, JobState.QUEUED)
+            machine.wait_until("its child process hangs")
+            machine.wait_for_worker(WorkerState.NOT_CONSUMING)
+            child.resume()
+            machine.wait_until("^ready$")
+            machine.wait_for_worker(WorkerState.CONSUMING)
+        finally:
+            machine.close()
+
+
+def test_the_job_of_a_killed_child_does_not_wait_for_its_lease(tmp_path: Path) -> None:
+    with RedisServer() as redis:
+        machine = Machine(tmp_path, redis, CLIPRD_LEASE_SECONDS="600", CLIPRD_REAPER_SECONDS="0.2")
+        try:
+            machine.wait_until("^ready$")
+            job_id = machine.submit(steps="10000", step_seconds="0.05")
+            machine.wait_for(job_id, JobState.RUNNING)
+            (child,) = psutil.Process(machine.worker.pid).children()
+            child.kill()
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            while (job := read(machine.sessions, job_id)).attempt < 2:  # the new child takes it
+                assert time.monotonic() < deadline, machine.log.read_text()
+                time.sleep(0.1)
+            assert job.worker == machine.workers()[0].id
+        finally:
+            machine.close()
 
 
 def test_a_receiver_of_webhooks_that_drips_bytes_does_not_keep_a_killed_child_from_being_replaced(tmp_path: Path) -> None:

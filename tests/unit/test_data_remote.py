@@ -1,5 +1,6 @@
 """Remote shards over HTTP: found, fetched, verified, kept within bounds, shared between processes."""
 
+import gzip
 import multiprocessing
 import os
 import shutil
@@ -165,6 +166,24 @@ class TestFaults:
         monkeypatch.setenv(SHARD_CACHE_BYTES_VARIABLE, value)
         with pytest.raises(ValueError, match="CLIPRD_SHARD_CACHE_BYTES is"):
             opened(server, tmp_path / "cache")
+
+    def test_server_that_sends_more_than_it_announced_is_cut_off(self, server: FileServer, tmp_path: Path) -> None:
+        url, part = f"{server.url}/0.tar", tmp_path / "part"
+        shard = RemoteShard(url, *remote._describe(url), lambda _: Descriptor(part))
+        server.sends_before = bytes(50_000_000)
+        with pytest.raises(OSError, match="bytes, and more came"):
+            remote.download(shard, part)
+        assert server.num_downloads("0.tar") == 1 + len(remote.PAUSES_SECONDS)
+        assert part.stat().st_size < 1_000_000
+
+    def test_what_a_server_packs_is_not_unpacked_past_the_size_it_announced(self, server: FileServer, tmp_path: Path) -> None:
+        packed = gzip.compress(bytes(50_000_000))
+        (server.folder / "0.tar").write_bytes(packed)
+        server.headers_of_get = {"Content-Encoding": "gzip"}
+        url, part = f"{server.url}/0.tar", tmp_path / "part"
+        remote.download(RemoteShard(url, *remote._describe(url), lambda _: Descriptor(part)), part)
+        assert part.read_bytes() == packed
+        assert server.encodings_asked_for == {"identity"}
 
     def test_copy_cut_short_on_the_disk_is_fetched_again(self, server: FileServer, tmp_path: Path) -> None:
         source = opened(server, tmp_path / "cache", "0.tar")

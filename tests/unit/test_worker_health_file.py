@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from service.store.jobs import release_job
 from service.store.session import make_engine, make_sessions, migrate, reading
-from service.store.workers import WorkerState, list_workers
-from worker import consumer_watch, health, rounds
+from service.store.workers import WorkerState, holds_a_job, list_workers
+from tests.store_helpers import claim, create
+from worker import child_watch, consumer_watch, health, rounds
 from worker import heartbeat as heartbeat_module
+from worker.child_watch import JOBLESS_SECONDS, ChildWatch
 from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
 from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health
 from worker.heartbeat import ARTIFACTS_SECONDS, Heartbeat
@@ -120,6 +123,38 @@ def test_the_watch_tells_a_deaf_consumer_from_a_busy_one(monkeypatch: pytest.Mon
     assert watch.problem() == "it is not connected to the broker"
     watch.is_shutting_down = True
     assert watch.problem() == "it is shutting down"
+
+
+def test_a_child_with_a_message_and_no_job_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, child = Clock(monkeypatch, child_watch), ChildWatch()
+    for message, holds_job, is_new in ((None, False, False), ("first", True, False), ("first", False, True), ("second", False, True)):
+        for seconds in (0.0, JOBLESS_SECONDS, 1.0):
+            clock.now += seconds
+            problem = child.look(message, holds_job=holds_job)
+            assert (problem is not None) == (is_new and seconds == 1.0), (message, seconds)
+    assert problem == f"its child process hangs: for {JOBLESS_SECONDS + 1:.0f} s it has had a message and held no job; restart the worker"
+    assert child.look("second", holds_job=True) is None
+
+
+def test_only_a_running_job_of_its_own_under_a_live_lease_is_held_by_a_worker(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'cliprd.db'}"
+    migrate(url)
+    engine = make_engine(url)
+    sessions = make_sessions(engine)
+
+    def holds(worker: str) -> bool:
+        with reading(sessions) as session:
+            return holds_a_job(session=session, worker_id=worker)
+
+    assert not holds("w")
+    claimed = claim(sessions, create(sessions).id, "w")
+    assert (holds("w"), holds("v")) == (True, False)
+    claim(sessions, create(sessions).id, "late", lease_seconds=-1)
+    assert not holds("late")
+    with sessions.begin() as session:
+        release_job(session=session, job_id=claimed.job.id, lease_token=claimed.lease_token)
+    assert not holds("w")
+    engine.dispose()
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable
 
 from worker.lease import LeaseKeeper
+from worker.lease_guard import now
 
 
 def keeper(renew: Callable[[], bool], lease_seconds: float, heartbeat_seconds: float) -> tuple[LeaseKeeper, threading.Event]:
     lost = threading.Event()
-    return LeaseKeeper(renew, lost.set, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds), lost
+    return LeaseKeeper(renew, lost.set, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds, since=now()), lost
 
 
 def test_renewing_keeps_it_past_its_length() -> None:

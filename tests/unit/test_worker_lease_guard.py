@@ -19,9 +19,9 @@ from worker.run_cookie import COOKIE_VARIABLE, new_cookie, processes_with_cookie
 
 WORKER = """
 import os, subprocess, sys, time
-from worker.lease_guard import LeaseGuard
+from worker.lease_guard import LeaseGuard, now
 from worker.run_cookie import COOKIE_VARIABLE
-with LeaseGuard(sys.argv[1], float(sys.argv[2])):
+with LeaseGuard(sys.argv[1], float(sys.argv[2]), since=now()):
     environment = {**os.environ, COOKIE_VARIABLE: sys.argv[1]}
     print(subprocess.Popen(["sleep", "120"], env=environment, start_new_session=True).pid, flush=True)
     time.sleep(120)
@@ -85,10 +85,10 @@ def test_it_logs_as_its_worker_does(cookie: str, log_format: str) -> None:
     code = f"""
 import time
 from service import logs
-from worker.lease_guard import LeaseGuard
+from worker.lease_guard import LeaseGuard, now
 logs.configure(logs.LogFormat("{log_format}"))
 logs.set_job("job-1", 2)
-with LeaseGuard("{cookie}", 0.2) as guard:
+with LeaseGuard("{cookie}", 0.2, since=now()) as guard:
     guard._process.wait(30)
 """
     root = Path(__file__).parents[2]
@@ -116,14 +116,14 @@ def test_a_killed_workers_run_ends_at_once(cookie: str) -> None:
 
 
 def test_renewals_keep_the_run_past_the_lease_and_leaving_ends_it(cookie: str) -> None:
-    guard = LeaseGuard(cookie, 0.6)
+    guard = LeaseGuard(cookie, 0.6, since=now())
     renewals = []
 
     def on_renewed(at: float) -> None:
         renewals.append(at)
         guard.renewed(at)
 
-    keeper = LeaseKeeper(lambda: True, lambda: None, lease_seconds=0.6, heartbeat_seconds=0.1, on_renewed=on_renewed)
+    keeper = LeaseKeeper(lambda: True, lambda: None, lease_seconds=0.6, heartbeat_seconds=0.1, since=now(), on_renewed=on_renewed)
     with trainer(cookie) as training:
         with guard, keeper:
             assert not ends_within(training, 1.8)
@@ -132,7 +132,7 @@ def test_renewals_keep_the_run_past_the_lease_and_leaving_ends_it(cookie: str) -
 
 
 def test_a_renewal_counts_from_its_own_moment_not_from_its_arrival(cookie: str) -> None:
-    with trainer(cookie) as training, LeaseGuard(cookie, 2.0) as guard:
+    with trainer(cookie) as training, LeaseGuard(cookie, 2.0, since=now()) as guard:
         started = now()
         while not ends_within(training, 0.05):
             guard.renewed(started - 1.0)
@@ -140,7 +140,7 @@ def test_a_renewal_counts_from_its_own_moment_not_from_its_arrival(cookie: str) 
 
 
 def test_a_guard_ignores_polite_signals_and_is_replaced_when_killed(cookie: str) -> None:
-    with trainer(cookie) as training, LeaseGuard(cookie, 3.0) as guard:
+    with trainer(cookie) as training, LeaseGuard(cookie, 3.0, since=now()) as guard:
         (first,) = guards()
         while not _ignores_sigterm(first.pid):
             time.sleep(0.02)

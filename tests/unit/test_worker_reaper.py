@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from celery import Celery
 from sqlalchemy import update
@@ -23,16 +27,32 @@ from service.queue import JobQueue
 from service.store import recovery
 from service.store.artifacts import list_artifacts, register_artifact
 from service.store.blobs import BlobStore
-from service.store.jobs import Cancelled, JobState, claim_job, create_job, delete_job, finish_job, get_job, release_job, request_cancel
+from service.store.events import EventKind, list_events
+from service.store.jobs import (
+    Cancelled,
+    JobState,
+    claim_job,
+    create_job,
+    delete_job,
+    finish_job,
+    get_job,
+    new_lease_token,
+    release_job,
+    request_cancel,
+)
+from service.store.logs import append_log, read_log
 from service.store.models import ArtifactKind, Job, UnneededBlob
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
 from service.store.unneeded_blobs import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, note_unneeded, take_unneeded
+from tests.live import eventually
 from tests.process_group import free_port
 from worker import lease_guard
 from worker.celery_app import create_app
 from worker.cleaner import REMOVAL_SECONDS, Cleaner
+from worker.holds import Holds
 from worker.reaper import Reaper
 from worker.rounds import stop_all
+from worker.run_cookie import COOKIE_VARIABLE, new_cookie
 from worker.settings import WorkerSettings
 from worker.shutdown import ShutdownFlag
 
@@ -52,8 +72,9 @@ class Bench:
             artifacts_root=folder / "artifacts",
             runs_root=folder / "runs",
         )
-        self.app: Celery = create_app(self.settings, flag, "worker-1")
-        self.reaper = Reaper(self.settings)
+        self.holds = Holds()
+        self.app: Celery = create_app(self.settings, flag, "worker-1", self.holds)
+        self.reaper = Reaper(self.settings, self.holds)
         self.cleaner = Cleaner(self.settings)
 
     def submit(self, *, age_seconds: float, queue: str | None = None) -> str:
@@ -96,6 +117,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path, flag)
     yield bench
     bench.reaper.close()
+    bench.holds.close()
     bench.app.close()
     bench.engine.dispose()
     flag.close()
@@ -110,6 +132,91 @@ def test_an_expired_job_is_queued_and_sent(bench: Bench) -> None:
     assert (job.state, job.attempt) == (JobState.QUEUED, 1)
     assert job.sent_at is not None
     assert bench.num_messages() == 1
+
+
+def log_of(bench: Bench, job_id: str) -> str:
+    with reading(bench.sessions) as session:
+        return read_log(session=session, job_id=job_id)[0]
+
+
+def test_the_log_tells_that_an_attempt_was_lost(bench: Bench) -> None:
+    job_id = bench.submit(age_seconds=0)
+    with bench.sessions.begin() as session:
+        claimed = claim_job(session=session, job_id=job_id, worker="gone", lease_seconds=-1)
+        assert claimed is not None
+        append_log(session=session, job_id=job_id, lease_token=claimed.lease_token, text="step 7 of")
+    bench.reaper.run_once()
+    first, second = log_of(bench, job_id).splitlines()
+    assert first == "step 7 of"
+    assert second.startswith("Attempt 1 was lost: The worker (gone) stopped reporting")
+
+
+@contextmanager
+def child_that_holds(bench: Bench, job_id: str) -> Iterator[tuple[psutil.Process, psutil.Process]]:
+    """A child of this process that has claimed a job and noted it, as a worker's does, and a process of its run, which outlives it."""
+    token, cookie = new_lease_token(), new_cookie()
+    environment = {**os.environ, COOKIE_VARIABLE: cookie}
+    with bench.sessions.begin() as session:
+        assert claim_job(session=session, job_id=job_id, worker="here", lease_seconds=600, lease_token=token) is not None
+    bench.engine.dispose()
+    with subprocess.Popen(["sleep", "120"], env=environment) as run:
+        child = os.fork()
+        if child == 0:
+            bench.holds.note(token, cookie)
+            signal.pause()
+        try:
+            yield psutil.Process(child), psutil.Process(run.pid)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            run.kill()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_job_of_a_killed_child_is_queued_at_once_and_its_run_killed_first(bench: Bench) -> None:
+    job_id = bench.submit(age_seconds=0)
+    with child_that_holds(bench, job_id) as (child, run):
+        while not bench.holds._newest:
+            bench.reaper.run_once()
+        assert bench.job(job_id).state is JobState.RUNNING
+        child.kill()
+        eventually(lambda: child.status() == psutil.STATUS_ZOMBIE or None)
+        bench.reaper.run_once()
+        assert run.status() == psutil.STATUS_ZOMBIE
+    job = bench.job(job_id)
+    assert (job.state, job.attempt) == (JobState.QUEUED, 1)
+    assert bench.num_messages() == 1
+    with reading(bench.sessions) as session:
+        lost = list_events(session=session, job_id=job_id)[-2]
+    assert (lost.kind, lost.data["reason"]) == (EventKind.ATTEMPT_LOST, "worker_lost")
+    assert log_of(bench, job_id).startswith("Attempt 1 was lost: The worker's process that ran the job was killed")
+    with bench.sessions.begin() as session:
+        assert claim_job(session=session, job_id=job_id, worker="next", lease_seconds=60) is not None
+    bench.reaper.run_once()
+    assert bench.job(job_id).state is JobState.RUNNING, "the next one's lease is another"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_lease_of_a_run_that_can_not_be_killed_runs_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.reaper.kill_processes", lambda _: [1])
+    job_id = bench.submit(age_seconds=0)
+    with child_that_holds(bench, job_id) as (child, _):
+        while not bench.holds._newest:
+            bench.reaper.run_once()
+        child.kill()
+        eventually(lambda: child.status() == psutil.STATUS_ZOMBIE or None)
+        bench.reaper.run_once()
+        assert bench.holds.of_the_dead() == []
+    assert bench.job(job_id).state is JobState.RUNNING
+
+
+def test_notes_that_nobody_reads_cost_nothing_but_themselves() -> None:
+    holds = Holds()
+    for _ in range(2000):
+        holds.note("token", "cookie")
+    assert holds.of_the_dead() == [], "it is this process"
+    assert list(holds._newest) == [os.getpid()]
+    holds.close()
 
 
 @pytest.mark.parametrize(("seconds", "is_taken"), [(9, True), (11, False), (3600, False)])
@@ -245,7 +352,7 @@ def test_what_expired_is_queued_while_the_broker_is_away(bench: Bench) -> None:
     """Redis is asked twice in such a round: for what expired, and for what may have lost its message."""
     expired, waiting = bench.submit(age_seconds=0), bench.submit(age_seconds=60)
     bench.expire(expired)
-    away = Reaper(bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{free_port()}/0"}))
+    away = Reaper(bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{free_port()}/0"}), bench.holds)
     away.run_once()
     away.close()
     for job_id in (expired, waiting):
@@ -260,7 +367,7 @@ def test_a_broker_that_says_nothing_is_not_waited_for_for_ever(bench: Bench, mon
     job_id = bench.submit(age_seconds=60)
     bench.expire(job_id)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts for it
-        reaper = Reaper(bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{silent.getsockname()[1]}/0"}))
+        reaper = Reaper(bench.settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{silent.getsockname()[1]}/0"}), bench.holds)
         thread = threading.Thread(target=reaper.run_once, daemon=True)
         thread.start()
         thread.join(30)

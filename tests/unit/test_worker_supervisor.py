@@ -17,7 +17,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import METRICS_FILE, ErrorReason, complete_checkpoints, step_of
+from cliprd_core.run_dir import ERROR_FILE, METRICS_FILE, ErrorReason, complete_checkpoints, step_of
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.artifacts import remove_finished_checkpoints
@@ -40,6 +40,8 @@ from tests.teacher_store_helpers import make_store
 from tests.worker_bench import Bench, soon
 from worker import held_job
 from worker.cleaner import Cleaner
+from worker.holds import Holds
+from worker.run_cookie import new_cookie
 from worker.run_dirs import remove_run_dirs, run_dirs_of
 from worker.supervisor import Supervisor
 from worker.tasks import launcher, run_job
@@ -112,7 +114,7 @@ def test_a_run_that_says_why_it_failed(bench: Bench) -> None:
 
 def test_the_log_of_a_run_that_really_fails_ends_with_why(bench: Bench) -> None:
     job_id = bench.submit({}, resources={"num_processes": 2})
-    Supervisor(bench.held(job_id), bench.settings, bench.stop.is_set, launcher(bench.settings)).run()
+    Supervisor(bench.held(job_id), bench.settings, bench.stop.is_set, launcher(bench.settings), new_cookie()).run()
     assert bench.error(job_id).reason is ErrorReason.INVALID_DATA
     *_, verdict, advice = bench.log(job_id).splitlines()
     assert verdict.startswith("Attempt 1 failed: invalid_data: ")
@@ -515,10 +517,24 @@ def test_a_stored_spec_that_this_version_refuses_fails_the_job(bench: Bench) -> 
     with bench.sessions.begin() as session:
         session.get_one(Job, job_id).spec = {"name": "from another version", "unheard_of": 1}
     app = Celery(broker=bench.settings.broker_url, set_as_current=False)
-    run_job(app, bench.settings, bench.stop.is_set, "worker-1", job_id)
+    run_job(app, bench.settings, bench.stop.is_set, Holds(), worker="worker-1", job_id=job_id)
     error = bench.error(job_id)
     assert error.reason is ErrorReason.INVALID_SPEC
     assert "unheard_of" in error.detail
+
+
+def test_a_worker_that_was_stopped_just_after_its_claim_touches_nothing_of_the_next_attempt(bench: Bench) -> None:
+    job_id = bench.submit({"steps": "5"})
+    job = bench.held(job_id)
+    bench.take_away(job_id)
+    job.held_since -= bench.settings.lease_seconds + 1
+    verdict = bench.run_dir(job_id) / ERROR_FILE
+    verdict.parent.mkdir(parents=True)
+    verdict.write_text("of the attempt that has the job now")
+    assert bench.supervisor(job).run() == []
+    assert verdict.exists()
+    assert bench.process is None
+    assert bench.job(job_id).state is JobState.QUEUED
 
 
 def test_teacher_stores_over_the_limit_are_deleted_before_training_but_none_in_use(bench: Bench) -> None:

@@ -86,7 +86,7 @@ def postgres_clock(lab: Lab) -> float:
 
 
 def jump(lab: Lab, offset: Path, clock: Callable[[Lab], float], seconds: int) -> None:
-    """Set the clock while one job trains and another is queued."""
+    """Set the clock while one job trains and another is queued. It takes no job from a worker that is well."""
     running = lab.train_to_checkpoint()
     idle = lab.other(lab.holder(running))
     idle.child.stop()
@@ -96,7 +96,7 @@ def jump(lab: Lab, offset: Path, clock: Callable[[Lab], float], seconds: int) ->
     eventually(lambda: abs(clock(lab) - time.time() - seconds) < 10 or None)
     idle.child.start()
     for job_id in (running, queued):
-        lab.finish(job_id)
+        assert lab.finish(job_id).attempt == 1, "a job was taken from a worker that was well"
 
 
 @scenario("clock-forward", "the clocks of API, workers and training processes jump forward by an hour", settings=worker_clock)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import redis
 from celery import Celery
+from sqlalchemy import Connection, text
 
 from service.queue import RUN_JOB_TASK
+from service.store.session import make_engine
 from tests.chaos.lab import Lab
 from tests.chaos.scenario import scenario
 from tests.live import eventually
@@ -62,14 +65,34 @@ def messages_duplicated(lab: Lab) -> str:
 def two_workers_claim(lab: Lab) -> str:
     for worker in lab.workers:
         worker.wait_until_ready()
-    with ExitStack() as stack:
+    for worker in lab.workers:
+        worker.signal(signal.SIGSTOP)
+    job_id = lab.train()
+    send_copies(lab, job_id)
+    with claims_wait(lab, job_id):
         for worker in lab.workers:
-            worker.signal(signal.SIGSTOP)
-            stack.callback(worker.signal, signal.SIGCONT)
-        job_id = lab.train()
-        send_copies(lab, job_id)
+            worker.signal(signal.SIGCONT)
     lab.struck(job_id)
     assert lab.finish(job_id).attempt == 1
     wait_until_taken(lab)
-    losers = [worker for worker in lab.workers if b"nothing is queued" in worker.child.log_path.read_bytes()]
-    return f"{NUM_COPIES} messages; {len(losers)} of the workers found nothing left to claim"
+    return f"{NUM_COPIES} messages; both workers were claiming it at the same moment"
+
+
+@contextmanager
+def claims_wait(lab: Lab, job_id: str) -> Iterator[None]:
+    """Afterwards each worker is in the middle of its claim of this job before any of them may go on."""
+    engine = make_engine(lab.stack.database_url)
+    try:
+        with engine.connect() as holder, engine.connect().execution_options(isolation_level="AUTOCOMMIT") as looker:
+            holder.execute(text("SELECT id FROM jobs WHERE id = :job_id FOR UPDATE"), {"job_id": job_id})
+            yield
+            eventually(lambda: num_claiming(looker) == len(lab.workers) or None)
+            holder.rollback()
+    finally:
+        engine.dispose()
+
+
+def num_claiming(connection: Connection) -> int:
+    """Transactions that wait for a job's row to make it running. In a transaction one would see the same number again and again."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'UPDATE jobs SET state=%'"
+    return int(connection.execute(text(waiting)).scalar_one())

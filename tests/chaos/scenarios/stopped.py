@@ -6,18 +6,22 @@ import signal
 import time
 from collections.abc import Callable
 
+from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import EvaluationRecord
 from service.store import jobs
-from service.store.artifacts import register_artifact
+from service.store.artifacts import register_artifact, remove_artifacts
 from service.store.blobs import StoredBlob
 from service.store.logs import append_log
 from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions, reading
 from tests.chaos.lab import Lab
 from tests.chaos.scenario import scenario
+from tests.live import eventually
 from tests.store_helpers import SUCCESS
+
+TOLD_TABLES = ("job_events", "log_chunks", "metrics", "metric_steps", "evaluations", "artifacts")
 
 
 @scenario("worker-sigterm", "SIGTERM of a worker; the other one has run directories of its own, as on another machine", are_apart=True)
@@ -43,15 +47,43 @@ def worker_stopped(lab: Lab) -> str:
     token = lease_token(sessions, job_id)
     holder.signal(signal.SIGSTOP)
     lab.struck(job_id)
+    watch_writes(sessions)
     try:
         lab.wait_for_attempt(job_id, 2)
         lab.wait_for_training(job_id, attempt=2)
         num_refused = write_as_before(lab, sessions, job_id, token)
     finally:
         holder.signal(signal.SIGCONT)
-        engine.dispose()
+    eventually(lambda: b"lost its lease and is stopped" in holder.child.log_path.read_bytes() or None)
     assert lab.finish(job_id).attempt == 2
-    return f"{num_refused} kinds of late writes refused"
+    by_writer = written(sessions, job_id)
+    engine.dispose()
+    assert by_writer.get(lab.other(holder).name), "the triggers see nothing"
+    assert holder.name not in by_writer, f"the worker that woke up wrote to {by_writer[holder.name]}"
+    return f"{num_refused} kinds of late writes refused; the worker that woke up wrote nothing"
+
+
+def watch_writes(sessions: sessionmaker[Session]) -> None:
+    """From now on PostgreSQL notes who writes to what is told of a job."""
+    with sessions.begin() as session:
+        session.execute(text("CREATE TABLE written (job_id text, table_name text, writer text)"))
+        insert = "INSERT INTO written VALUES (NEW.job_id, TG_TABLE_NAME, current_setting('application_name'))"
+        body = f"$$ BEGIN {insert}; RETURN NULL; END $$"
+        session.execute(text(f"CREATE FUNCTION note_writer() RETURNS trigger LANGUAGE plpgsql AS {body}"))
+        for table in TOLD_TABLES:
+            session.execute(
+                text(f"CREATE TRIGGER note_writer AFTER INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION note_writer()")
+            )
+
+
+def written(sessions: sessionmaker[Session], job_id: str) -> dict[str, set[str]]:
+    """The tables that each writer has written to, of a job."""
+    with reading(sessions) as session:
+        rows = session.execute(text("SELECT DISTINCT writer, table_name FROM written WHERE job_id = :job_id"), {"job_id": job_id})
+        by_writer: dict[str, set[str]] = {}
+        for writer, table in rows:
+            by_writer.setdefault(writer, set()).add(table)
+        return by_writer
 
 
 def lease_token(sessions: sessionmaker[Session], job_id: str) -> str:
@@ -80,6 +112,7 @@ def write_as_before(lab: Lab, sessions: sessionmaker[Session], job_id: str, toke
         lambda session: jobs.record_evaluations(session=session, records=[evaluation], **late),
         lambda session: append_log(session=session, text="late", **late),
         lambda session: register_artifact(session=session, kind=ArtifactKind.MODEL, group="late", name="late", blob=blob, **late),
+        lambda session: remove_artifacts(session=session, kind=ArtifactKind.CHECKPOINT, keep_groups=[], **late),
         lambda session: jobs.release_job(session=session, **late),
         lambda session: jobs.finish_job(session=session, outcome=SUCCESS, **late),
     ]
