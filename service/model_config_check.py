@@ -49,7 +49,11 @@ def _key_problems(key: str, value: Any, known: dict[str, Any]) -> Iterator[tuple
         yield "is of the wrong type", f"Its type is: {' or '.join(kinds)}."
         return
     sizes = value if isinstance(value, list) else [value]
-    if key in _POSITIVE and not all(_is_kind(size, "integer") and size > 0 for size in sizes):
+    if key == "image_size" and isinstance(value, list) and len(value) != 2:
+        yield f"is a list of {len(value)}, but an image has a height and a width", "Give [HEIGHT, WIDTH], or one number for a square image."
+    elif key == "layers" and isinstance(value, list) and len(value) != 4:
+        yield f"is a list of {len(value)}, but a ResNet has four stages", "Give the blocks of all four, or one number for a transformer."
+    elif key in _POSITIVE and not all(_is_kind(size, "integer") and size > 0 for size in sizes):
         yield "must be above 0", "Use whole numbers of 1 or more."
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,22 @@ from service.store.workers import GpuReading, report_worker
 
 Sessions = sessionmaker[Session]
 
-TINY_CONFIG = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32}, "text_cfg": {"width": 16, "layers": 1}}
+TINY_CONFIG: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32},
+    "text_cfg": {"width": 16, "layers": 1},
+}
+
+CONFIG_KEYS: dict[str, list[str]] = {
+    tower: list(keys) for tower, keys in json.loads(files("cliprd_core").joinpath("known_config_keys.json").read_text()).items()
+}
+"""Of each tower of a model config, the keys that open_clip knows."""
+
+ODD_VALUES: list[Any] = [
+    *([], [1], [1, 2], [1, 2, 3], [1, 1, 1, 1], [0, 0], ["a", "b"], [None, None], [[1], [2]]),
+    *(0, 1, -1, 2**70, 0.5, -0.5, 1e308, "", "x", None, True, False, {}, {"a": 1}),
+]
+"""For keys of a model config: of every kind, and of sizes that nobody means."""
 
 SUCCESS = ResultRecord(
     step=20,

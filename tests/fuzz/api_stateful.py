@@ -38,7 +38,7 @@ from service.store.keys import KeyScope, create_key
 from service.store.session import make_engine, make_sessions, migrate
 from tests.fuzz.keys import expected_refusal
 from tests.fuzz.simulated_worker import SimulatedWorker
-from tests.store_helpers import claim, create, finish, spec_dict, write_table
+from tests.store_helpers import CONFIG_KEYS, ODD_VALUES, TINY_CONFIG, claim, create, finish, spec_dict, write_table
 from tests.teacher_store_helpers import make_store
 
 NUM_CASES = int(os.environ.get("CLIPRD_FUZZ_CASES", "10000"))
@@ -148,6 +148,10 @@ class Service:
                 except ValidationError:
                     continue
                 spec[part] = made_up[part]
+        if self.random.random() < 0.3:
+            tower = self.random.choice(list(CONFIG_KEYS))
+            odd = {self.random.choice(CONFIG_KEYS[tower]): self.random.choice(ODD_VALUES)}
+            spec["student"] = {"config": {**TINY_CONFIG, tower: {**TINY_CONFIG[tower], **odd}}}
         return spec
 
     def call_arguments(self) -> dict[str, Any]:

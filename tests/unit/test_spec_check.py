@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from cliprd_core.locations import Locations
-from cliprd_core.spec import JobSpec
+from cliprd_core.model_size import ModelSize
+from cliprd_core.spec import JobSpec, StudentSpec
 from service import data_files
 from service.examples import EXAMPLES, QUICK_SPEC
+from service.model_config_check import model_config_problems
+from service.model_sizes import Unknown, size_of_model
 from service.problems import FieldProblem, SpecError
 from service.spec_check import check_parts, check_spec
-from tests.store_helpers import TINY_CONFIG, spec_dict, write_table, write_tar
+from tests.store_helpers import CONFIG_KEYS, ODD_VALUES, TINY_CONFIG, spec_dict, write_table, write_tar
 
 SMALL = {"global_batch_size": 2, "warmup_steps": 1}
 
@@ -308,3 +312,28 @@ def test_sources_name_no_more_shards_together_than_can_be_looked_at(root: Path) 
     many = {"type": "webdataset", "shards": "https://host/{00000..99999}.tar"}
     found = problems(root, data={"train": [many, many, shards("train/*.tar")["train"][0]]})
     assert found["data.train.2.shards"].problem == "makes the spec's shards more than 200000"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"), [("image_size", [], "HEIGHT"), ("image_size", [1], "HEIGHT"), ("layers", [2, 2], "all four")]
+)
+def test_lists_of_sizes_have_as_many_as_there_are(root: Path, key: str, value: list[int], remedy: str) -> None:
+    config = {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], key: value}}
+    found = problems(root, student={"config": config})
+    assert list(found) == [f"student.config.vision_cfg.{key}"]
+    assert remedy in found[f"student.config.vision_cfg.{key}"].remedy
+
+
+def test_a_config_that_passes_has_a_size_or_a_reason_why_not() -> None:
+    num_passed = 0
+    for tower, key, value in ((tower, key, value) for tower, keys in CONFIG_KEYS.items() for key in keys for value in ODD_VALUES):
+        config = {**TINY_CONFIG, tower: {**TINY_CONFIG[tower], key: value}}
+        try:
+            student = StudentSpec.model_validate({"config": config})
+        except ValidationError:
+            continue
+        assert student.config is not None
+        if not model_config_problems("student.config", student.config):
+            num_passed += 1
+            assert isinstance(size_of_model(student, None), ModelSize | Unknown), (tower, key, value)
+    assert num_passed > 100
