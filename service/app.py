@@ -29,6 +29,9 @@ from service.store.blobs import Blobs, make_blobs
 from service.store.session import check_database, make_engine, make_sessions, migrate
 from service.streams import Streams
 
+MAX_DOWNLOAD_THREADS = 16
+"""Each reads one chunk at a time, so that many more downloads go on at once."""
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The API. Nothing is connected or written before it starts.
@@ -69,7 +72,7 @@ def _make_services(settings: Settings) -> Services:
     sessions = make_sessions(engine)
     queue = JobQueue(settings.broker_url, timeout_seconds=settings.broker_timeout_seconds)
     preparation, intake = Preparation(settings, sessions), Intake(sessions, max_attempts=settings.max_attempts)
-    blobs = make_blobs(settings.artifacts_url, settings.artifacts_root)
+    blobs = make_blobs(settings.artifacts_url, settings.artifacts_root, is_quick=True)  # its clients try again
     return Services(
         registry=make_registry(sessions),
         settings=settings,
@@ -86,6 +89,7 @@ def _make_services(settings: Settings) -> Services:
             heartbeat_seconds=settings.stream_heartbeat_seconds,
         ),
         readiness=_make_readiness(engine, queue, blobs),
+        downloads=CapacityLimiter(MAX_DOWNLOAD_THREADS),
         file_looks=CapacityLimiter(MAX_CALLS),
     )
 

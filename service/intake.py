@@ -14,7 +14,7 @@ from service.batches import Batches
 from service.store import jobs
 from service.store.idempotency import Keyed, find_submitted, remember_keys
 from service.store.models import Job
-from service.store.session import OUT_OF_REACH
+from service.store.session import OUT_OF_REACH, is_deadlock
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,17 @@ class Intake:
         try:
             return self._store(submissions)
         except OUT_OF_REACH as error:
-            return [error for _ in submissions]
+            if not is_deadlock(error):
+                return [error for _ in submissions]
         except Exception as error:
             if len(submissions) > 1:
                 return [result for one in submissions for result in self._store_each([one])]
             if not isinstance(error, IntegrityError):
                 return [error]
         try:
-            return self._store(submissions)  # someone was faster with the same key, whose job is found now
+            return self._store(submissions)  # someone was faster with the same key, whose job is found now; or had what we waited for
         except Exception as error:
-            return [error]
+            return [error for _ in submissions]
 
     def _store(self, submissions: Sequence[Submission]) -> list[Submitted | Exception]:
         keys = [one.keyed for one in submissions if one.keyed is not None]

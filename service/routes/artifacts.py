@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated
 from urllib.parse import quote
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 
 from cliprd_core.spec import JOB_ID_PATTERN
@@ -58,7 +60,7 @@ def list_artifacts(
         **problem_responses(400, 404, 412, 416, 500, 503),
     },
 )
-def download_artifact(
+async def download_artifact(
     *,
     request: Request,
     services: ServicesOf,
@@ -73,8 +75,12 @@ def download_artifact(
     if_none_match: Annotated[str | None, Header(alias="If-None-Match", description="ETags that the client has already.")] = None,
 ) -> Response:
     """The bytes. ETag and Repr-Digest are their SHA-256; HEAD and ranges work, so a broken download can be continued."""
-    with reading(services.sessions) as session:
-        artifact = artifacts.get_artifact(session=session, artifact_id=artifact_id)
+
+    def read() -> Artifact:
+        with reading(services.sessions) as session:
+            return artifacts.get_artifact(session=session, artifact_id=artifact_id)
+
+    artifact = await run_in_threadpool(read)
     etag = f'"{artifact.sha256}"'
     digest = b64encode(bytes.fromhex(artifact.sha256)).decode()
     headers = {
@@ -91,11 +97,18 @@ def download_artifact(
     if part is not None:
         headers["Content-Range"] = part.content_range
     try:
-        content = _stream(services.blobs, artifact, start, num_bytes if request.method == "GET" else 0)
+        num_read = num_bytes if request.method == "GET" else 0
+        content = await to_thread.run_sync(_stream, services.blobs, artifact, start, num_read, limiter=services.downloads)
     except FileNotFoundError as error:
         logger.error("artifact %s has lost its bytes, or some, under %s", artifact.id, artifact.storage_key)  # noqa: TRY400  (no fault of ours)
         raise ArtifactNotFoundError(artifact_id) from error
-    return StreamingResponse(content, 200 if part is None else 206, headers, media_type=artifact.media_type)
+    return StreamingResponse(_sent(content, services.downloads), 200 if part is None else 206, headers, media_type=artifact.media_type)
+
+
+async def _sent(content: Iterator[bytes], threads: CapacityLimiter) -> AsyncIterator[bytes]:
+    """As they are read, in threads that nothing else waits for."""
+    while (chunk := await to_thread.run_sync(next, content, None, limiter=threads)) is not None:
+        yield chunk
 
 
 def _stream(blobs: Blobs, artifact: Artifact, start: int, num_bytes: int) -> Iterator[bytes]:

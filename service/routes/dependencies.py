@@ -41,6 +41,8 @@ class Services:
     readiness: Readiness
     registry: CollectorRegistry
     """What `/metrics` tells."""
+    downloads: CapacityLimiter
+    """Of threads that read artifacts' bytes, which a silent store may hold."""
     file_looks: CapacityLimiter
     """Of threads that look at the files of specs, which a slow file server may hold; the submissions' own are in `preparation`."""
 

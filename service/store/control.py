@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from cliprd_core.spec import JobSpec
 from service.store.errors import JobConflictError, JobFinishedError, JobNotFoundError
 from service.store.events import EventKind, record_event
-from service.store.models import Artifact, DeletedJob, Job, JobLabel, JobTeacher
+from service.store.models import LOCK_ORDER, Artifact, DeletedJob, Job, JobLabel, JobTeacher
 from service.store.session import database_now
 from service.store.states import JobState
 from service.store.teachers import lock_teachers_of
@@ -183,7 +183,7 @@ def labelled(query: Select[AnyColumns], labels: Mapping[str, str]) -> Select[Any
 def _lock_teachers_of(session: Session, job_id: str) -> None:
     """Before the job itself, as whoever finishes a teacher does, so that none can finish between our look and our move."""
     teachers = select(JobTeacher.teacher_job_id).where(JobTeacher.job_id == job_id)
-    session.execute(select(Job.id).where(Job.id.in_(teachers)).order_by(Job.id).with_for_update())
+    session.execute(select(Job.id).where(Job.id.in_(teachers)).order_by(*LOCK_ORDER).with_for_update())
 
 
 def _refuse_finished(job: Job) -> None:

@@ -182,6 +182,10 @@ class JobLabel(Base):
     value: Mapped[str] = mapped_column(String(128))
 
 
+LOCK_ORDER = (Job.created_at, Job.id)
+"""In which everyone locks several jobs: a teacher is older than its students, and is locked before them."""
+
+
 class JobTeacher(Base):
     """A job whose teacher, or one of whose teachers, is another job's result, be it named by job or by artifact."""
 

@@ -15,7 +15,7 @@ from service.store.due import is_due
 from service.store.errors import LeaseLostError
 from service.store.leases import lock_held_job
 from service.store.logs import add_line
-from service.store.models import Job
+from service.store.models import LOCK_ORDER, Job
 from service.store.session import database_now
 from service.store.states import JobState
 from service.store.transitions import QueuedJob, end_badly, num_lost_attempts
@@ -52,7 +52,7 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> Expired
     now = now or database_now(session)
     furthest = now + timedelta(seconds=LONGEST_LEASE_SECONDS)
     is_out = or_(Job.lease_expires_at < now, Job.lease_expires_at > furthest)
-    query = select(Job).where(Job.state == JobState.RUNNING, is_out).order_by(Job.id).with_for_update(skip_locked=True)
+    query = select(Job).where(Job.state == JobState.RUNNING, is_out).order_by(*LOCK_ORDER).with_for_update(skip_locked=True)
     queued: list[QueuedJob] = []
     lost: list[Job] = []
     for job in session.scalars(query.execution_options(populate_existing=True)).all():
@@ -133,5 +133,6 @@ def _may_be_lost(older_than_seconds: float, now: datetime) -> tuple[ColumnElemen
 
 def mark_sent(*, session: Session, job_ids: Sequence[str]) -> None:
     """Record that these jobs' messages went to the broker just now. Jobs that were claimed meanwhile are left alone."""
+    session.execute(select(Job.id).where(Job.id.in_(job_ids)).order_by(*LOCK_ORDER).with_for_update())
     statement = update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(sent_at=database_now(session))
     session.execute(statement.execution_options(synchronize_session=False))

@@ -28,7 +28,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
 from sqlalchemy.engine import URL, ExceptionContext, make_url
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, TimeoutError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 SQLITE_BUSY_TIMEOUT_SECONDS = 30
@@ -55,6 +55,9 @@ hours."""
 
 OUT_OF_REACH = (OperationalError, InterfaceError, TimeoutError)
 """What a database raises that can't be used now; it may be well again soon. The last one: all connections of the process are in use."""
+
+DEADLOCK = "40P01"
+"""PostgreSQL's code of a transaction that it ended because two waited for each other; repeated, it finds the other one gone."""
 
 READ_ONLY = "cliprd_read_only"
 """Execution option of a connection that will only read."""
@@ -85,6 +88,11 @@ def make_engine(database_url: str) -> Engine:
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
     """A factory of sessions whose objects stay readable after the commit."""
     return sessionmaker(engine, expire_on_commit=False)
+
+
+def is_deadlock(error: Exception) -> bool:
+    """Whether the transaction that the error ended may be repeated at once."""
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) == DEADLOCK
 
 
 @contextmanager

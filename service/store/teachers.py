@@ -9,15 +9,14 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
 from service.store.errors import TeacherUnavailableError
-from service.store.models import Artifact, ArtifactKind, Job
+from service.store.models import LOCK_ORDER, Artifact, ArtifactKind, Job
 from service.store.states import JobState
 
 
 def lock_teachers(session: Session, specs: Sequence[JobSpec]) -> list[list[Job] | TeacherUnavailableError]:
     """Of each spec the jobs whose results are teachers, locked so that they can't finish or be deleted between our look and our insert; or
     why a teacher can't be had: its job or artifact doesn't exist, or failed, or was cancelled, or is no model."""
-    # In the order of their ids, as everyone locks several jobs.
-    return _teachers(session, specs, select(Job).order_by(Job.id).with_for_update())
+    return _teachers(session, specs, select(Job).order_by(*LOCK_ORDER).with_for_update())
 
 
 def lock_teachers_of(session: Session, spec: JobSpec) -> list[Job]:

@@ -12,7 +12,7 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.attempt_counts import GIVEN_BACK
 from service.store.events import EventKind, record_event
 from service.store.failure_policy import FAILURE_POLICIES, what_to_do
-from service.store.models import Job, JobTeacher
+from service.store.models import LOCK_ORDER, Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
 
 GIVEN_BACK_MESSAGE = "Its worker gave it back in good order, as one does that is shut down. The attempt does not count as lost."
@@ -137,7 +137,8 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
 
 def _lock_dependents(session: Session, teacher: Job) -> list[Job]:
     students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id == teacher.id)
-    query = select(Job).where(Job.id.in_(students), Job.state.in_((JobState.WAITING, JobState.PAUSED))).order_by(Job.id).with_for_update()
+    query = select(Job).where(Job.id.in_(students), Job.state.in_((JobState.WAITING, JobState.PAUSED)))
+    query = query.order_by(*LOCK_ORDER).with_for_update()
     return list(session.scalars(query.execution_options(populate_existing=True)))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from cliprd_core.spec import JobSpec
@@ -16,6 +18,7 @@ from service.store.idempotency import Keyed, digest
 from service.store.models import Job, WebhookDelivery
 from service.store.session import reading
 from service.store.states import JobState
+from tests.live import eventually
 from tests.store_helpers import FAILURE, Sessions, create, distilled_spec, finish, spec_dict
 from tests.store_helpers import claim as claim_job
 
@@ -50,6 +53,29 @@ def test_many_at_once_are_stored_whole(intake: Intake, sessions: Sessions) -> No
             assert [event.kind for event in events] == [EventKind.CREATED, EventKind.QUEUED]
             assert found[0].sent_at is None
         assert session.query(WebhookDelivery).count() == 500
+
+
+def test_submissions_outlive_a_deadlock(intake: Intake, sessions: Sessions) -> None:
+    """Of PostgreSQL: SQLite has one writer."""
+    teachers = [create(sessions), create(sessions)]
+    both = JobSpec.model_validate(spec_dict(recipe="clip_rd", teachers=[{"job": one.id} for one in teachers]))
+    opposite = [one.id for one in sorted(teachers, key=lambda one: one.created_at, reverse=True)]
+    with sessions() as session, ThreadPoolExecutor(1) as pool:
+        if session.get_bind().dialect.name != "postgresql":
+            pytest.skip("it has no deadlocks")
+        session.execute(select(Job.id).where(Job.id == opposite[0]).with_for_update())
+        submitted = pool.submit(take_all, intake, [submission(spec=both), submission()])
+        eventually(lambda: is_locked(sessions, opposite[1]) or None)
+        session.execute(select(Job.id).where(Job.id == opposite[1]).with_for_update())  # the submission, which waits longer, is given up
+        session.rollback()
+        results = submitted.result(30)
+    assert [isinstance(one, Submitted) for one in results] == [True, True], results
+
+
+def is_locked(sessions: Sessions, job_id: str) -> bool:
+    with sessions() as session:
+        free = select(Job.id).where(Job.id == job_id).with_for_update(skip_locked=True)
+        return session.scalar(free) is None
 
 
 def test_one_key_with_its_spec_and_with_another_at_once(intake: Intake) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +191,24 @@ def test_headers_that_are_no_single_range_are_ignored(client: TestClient, href: 
 @pytest.mark.parametrize("header", [f"bytes={len(CONTENT)}-", "bytes=-0"])
 def test_ranges_behind_the_end(client: TestClient, href: str, header: str) -> None:
     problem(client.get(href, headers={"Range": header}), 416)
+
+
+def test_a_silent_store_holds_up_downloads_alone(client: TestClient, href: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_downloads = 50  # more than there are threads for all that a request may wait for
+    answered = threading.Event()
+    ask = BlobStore.num_bytes
+
+    def ask_in_vain(store: BlobStore, key: str) -> int:
+        answered.wait(60)
+        return ask(store, key)
+
+    monkeypatch.setattr(BlobStore, "num_bytes", ask_in_vain)
+    with ThreadPoolExecutor(num_downloads + 1) as pool:
+        downloads = [pool.submit(client.get, href) for _ in range(num_downloads)]
+        try:
+            time.sleep(0.5)  # most of them wait by now
+            assert pool.submit(client.get, "/jobs").result(30).status_code == 200
+            assert not any(one.done() for one in downloads)
+        finally:
+            answered.set()
+        assert all(one.result(30).content == CONTENT for one in downloads)
