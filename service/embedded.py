@@ -35,6 +35,7 @@ API_GRACE_SECONDS = 5
 WORKER_GRACE_SECONDS = 25.0
 KILL_MARGIN_SECONDS = 15.0  # on top of the worker's own grace period: it uploads the last checkpoint in it
 RESTART_PAUSE_SECONDS = 2.0
+SHORT_LIFE_SECONDS = 30.0
 
 
 class EmbeddedError(RuntimeError):
@@ -51,9 +52,11 @@ class Child:
     log_path: Path
     stop_seconds: float
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    started_at: float = field(default=0.0, init=False)
 
     def start(self) -> None:
         """A session of its own keeps a terminal's Ctrl-C away: the stack stops its children itself, in order."""
+        self.started_at = time.monotonic()
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 wrap(self.command),
@@ -150,6 +153,7 @@ class EmbeddedStack:
             cleanup.callback(child.stop)
             child.start()
         wait_until(lambda: answers(self.url), api)  # it has brought the database to the newest schema by then
+        self._take_back_jobs()
 
     def _check_artifacts(self) -> None:
         """A folder that can't be written would keep every job from its end, so that is better told now. (A bucket may just be away.)"""
@@ -195,8 +199,26 @@ class EmbeddedStack:
             if child.has_ended():
                 assert child.process is not None
                 say(f"{child.name} ended with exit code {child.process.returncode}; starting it again (log: {child.log_path})")
+                if time.monotonic() - child.started_at < SHORT_LIFE_SECONDS:  # most likely it can't start, for a reason that it told
+                    say(child.last_lines(6))
                 time.sleep(RESTART_PAUSE_SECONDS)
                 child.start()
+                if child is self.children["worker"]:
+                    self._take_back_jobs()
+
+    def _take_back_jobs(self) -> None:
+        """Of workers before the present one, which were killed: this home has one at a time, so nobody need wait for their leases' end."""
+        from service.store.jobs import end_leases_of_others  # with the store, which takes longer to load than `cliprd --help` should
+        from service.store.session import make_engine, make_sessions
+
+        worker = self.children["worker"].process
+        assert worker is not None, "started"
+        engine = make_engine(self._environment["CLIPRD_DATABASE_URL"])
+        try:
+            with make_sessions(engine).begin() as session:
+                end_leases_of_others(session=session, worker=f"{socket.gethostname()}:{worker.pid}:")
+        finally:
+            engine.dispose()
 
 
 def api_command(port: int, host: str = HOST) -> list[str]:

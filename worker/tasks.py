@@ -112,5 +112,6 @@ def send(app: Celery, sessions: sessionmaker[Session], queued: Sequence[QueuedJo
 
 
 def worker_name() -> str:
-    """A name for this worker in the store: which process on which machine, and something random, since containers share both."""
+    """A name for this worker in the store: which process on which machine (`cliprd up` knows its own by that), and something random,
+    since containers share both."""
     return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"

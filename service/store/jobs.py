@@ -53,7 +53,7 @@ from service.store.leases import (
 )
 from service.store.metrics import record_evaluations, record_metrics
 from service.store.models import Job, JobLabel, JobTeacher
-from service.store.recovery import jobs_to_send, mark_sent, num_to_send, requeue_expired, requeue_lost
+from service.store.recovery import end_leases_of_others, jobs_to_send, mark_sent, num_to_send, requeue_expired, requeue_lost
 from service.store.session import database_now
 from service.store.states import ALLOWED_MOVES, JobState
 from service.store.teachers import lock_teachers
@@ -83,6 +83,7 @@ __all__ = [
     "create_jobs",
     "delete_job",
     "deleted_among",
+    "end_leases_of_others",
     "finish_job",
     "get_job",
     "jobs_to_send",

@@ -70,6 +70,14 @@ def requeue_expired(*, session: Session, now: datetime | None = None) -> Expired
     return Expired(lost, queued)
 
 
+def end_leases_of_others(*, session: Session, worker: str) -> int:
+    """For whoever knows that a worker whose name begins with `worker` is the only one there is: end the leases of all others, which are
+    gone, so that the next round of a reaper takes their jobs back; how many there were."""
+    running = (Job.state == JobState.RUNNING, ~Job.worker.startswith(worker, autoescape=True))
+    statement = update(Job).where(*running).values(lease_expires_at=database_now(session) - timedelta(seconds=1)).returning(Job.id)
+    return len(session.scalars(statement.execution_options(synchronize_session=False)).all())
+
+
 def requeue_lost(*, session: Session, lease_token: str, cause: str) -> Expired:
     """Take a job away whose holder is known to be gone, with all processes of its run, without waiting for the lease to run out. What
     becomes of it is as of `requeue_expired`; nothing where the lease is not held any more.

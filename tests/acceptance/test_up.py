@@ -13,6 +13,12 @@ import httpx
 import psutil
 import pytest
 
+from service.client import Client
+from service.embedded import EmbeddedStack
+from service.store.states import JobState
+from tests.live import Jobs, eventually, processes_of
+from tests.tiny import write_shards
+
 CLIPRD = str(Path(sys.executable).with_name("cliprd"))
 
 
@@ -88,3 +94,29 @@ def test_it_listens_for_other_machines_once_there_is_a_key(tmp_path: Path) -> No
     finally:
         up.process.send_signal(signal.SIGINT)
         up.process.communicate(timeout=60)
+
+
+def test_a_job_goes_on_at_once_after_everything_was_killed(tmp_path: Path) -> None:
+    lasting = {"CLIPRD_LEASE_SECONDS": "600", "CLIPRD_REAPER_SECONDS": "0.5", "CLIPRD_DATA_ROOTS": str(tmp_path)}
+    shards = write_shards(tmp_path / "shards", 32)
+    with EmbeddedStack(tmp_path / "home", port=0, environment=lasting) as stack, Client(stack.url) as client:
+        jobs = Jobs(client, shards, Path(stack.environment["CLIPRD_RUNS_ROOT"]))
+        job_id = jobs.submit(epochs=100)
+        jobs.wait_for_checkpoint(job_id)
+        for child in stack.children.values():
+            assert child.process is not None
+            child.process.kill()
+        eventually(lambda: not processes_of(job_id) or None)
+    with EmbeddedStack(tmp_path / "home", port=0, environment=lasting) as stack, Client(stack.url) as client:
+        jobs = Jobs(client, shards, jobs.runs)
+        job = jobs.wait_for(job_id, JobState.SUCCEEDED)
+        assert (job.attempt, job.failed_attempts) == (2, 0), "it got further than the first"
+        assert jobs.steps_of_attempt(jobs.run_dir(job_id), 2)[0] > 1
+        other = jobs.submit(epochs=100)
+        jobs.wait_for_checkpoint(other)
+        worker = stack.children["worker"].process
+        assert worker is not None
+        worker.kill()
+        worker.wait()
+        stack.watch(print)
+        assert jobs.wait_for(other, JobState.SUCCEEDED).attempt == 2
