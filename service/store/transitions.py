@@ -125,10 +125,7 @@ def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[Queu
                 move(dependent, JobState.QUEUED, now=now)
                 queued.append(QueuedJob(dependent.id, dependent.queue))
             else:
-                message = (
-                    f"The teacher of this job is the result of job {teacher.id}, which ended as {teacher.state}."
-                    " Submit this job again with a teacher that exists."
-                )
+                message = f"The teacher of this job is the result of job {teacher.id}, which ended as {teacher.state}."
                 fail(dependent, ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=message), now=now)
                 finished.append(dependent)
     session.flush()
