@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from service.problems import FieldProblem, closest
 
+MAX_METRIC_NAMES = 256
 MAX_NAMED = 20
 """As many faults are told; finding what was meant takes time for each."""
 
@@ -22,6 +23,19 @@ class QueryError(ValueError):
     def __init__(self, problems: list[FieldProblem]) -> None:
         super().__init__(", ".join(one.field for one in problems))
         self.problems = problems
+
+
+def metric_names(given: list[str]) -> list[str]:
+    """The names or prefixes of `names`, separated by commas or repeated.
+
+    Raises:
+        QueryError: they are too many.
+    """
+    names = [name.strip() for one in given for name in one.split(",")]
+    if len(names) > MAX_METRIC_NAMES:
+        remedy = f"Ask for {MAX_METRIC_NAMES} at most, or for a prefix that ends in `*`."
+        raise QueryError([FieldProblem(field="names", problem=f"holds {len(names)} names", remedy=remedy)])
+    return names
 
 
 class StrictRoute(APIRoute):

@@ -21,7 +21,7 @@ from service.store.models import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
 from service.store.workers import complaint_about_queue
-from service.strict_query import StrictRoute
+from service.strict_query import MAX_METRIC_NAMES, StrictRoute, metric_names
 from service.submission import submit
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
@@ -121,7 +121,7 @@ def read_metrics(
     services: ServicesOf,
     job_id: JobIdInPath,
     names: Annotated[
-        list[str], Query(max_length=256, description="Names, or prefixes that end in `*`; separated by commas, or repeated.")
+        list[str], Query(max_length=MAX_METRIC_NAMES, description="Names, or prefixes that end in `*`; separated by commas, or repeated.")
     ] = ["*"],  # noqa: B006
     since_step: Annotated[int, Query(ge=0, lt=2**63, description="First step of interest.")] = 0,
     max_points: Annotated[
@@ -130,7 +130,7 @@ def read_metrics(
 ) -> MetricsView:
     """Series of what was measured while training. Asking for a metric that isn't there is no error, since it may come yet: `unmatched`
     tells of it, beside the `names` that there are."""
-    patterns = [name.strip() for one in names for name in one.split(",")]
+    patterns = metric_names(names)
     with reading(services.sessions) as session:
         job = jobs.get_job(session=session, job_id=job_id)
         series = metrics.series(session=session, job=job, names=patterns, since_step=since_step, max_points=max_points)

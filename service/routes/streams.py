@@ -20,7 +20,7 @@ from service.store import events, jobs, logs, metrics
 from service.store.models import Job
 from service.store.session import reading
 from service.streams import MEDIA_TYPE, Found, Look, News, Wanted
-from service.strict_query import StrictRoute
+from service.strict_query import MAX_METRIC_NAMES, StrictRoute, metric_names
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 
@@ -145,13 +145,13 @@ async def read_events(
 async def stream_metrics(
     follower: FollowerOf,
     job_id: JobIdInPath,
-    names: Annotated[list[str], Query(max_length=256, description="As of the metric series.")] = ["*"],  # noqa: B006
+    names: Annotated[list[str], Query(max_length=MAX_METRIC_NAMES, description="As of the metric series.")] = ["*"],  # noqa: B006
     since_step: Annotated[int, Query(ge=0, lt=2**63, description="First step of interest.")] = 0,
 ) -> Response:
     """Events `metrics`, `{"step": …, "values": {name: value}}`, in the order of writing. A step is told again, with all that is known of
     it, when more of it becomes known: an evaluation's values come after the training's, and a resumed run measures the steps after its
     checkpoint again. The later event counts. The last one is `end` with the job's state."""
-    look = partial(_metrics, [name.strip() for one in names for name in one.split(",")], since_step)
+    look = partial(_metrics, metric_names(names), since_step)
     return await follower.follow(job_id, look, metrics.newest_position, since_step)
 
 

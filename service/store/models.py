@@ -100,7 +100,6 @@ class Job(Base):
     __table_args__ = (
         Index("jobs_newest", "created_at", "id"),
         Index("jobs_newest_by_state", "state", "created_at", "id"),
-        Index("jobs_to_claim", "state", "queue", "priority", "created_at"),
         Index("jobs_by_lease", "state", "lease_expires_at"),
     )
 
@@ -181,6 +180,8 @@ class JobLabel(Base):
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     value: Mapped[str] = mapped_column(String(128))
 
+
+Index("jobs_to_claim_first", Job.state, Job.queue, Job.priority.desc(), Job.created_at, Job.id)
 
 LOCK_ORDER = (Job.created_at, Job.id)
 """In which everyone locks several jobs: a teacher is older than its students, and is locked before them."""

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, event, text
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
@@ -363,3 +364,24 @@ def test_readers_do_not_wait_for_a_writer(sessions: Sessions) -> None:
         jobs.request_cancel(session=session, job_id=job.id)
         assert read(sessions, job.id).state is JobState.QUEUED
     assert read(sessions, job.id).state is JobState.CANCELLED
+
+
+def test_the_next_job_of_a_long_queue_is_found_without_sorting_it(sessions: Sessions) -> None:
+    job = create(sessions)
+    plans: list[str] = []
+    with sessions() as session:
+        connection = session.connection()
+        if connection.dialect.name != "postgresql":
+            pytest.skip("its plans read otherwise")
+        session.execute(text("SET LOCAL enable_seqscan = off"))  # which is right for few jobs only
+
+        @event.listens_for(connection, "before_cursor_execute")
+        def explain(_connection: Connection, cursor: Any, statement: str, given: Any, *_: Any) -> None:
+            if "ORDER BY jobs.priority DESC" in statement:
+                cursor.execute(f"EXPLAIN {statement}", given)
+                plans.append("\n".join(row[0] for row in cursor.fetchall()))
+
+        assert jobs.claim_next(session=session, job_id=job.id, worker="w", lease_seconds=60) is not None
+    (plan,) = plans
+    assert "jobs_to_claim_first" in plan
+    assert "Sort" not in plan

@@ -66,3 +66,11 @@ def test_of_very_many_the_first_are_named(client: TestClient) -> None:
     fields = [one["field"] for one in client.get(f"/jobs?{query}").json()["errors"]]
     assert len(fields) == 20
     assert all(len(field) <= 80 for field in fields)
+
+
+def test_names_are_counted_however_they_are_separated(client: TestClient) -> None:
+    for path in ("metrics", "metrics/stream"):
+        problems = refused(client.get(f"/jobs/{ID}/{path}", params={"names": ",".join(["a"] * 257)}))
+        assert problems["names"]["problem"] == "holds 257 names"
+        assert "256 at most" in problems["names"]["remedy"]
+        assert client.get(f"/jobs/{ID}/{path}", params={"names": ",".join(["a"] * 256)}).status_code == 404
