@@ -25,14 +25,20 @@ RESTART_SECONDS = 60.0
 between two tries to reconnect."""
 
 
+def now() -> float:
+    """Seconds since the machine started, on a clock that nobody sets and all its processes share: a clock that is set back must not make a
+    worker that hangs ready for as long."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 @dataclass(frozen=True)
 class Health:
     """What a worker found out about itself."""
 
     checked_at: float
-    """Unix time."""
+    """As `now` says."""
     valid_until: float
-    """Unix time from which this says nothing any more: by then the worker would have written again."""
+    """From when, as `now` says, this says nothing any more: by then the worker would have written again."""
     problems: tuple[str, ...]
     """What keeps it from taking jobs, or from what it does beside them for all. None: it is ready."""
     is_stuck: bool
@@ -69,9 +75,11 @@ def complaint(path: Path, *, is_about_life: bool) -> str | None:
         return f"no worker has written {path}: none runs here, it is starting, or its {HEALTH_FILE_VARIABLE} names another file"
     except (OSError, ValueError) as error:
         return f"the worker's health can't be read: {error}"
-    now = time.time()
-    if now > health.valid_until + (RESTART_SECONDS if is_about_life else 0):
-        return f"the worker has not reported for {now - health.checked_at:.0f} s: it hangs, was stopped, or is gone"
+    age = now() - health.checked_at
+    if age < 0:
+        return "the worker has not reported since this machine was started again"
+    if now() > health.valid_until + (RESTART_SECONDS if is_about_life else 0):
+        return f"the worker has not reported for {age:.0f} s: it hangs, was stopped, or is gone"
     if is_about_life and not health.is_stuck:
         return None
     return "; ".join(health.problems) or None

@@ -20,7 +20,7 @@ from service.store.workers import forget_workers, holds_a_job, remove_worker, re
 from worker.child_watch import ChildWatch
 from worker.consumer_watch import ConsumerWatch
 from worker.gpus import GpuReader
-from worker.health import RESTART_SECONDS, Health
+from worker.health import RESTART_SECONDS, Health, now
 from worker.rounds import Rounds
 from worker.settings import WorkerSettings
 
@@ -83,8 +83,8 @@ class Heartbeat:
         self._log(problems)
         is_stuck = self._is_stuck(consumer is not None and broker is None and database is None and not self._watch.is_shutting_down)
         if self._settings.health_file is not None:
-            now = time.time()
-            health = Health(checked_at=now, valid_until=now + self._valid_seconds, problems=problems, is_stuck=is_stuck)
+            checked_at = now()
+            health = Health(checked_at=checked_at, valid_until=checked_at + self._valid_seconds, problems=problems, is_stuck=is_stuck)
             health.write(self._settings.health_file)
 
     @property

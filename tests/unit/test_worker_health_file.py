@@ -23,7 +23,7 @@ from worker import child_watch, consumer_watch, health, rounds
 from worker import heartbeat as heartbeat_module
 from worker.child_watch import JOBLESS_SECONDS, ChildWatch
 from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
-from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health
+from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health, now
 from worker.heartbeat import ARTIFACTS_SECONDS, Heartbeat
 from worker.rounds import Rounds
 from worker.settings import WorkerSettings
@@ -47,13 +47,13 @@ def test_the_reader_says_what_is_wrong(file: Path, monkeypatch: pytest.MonkeyPat
     code, line = probe(monkeypatch, capsys)
     assert code == 1
     assert "no worker has written" in line
-    now = time.time()
-    Health(now, now + 60, (), is_stuck=False).write(file)
+    at = now()
+    Health(at, at + 60, (), is_stuck=False).write(file)
     assert probe(monkeypatch, capsys) == (0, "ready")
-    Health(now, now + 60, ("broker: away", "database: away"), is_stuck=False).write(file)
+    Health(at, at + 60, ("broker: away", "database: away"), is_stuck=False).write(file)
     assert probe(monkeypatch, capsys) == (1, "broker: away; database: away")
     assert probe(monkeypatch, capsys, "--live") == (0, "live")
-    Health(now, now + 60, ("deaf",), is_stuck=True).write(file)
+    Health(at, at + 60, ("deaf",), is_stuck=True).write(file)
     assert probe(monkeypatch, capsys, "--live") == (1, "deaf")
     file.write_text(json.dumps({"problems": []}))
     assert "not what a worker of this version writes" in probe(monkeypatch, capsys)[1]
@@ -64,12 +64,14 @@ def test_the_reader_says_what_is_wrong(file: Path, monkeypatch: pytest.MonkeyPat
 def test_what_a_worker_said_expires_and_a_restart_is_due_some_time_after(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = time.time()
-    Health(now - 20, now - 1, (), is_stuck=False).write(file)
+    at = now()
+    Health(at - 20, at - 1, (), is_stuck=False).write(file)
     assert probe(monkeypatch, capsys) == (1, "the worker has not reported for 20 s: it hangs, was stopped, or is gone")
     assert probe(monkeypatch, capsys, "--live") == (0, "live")
-    Health(now - 90, now - RESTART_SECONDS - 1, (), is_stuck=False).write(file)
+    Health(at - 90, at - RESTART_SECONDS - 1, (), is_stuck=False).write(file)
     assert probe(monkeypatch, capsys, "--live")[0] == 1
+    Health(at + 3600, at + 3660, (), is_stuck=False).write(file)
+    assert probe(monkeypatch, capsys) == (1, "the worker has not reported since this machine was started again")
 
 
 class Channel:
