@@ -22,6 +22,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from cliprd_core.spec import JobSpec
+from service.client_streams import follow
 from service.dry_run_schemas import DryRunView
 from service.errors import Problem
 from service.schemas import (
@@ -161,16 +162,11 @@ class Client:
         return self._request("GET", f"/jobs/{job_id}/log", params={} if tail is None else {"tail": tail}).text
 
     def follow_log(self, job_id: str, *, tail: int | None = None) -> Iterator[str]:
-        """The log as it is printed, piece by piece, until the job ends."""
+        """The log as it is printed, piece by piece, until the job ends. A service that restarts meanwhile is waited for, as by `wait`."""
         params = {} if tail is None else {"tail": tail}
         try:
-            with self._http.stream("GET", f"/jobs/{job_id}/log", params=params, headers={"Accept": "text/event-stream"}) as response:
-                if response.is_error:
-                    response.read()
-                    raise _error_of(response)
-                for line in response.iter_lines():
-                    if line.startswith("data:"):
-                        yield json.loads(line.removeprefix("data:")).get("text", "")
+            for one in follow(self._http, f"/jobs/{job_id}/log", params, patience_seconds=PATIENCE_SECONDS, error_of=_error_of):
+                yield json.loads(one.data).get("text", "")
         except httpx.TransportError as error:
             raise UnreachableError(f"the stream from {self.url} broke off ({error})") from error
 
