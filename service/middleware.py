@@ -39,17 +39,24 @@ class RequestLimits:
         if announced.isdecimal() and int(announced) > self._max_body_bytes:
             await problem_response(scope["path"], 413, detail, headers={"Connection": "close"})(scope, receive, send)
             return
-        num_received = 0
+        num_received, is_answered = 0, False
 
         async def counted() -> Message:
             nonlocal num_received
             message = await receive()
             num_received += len(message.get("body", b""))
             if num_received > self._max_body_bytes:
+                if is_answered:  # a stream, which only listens for the client's going: it ends
+                    return {"type": "http.disconnect"}
                 raise HTTPException(413, detail, headers={"Connection": "close"})
             return message
 
-        await self.app(scope, counted, send)
+        async def noting(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = True
+            await send(message)
+
+        await self.app(scope, counted, noting)
 
 
 class ProblemsOnly:

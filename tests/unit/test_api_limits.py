@@ -5,6 +5,7 @@ Whole bodies are in test_api_errors, open streams in test_api_streams.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
 
 from cliprd_core.spec_model import MAX_COUNT, MAX_LIST_LENGTH
+from service.middleware import RequestLimits
 from service.settings import Settings
 from service.store import artifacts
 from service.store.blobs import BlobStore
@@ -169,3 +172,22 @@ def test_parts_of_a_spec_end_somewhere(client: TestClient, tmp_path: Path, field
 )
 def test_the_labels_of_jobs_to_cancel_are_labels_of_specs(client: TestClient, field: str, labels: dict[str, str]) -> None:
     assert refused_fields(client.post("/jobs/cancel", json={"labels": labels})) == [field]
+
+
+def test_a_long_body_ends_a_stream_whose_answer_has_begun() -> None:
+    heard: list[str] = []
+
+    async def stream(_scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not heard or heard[-1] == "http.request":
+            heard.append((await receive())["type"])
+
+    async def chunk() -> Message:
+        return {"type": "http.request", "body": bytes(8), "more_body": True}
+
+    async def ignore(_: Message) -> None:
+        return
+
+    scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b"", "headers": []}
+    asyncio.run(RequestLimits(stream, max_body_bytes=10, max_header_bytes=1000)(scope, chunk, ignore))
+    assert heard == ["http.request", "http.disconnect"]
