@@ -25,11 +25,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cliprd_core.run_dir import EvaluationRecord
 from service.client import Client, CliprdError
 from service.embedded import EmbeddedError, EmbeddedStack
 from service.progress_view import ProgressView, duration
-from service.schemas import JobView
+from service.schemas import EvaluationView, JobView
 from service.store.states import JobState
 
 EXAMPLE = Path(__file__).resolve().parent
@@ -151,7 +150,7 @@ def compare(client: Client, jobs: list[JobView]) -> bool:
     return is_far_above_chance and is_above_alone
 
 
-def final_evaluations(client: Client, job: JobView) -> dict[str, EvaluationRecord]:
+def final_evaluations(client: Client, job: JobView) -> dict[str, EvaluationView]:
     """The job's last evaluation of each of the two data sets."""
     by_step = sorted(client.evaluations(job.id), key=lambda evaluation: evaluation.step)
     return {one.dataset: one for one in by_step if one.dataset in (CLASSIFICATION, RETRIEVAL)}
