@@ -142,13 +142,17 @@ def _tar_problem(file: Path) -> Found:
     return None
 
 
+def identity_of(status: os.stat_result) -> tuple[int, ...]:
+    """Tells what a file holds now from what it holds once it was written again."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def count_pairs(shard: Path) -> int | None:
     """Captions in a tar, found by its headers alone. None: it is cut off or otherwise unreadable."""
     try:
-        status = shard.stat()
+        return _count_pairs(shard, identity_of(shard.stat()))
     except OSError:
         return None
-    return _count_pairs(shard, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=MAX_COUNTS_KEPT)

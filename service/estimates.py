@@ -64,7 +64,7 @@ def memory_warnings(spec: JobSpec, least_bytes: int | None, workers: Sequence[Wo
 
     `least_bytes`: of each process, None where it can't be told; `workers`: all there are.
     """
-    takers = [worker for worker in workers if spec.resources.queue in worker.queues and worker.state is not WorkerState.LOST]
+    takers = _takers(spec, workers)
     may_use_cpu = spec.resources.device is Device.CPU or (
         spec.resources.device is Device.AUTO and any(not worker.gpus for worker in takers)
     )
@@ -79,9 +79,14 @@ def memory_warnings(spec: JobSpec, least_bytes: int | None, workers: Sequence[Wo
     ]
 
 
+def _takers(spec: JobSpec, workers: Sequence[WorkerStatus]) -> list[WorkerStatus]:
+    """Those that the job may come to."""
+    return [worker for worker in workers if spec.resources.queue in worker.queues and worker.state is not WorkerState.LOST]
+
+
 def device_warnings(spec: JobSpec, workers: Sequence[WorkerStatus]) -> list[str]:
     """Whether the job asks for GPUs of a queue whose workers, all there are, report none."""
-    takers = [worker for worker in workers if spec.resources.queue in worker.queues and worker.state is not WorkerState.LOST]
+    takers = _takers(spec, workers)
     if spec.resources.device is not Device.CUDA or not takers or any(worker.gpus for worker in takers):
         return []
     return [

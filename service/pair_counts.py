@@ -44,7 +44,7 @@ def _rows_of(source: CsvSource) -> int | None:
     status = table.stat()
     if status.st_size > data_files.MAX_BYTES_COUNTED:
         return None
-    return _num_rows(table, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return _num_rows(table, data_files.identity_of(status))
 
 
 @lru_cache(maxsize=data_files.MAX_COUNTS_KEPT)
