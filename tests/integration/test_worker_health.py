@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,9 +37,8 @@ SILENCE_SECONDS = 5.0  # of tests/watched_worker.py
 class Machine:
     """One worker with its own database and broker."""
 
-    def __init__(self, folder: Path, redis: RedisServer, **variables: str) -> None:
+    def __init__(self, folder: Path, redis: RedisServer, database_url: str, **variables: str) -> None:
         self.redis = redis
-        database_url = f"sqlite:///{folder / 'cliprd.db'}"
         migrate(database_url)
         self.engine = make_engine(database_url)
         self.sessions: Sessions = make_sessions(self.engine)
@@ -112,15 +112,22 @@ class Machine:
         self.engine.dispose()
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
+@contextmanager
+def ready_machine(folder: Path, database_url: str = "", **variables: str) -> Iterator[Machine]:
+    """A worker that is ready, on a SQLite of its own where no other database is named."""
     with RedisServer() as redis:
-        machine = Machine(tmp_path, redis)
+        machine = Machine(folder, redis, database_url or f"sqlite:///{folder / 'cliprd.db'}", **variables)
         try:
             machine.wait_until("^ready$")
             yield machine
         finally:
             machine.close()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    with ready_machine(tmp_path) as machine:
+        yield machine
 
 
 def test_it_is_ready_only_while_the_broker_is_there(machine: Machine) -> None:
@@ -182,58 +189,45 @@ def test_a_killed_worker_is_not_ready(machine: Machine) -> None:
     machine.wait_until("has not reported for [0-9]+ s")
 
 
-def test_a_worker_whose_child_hangs_is_not_ready(tmp_path: Path) -> None:
-    with RedisServer() as redis:
-        machine = Machine(tmp_path, redis, **SHORT_LEASES)
-        try:
-            machine.wait_until("^ready$")
-            job_id = machine.submit(steps="10000", step_seconds="0.05")
-            machine.wait_for(job_id, JobState.RUNNING)
-            (child,) = psutil.Process(machine.worker.pid).children()
-            child.suspend()
-            machine.wait_for(job_id, JobState.QUEUED)
-            machine.wait_until("its child process hangs")
-            machine.wait_for_worker(WorkerState.NOT_CONSUMING)
-            child.resume()
-            machine.wait_until("^ready$")
-            machine.wait_for_worker(WorkerState.CONSUMING)
-        finally:
-            machine.close()
+def test_a_worker_whose_child_hangs_is_not_ready(tmp_path: Path, postgres_url: str) -> None:
+    # PostgreSQL ends the transaction of a client that is frozen in its midst; SQLite would stay locked until the child goes on.
+    with ready_machine(tmp_path, postgres_url, **SHORT_LEASES) as machine:
+        job_id = machine.submit(steps="10000", step_seconds="0.05")
+        machine.wait_for(job_id, JobState.RUNNING)
+        (child,) = psutil.Process(machine.worker.pid).children()
+        child.suspend()
+        machine.wait_for(job_id, JobState.QUEUED)
+        machine.wait_until("its child process hangs")
+        machine.wait_for_worker(WorkerState.NOT_CONSUMING)
+        child.resume()
+        machine.wait_until("^ready$")
+        machine.wait_for_worker(WorkerState.CONSUMING)
 
 
 def test_the_job_of_a_killed_child_does_not_wait_for_its_lease(tmp_path: Path) -> None:
-    with RedisServer() as redis:
-        machine = Machine(tmp_path, redis, CLIPRD_LEASE_SECONDS="600", CLIPRD_REAPER_SECONDS="0.2")
-        try:
-            machine.wait_until("^ready$")
-            job_id = machine.submit(steps="10000", step_seconds="0.05")
-            machine.wait_for(job_id, JobState.RUNNING)
-            (child,) = psutil.Process(machine.worker.pid).children()
-            child.kill()
-            deadline = time.monotonic() + TIMEOUT_SECONDS
-            while (job := read(machine.sessions, job_id)).attempt < 2:  # the new child takes it
-                assert time.monotonic() < deadline, machine.log.read_text()
-                time.sleep(0.1)
-            assert job.worker == machine.workers()[0].id
-        finally:
-            machine.close()
+    with ready_machine(tmp_path, CLIPRD_LEASE_SECONDS="600", CLIPRD_REAPER_SECONDS="0.2") as machine:
+        job_id = machine.submit(steps="10000", step_seconds="0.05")
+        machine.wait_for(job_id, JobState.RUNNING)
+        (child,) = psutil.Process(machine.worker.pid).children()
+        child.kill()
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while (job := read(machine.sessions, job_id)).attempt < 2:  # the new child takes it
+            assert time.monotonic() < deadline, machine.log.read_text()
+            time.sleep(0.1)
+        assert job.worker == machine.workers()[0].id
 
 
 def test_a_receiver_of_webhooks_that_drips_bytes_does_not_keep_a_killed_child_from_being_replaced(tmp_path: Path) -> None:
-    with RedisServer() as redis, dripping(b"HTTP/1.1 200 OK\r\nx-") as receiver:
+    with dripping(b"HTTP/1.1 200 OK\r\nx-") as receiver:
         variables = {
             "CLIPRD_WEBHOOK_URLS": receiver.url,
             "CLIPRD_WEBHOOK_SECRET": "whsec_" + "c2VjcmV0" * 4,
             "CLIPRD_REAPER_SECONDS": "0.2",
         }
-        machine = Machine(tmp_path, redis, **variables)
-        try:
-            machine.wait_until("^ready$")
+        with ready_machine(tmp_path, **variables) as machine:
             machine.wait_for(machine.submit(), JobState.SUCCEEDED)
             assert receiver.is_waited_for.wait(TIMEOUT_SECONDS)
             (child,) = psutil.Process(machine.worker.pid).children()
             child.kill()
             machine.wait_for(machine.submit(), JobState.SUCCEEDED)
             machine.wait_until("^ready$")
-        finally:
-            machine.close()
