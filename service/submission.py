@@ -43,7 +43,7 @@ def problems_of_parts(services: Services, body: Any) -> list[FieldProblem]:
 
 
 def cloned_spec(services: Services, job: Job, overrides: Mapping[str, Any]) -> JobSpec:
-    """A job's stored spec with some fields replaced, object by object.
+    """A job's stored spec with some fields replaced, object by object; a label that is replaced by null is removed.
 
     Raises:
         SpecError: what comes out is no spec.
@@ -53,6 +53,8 @@ def cloned_spec(services: Services, job: Job, overrides: Mapping[str, Any]) -> J
         problem = f"can't be changed from {job.recipe!r}: it gives defaults, and the stored spec has every field set"
         raise SpecError([FieldProblem(field="recipe", problem=problem, remedy="Leave it out, or submit a spec of its own.")])
     body = merge_over(job.spec, dict(overrides))
+    if isinstance(labels := body.get("labels"), dict):
+        body["labels"] = {key: value for key, value in labels.items() if value is not None}
     try:
         return JobSpec.model_validate(body)
     except ValidationError as error:

@@ -28,7 +28,7 @@ router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute)
 Overrides = Annotated[
     dict[str, Any],
     Body(
-        description="Fields of the spec to replace, object by object; null where a field is to be left out.",
+        description="Fields of the spec to replace, object by object; null where a field is to be left out, or a label to be removed.",
         openapi_examples={"longer": {"value": {"name": "longer", "training": {"epochs": 64}}}},
     ),
 ]

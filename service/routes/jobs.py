@@ -90,7 +90,7 @@ def list_jobs(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> JobList:
-    """A page of jobs. Pages stay stable while jobs are added."""
+    """A page of jobs; it may have fewer than `limit` where specs are very long. Pages stay stable while jobs are added."""
     with reading(services.sessions) as session:
         page = jobs.list_jobs(session=session, state=state, labels=_labels(label), limit=limit, cursor=cursor)
     return JobList(jobs=[JobView.of(job, root_path) for job in page.rows], next_cursor=page.next_cursor)

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Collection
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, delete, exists, select
 from sqlalchemy.orm import Session
 
 from service.store.blobs import StoredBlob
@@ -27,6 +27,9 @@ __all__ = [
     "remove_artifacts",
     "remove_finished_checkpoints",
 ]
+
+MAX_CLEANED = 1000
+"""Jobs whose checkpoints are forgotten at once; the next round takes the next ones."""
 
 
 def register_artifact(
@@ -105,15 +108,17 @@ def are_registered(*, session: Session, storage_keys: Collection[str]) -> bool:
 
 
 def remove_finished_checkpoints(*, session: Session, older_than_seconds: float) -> list[str]:
-    """Forget all checkpoints of jobs that finished this long ago, whichever way.
+    """Forget all checkpoints of jobs that finished this long ago, whichever way; of MAX_CLEANED jobs at most.
 
     Returns:
         The storage keys that nothing names any more; a cleaner deletes the bytes after the commit, if nobody does before.
     """
     cutoff = database_now(session) - timedelta(seconds=older_than_seconds)
-    finished = select(Job.id).where(Job.state.in_([state for state in JobState if state.is_finished]), Job.finished_at <= cutoff)
-    of_finished = (Artifact.kind == ArtifactKind.CHECKPOINT, Artifact.job_id.in_(finished))
-    return _removed(session, *of_finished)
+    is_finished = (Job.state.in_([state for state in JobState if state.is_finished]), Job.finished_at <= cutoff)
+    has_checkpoints = exists().where(Artifact.job_id == Job.id, Artifact.kind == ArtifactKind.CHECKPOINT)
+    # Locked, so that whoever retries one of them meanwhile either keeps its checkpoints or finds none.
+    found = session.scalars(select(Job.id).where(*is_finished, has_checkpoints).limit(MAX_CLEANED).with_for_update(skip_locked=True)).all()
+    return _removed(session, Artifact.kind == ArtifactKind.CHECKPOINT, Artifact.job_id.in_(found)) if found else []
 
 
 def remove_artifacts(*, session: Session, job_id: str, lease_token: str, kind: ArtifactKind, keep_groups: Collection[str]) -> list[str]:

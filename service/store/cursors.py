@@ -8,9 +8,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Select, tuple_
+from sqlalchemy import ColumnElement, Select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.store.errors import InvalidCursorError
@@ -35,8 +36,20 @@ def newest_page(
     *,
     limit: int,
     cursor: str | None,
+    size: ColumnElement[int] | None = None,
+    max_size: int = 0,
 ) -> Page[Row]:
     """Run `query` from the cursor on, newest first.
+
+    Args:
+        session: The database's.
+        query: What to list.
+        created_at: When a row was made.
+        row_id: What orders rows of one moment.
+        limit: Rows of the page, at most.
+        cursor: An earlier page's `next_cursor`.
+        size: How large a row is, where that varies much.
+        max_size: Of all rows of a page together, but for a single row that is larger.
 
     Raises:
         InvalidCursorError: the cursor was not made here.
@@ -45,7 +58,11 @@ def newest_page(
     if cursor is not None:
         time, last_id = decode(cursor, kind, str, str)
         query = query.where(tuple_(created_at, row_id) < (_moment(time), last_id))
-    rows = session.scalars(query.order_by(created_at.desc(), row_id.desc()).limit(limit + 1)).all()
+    query = query.order_by(created_at.desc(), row_id.desc())
+    if size is not None:
+        sizes = session.scalars(query.with_only_columns(size).limit(limit)).all()
+        limit = max(1, sum(total <= max_size for total in accumulate(sizes)))
+    rows = session.scalars(query.limit(limit + 1)).all()
     if len(rows) <= limit:
         return Page(rows, None)
     last = rows[limit - 1]

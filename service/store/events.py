@@ -23,6 +23,7 @@ __all__ = [
     "newest_id",
     "record_event",
     "record_events",
+    "session_of",
 ]
 
 
@@ -42,9 +43,14 @@ class NewEvent(NamedTuple):
 
 def record_event(job: Job, kind: EventKind, *, now: datetime, **data: Any) -> None:
     """Write an event of a job in the session that holds it."""
+    record_events(session_of(job), [NewEvent(job, kind, data)], now=now)
+
+
+def session_of(job: Job) -> Session:
+    """The session that holds a job's row."""
     session = object_session(job)
     assert session is not None, "a job outside its session"
-    record_events(session, [NewEvent(job, kind, data)], now=now)
+    return session
 
 
 def record_events(session: Session, events: Sequence[NewEvent], *, now: datetime) -> None:
@@ -68,18 +74,14 @@ def _insert(session: Session, rows: Sequence[Mapping[str, Any]]) -> Sequence[int
 
 def is_recorded(job: Job, kind: EventKind, **data: Any) -> bool:
     """Whether the newest event of this kind in the job's attempt is this one."""
-    session = object_session(job)
-    assert session is not None, "a job outside its session"
     query = select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.attempt == job.attempt, JobEvent.kind == kind)
-    return session.scalars(query.order_by(JobEvent.id.desc()).limit(1)).first() == data
+    return session_of(job).scalars(query.order_by(JobEvent.id.desc()).limit(1)).first() == data
 
 
 def newest_checkpoint(job: Job) -> int:
     """The highest step of which any attempt stored a checkpoint; -1 if none did."""
-    session = object_session(job)
-    assert session is not None, "a job outside its session"
     query = select(func.max(JobEvent.data["step"].as_integer())).where(JobEvent.job_id == job.id, JobEvent.kind == EventKind.CHECKPOINT)
-    newest = session.scalar(query)
+    newest = session_of(job).scalar(query)
     return -1 if newest is None else newest
 
 

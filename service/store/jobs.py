@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import insert, select
+from sqlalchemy import Text, cast, func, insert, select
 from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
@@ -106,6 +106,9 @@ __all__ = [
     "unfinished_jobs",
 ]
 
+MAX_PAGE_CHARACTERS = 4_000_000
+"""Of the specs of a page of jobs: a usual one has a few thousand, the longest that is taken a million, and the reader holds them all."""
+
 
 def create_job(*, session: Session, spec: JobSpec, max_attempts: int = DEFAULT_MAX_ATTEMPTS) -> Job:
     """Store a job, as `create_jobs` does.
@@ -189,7 +192,7 @@ def list_jobs(
     limit: int = 50,
     cursor: str | None = None,
 ) -> Page[Job]:
-    """Jobs, newest first, that are in `state` and carry all of `labels`.
+    """Jobs, newest first, that are in `state` and carry all of `labels`. A page of long specs ends before its limit.
 
     Raises:
         InvalidCursorError: the cursor is no earlier page's `next_cursor`.
@@ -197,4 +200,6 @@ def list_jobs(
     query = select(Job)
     if state is not None:
         query = query.where(Job.state == state)
-    return newest_page(session, labelled(query, labels or {}), Job.created_at, Job.id, limit=limit, cursor=cursor)
+    query = labelled(query, labels or {})
+    size = func.length(cast(Job.spec, Text))
+    return newest_page(session, query, Job.created_at, Job.id, limit=limit, cursor=cursor, size=size, max_size=MAX_PAGE_CHARACTERS)

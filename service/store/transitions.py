@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store.attempt_counts import GIVEN_BACK
-from service.store.events import EventKind, record_event
+from service.store.events import EventKind, NewEvent, record_event, record_events, session_of
 from service.store.failure_policy import FAILURE_POLICIES, what_to_do
 from service.store.models import LOCK_ORDER, Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
@@ -35,6 +36,11 @@ def move(job: Job, target: JobState, *, now: datetime, **data: Any) -> None:
 
     Claiming is not done here but in one UPDATE (`leases.claim_job`), since two claimers race for an unlocked row.
     """
+    _set_state(job, target, now=now)
+    record_event(job, EventKind(target.value), now=now, **data)
+
+
+def _set_state(job: Job, target: JobState, *, now: datetime) -> None:
     assert target in ALLOWED_MOVES[job.state], f"job {job.id} can't go from {job.state} to {target}"
     if job.state is JobState.RUNNING and job.attempt_started_at is not None:
         assert job.lease_expires_at is not None, "a running job has a lease"
@@ -48,13 +54,18 @@ def move(job: Job, target: JobState, *, now: datetime, **data: Any) -> None:
         job.queued_at = now
         job.sent_at = None
     job.finished_at = now if target.is_finished else None
-    record_event(job, EventKind(target.value), now=now, **data)
 
 
 def fail(job: Job, error: ErrorRecord, *, now: datetime) -> None:
     """Move a locked job to `failed` and record why."""
-    move(job, JobState.FAILED, now=now, reason=error.reason.value, message=error.message, what_to_do=what_to_do(error))
+    record_events(session_of(job), [_fail(job, error, now=now)], now=now)
+
+
+def _fail(job: Job, error: ErrorRecord, *, now: datetime) -> NewEvent:
+    """The event that is to be recorded of it."""
+    _set_state(job, JobState.FAILED, now=now)
     job.error = error.model_dump(mode="json")
+    return NewEvent(job, EventKind.FAILED, {"reason": error.reason.value, "message": error.message, "what_to_do": what_to_do(error)})
 
 
 def end_badly(*, session: Session, job: Job, error: ErrorRecord, now: datetime, is_lease_lost: bool = False) -> list[QueuedJob]:
@@ -112,35 +123,54 @@ def give_back(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
 
 
 def settle_dependents(*, session: Session, job: Job, now: datetime) -> list[QueuedJob]:
-    """After `job` has finished: queue the jobs that waited for it as their last teacher, or fail them and whoever waits for them."""
-    queued: list[QueuedJob] = []
-    finished = [job]
-    while finished:
-        teacher = finished.pop()
-        session.flush()
-        for dependent in _lock_dependents(session, teacher):
-            if teacher.state is JobState.SUCCEEDED:
-                if dependent.state is JobState.PAUSED or waits_for_a_teacher(session, dependent):
-                    continue
-                move(dependent, JobState.QUEUED, now=now)
-                queued.append(QueuedJob(dependent.id, dependent.queue))
-            else:
-                message = f"The teacher of this job is the result of job {teacher.id}, which ended as {teacher.state}."
-                fail(dependent, ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=message), now=now)
-                finished.append(dependent)
+    """After `job` has finished: queue the jobs that waited for it as their last teacher, or fail them and whoever waits for them.
+
+    A few statements for all of them, since their rows are locked, and submissions that name the same teacher wait, until the commit.
+    """
     session.flush()
-    return queued
+    dependents = _lock_dependents(session, [job.id])
+    if job.state is JobState.SUCCEEDED:
+        waiting = _unready(session, dependents)
+        ready = [dependent for dependent in dependents if dependent.state is JobState.WAITING and dependent.id not in waiting]
+        for dependent in ready:
+            _set_state(dependent, JobState.QUEUED, now=now)
+        record_events(session, [NewEvent(dependent, EventKind.QUEUED) for dependent in ready], now=now)
+        session.flush()
+        return [QueuedJob(dependent.id, dependent.queue) for dependent in ready]
+    lost: Mapping[str, Job] = {job.id: job}
+    while dependents:
+        teacher_of = _teacher_of(session, [*lost])
+        record_events(session, [_fail(one, _without(lost[teacher_of[one.id]]), now=now) for one in dependents], now=now)
+        session.flush()
+        lost = {dependent.id: dependent for dependent in dependents}
+        dependents = _lock_dependents(session, [*lost])
+    return []
 
 
-def _lock_dependents(session: Session, teacher: Job) -> list[Job]:
-    students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id == teacher.id)
+def _without(teacher: Job) -> ErrorRecord:
+    message = f"The teacher of this job is the result of job {teacher.id}, which ended as {teacher.state}."
+    return ErrorRecord(reason=ErrorReason.TEACHER_UNAVAILABLE, message=message)
+
+
+def _lock_dependents(session: Session, teacher_ids: Sequence[str]) -> list[Job]:
+    students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id.in_(teacher_ids))
     query = select(Job).where(Job.id.in_(students), Job.state.in_((JobState.WAITING, JobState.PAUSED)))
     query = query.order_by(*LOCK_ORDER).with_for_update()
     return list(session.scalars(query.execution_options(populate_existing=True)))
 
 
+def _teacher_of(session: Session, teacher_ids: Sequence[str]) -> dict[str, str]:
+    """By the id of each job that has any of these teachers, one of them."""
+    pairs = select(JobTeacher.job_id, JobTeacher.teacher_job_id).where(JobTeacher.teacher_job_id.in_(teacher_ids))
+    return {pair.job_id: pair.teacher_job_id for pair in session.execute(pairs)}
+
+
 def waits_for_a_teacher(session: Session, dependent: Job) -> bool:
     """Whether a teacher of a locked job has yet to succeed. Of two that finish at once, the later one to lock the job sees both."""
-    teachers = select(JobTeacher.teacher_job_id).where(JobTeacher.job_id == dependent.id)
-    unfinished = select(Job.id).where(Job.id.in_(teachers), Job.state != JobState.SUCCEEDED).limit(1)
-    return session.scalars(unfinished).first() is not None
+    return bool(_unready(session, [dependent]))
+
+
+def _unready(session: Session, jobs: Sequence[Job]) -> set[str]:
+    """Ids of those of which a teacher has yet to succeed."""
+    query = select(JobTeacher.job_id).join(Job, Job.id == JobTeacher.teacher_job_id)
+    return set(session.scalars(query.where(JobTeacher.job_id.in_([job.id for job in jobs]), Job.state != JobState.SUCCEEDED)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event, text
 
-from cliprd_core.run_dir import ErrorReason, ErrorRecord
+from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store import jobs
 from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
@@ -42,6 +44,23 @@ def cancel(sessions: Sessions, job_id: str) -> JobState:
 def requeue(sessions: Sessions, seconds_later: float) -> list[jobs.QueuedJob]:
     with sessions.begin() as session:
         return jobs.requeue_expired(session=session, now=database_now(session) + timedelta(seconds=seconds_later)).queued
+
+
+@contextmanager
+def statements(sessions: Sessions) -> Iterator[list[str]]:
+    """Those that are executed meanwhile."""
+    found: list[str] = []
+
+    def note(_connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        found.append(statement)
+
+    with reading(sessions) as session:
+        engine = session.get_bind()
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield found
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
 
 
 def test_a_job_goes_from_queued_to_succeeded(sessions: Sessions) -> None:
@@ -217,6 +236,27 @@ def test_a_teacher_that_ends_badly_takes_its_students_and_theirs_along(sessions:
         create(sessions, distilled_spec(teacher.id))
 
 
+@pytest.mark.parametrize("outcome", [SUCCESS, FAILURE])
+def test_a_teachers_end_takes_as_many_statements_for_many_students_as_for_one(
+    sessions: Sessions, outcome: ResultRecord | ErrorRecord
+) -> None:
+    def num_statements(num_students: int) -> int:
+        teacher = claim(sessions, create(sessions).id)
+        students = [create(sessions, distilled_spec(teacher.job.id)) for _ in range(num_students)]
+        for student in students:
+            create(sessions, distilled_spec(student.id))
+        with statements(sessions) as found:
+            finish(sessions, teacher, outcome)
+        state = JobState.QUEUED if outcome is SUCCESS else JobState.FAILED
+        assert {read(sessions, student.id).state for student in students} == {state}
+        return len(found)
+
+    with reading(sessions) as session:
+        if session.get_bind().dialect.name != "postgresql":
+            pytest.skip("it is given rows one by one")
+    assert num_statements(7) == num_statements(2)
+
+
 def test_teachers_that_do_not_exist_are_refused(sessions: Sessions) -> None:
     with pytest.raises(jobs.TeacherUnavailableError, match="no job '00000000-none'"):
         create(sessions, distilled_spec("00000000-none"))
@@ -321,6 +361,23 @@ def test_pages_are_newest_first_and_stable_while_jobs_are_added(sessions: Sessio
         if cursor is None:
             break
     assert seen == created[::-1]
+
+
+def test_a_page_of_long_specs_ends_before_its_limit(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = [create(sessions, JobSpec.model_validate(spec_dict(name="x" * 128, labels={"a": "x" * 128}))) for _ in range(3)]
+    monkeypatch.setattr(jobs, "MAX_PAGE_CHARACTERS", int(2.5 * len(json.dumps(long[0].spec))))
+    sizes, seen, cursor = [], [], None
+    while not sizes or cursor is not None:
+        with reading(sessions) as session:
+            page = jobs.list_jobs(session=session, limit=50, cursor=cursor)
+        sizes.append(len(page.rows))
+        seen += [job.id for job in page.rows]
+        cursor = page.next_cursor
+    assert sizes == [2, 1]
+    assert seen == [job.id for job in reversed(long)]
+    monkeypatch.setattr(jobs, "MAX_PAGE_CHARACTERS", 1)
+    with reading(sessions) as session:
+        assert len(jobs.list_jobs(session=session).rows) == 1, "one that is too long by itself is told of, too"
 
 
 def test_pages_tell_jobs_of_the_same_instant_apart(sessions: Sessions) -> None:

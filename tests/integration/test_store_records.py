@@ -12,7 +12,7 @@ from service.store.blobs import BlobStore
 from service.store.cursors import Page
 from service.store.models import Artifact, ArtifactKind
 from service.store.session import reading
-from tests.store_helpers import Sessions, claim, create, distilled_spec, evaluated, finish, measured, progress_at, read
+from tests.store_helpers import FAILURE, Sessions, claim, create, distilled_spec, evaluated, finish, measured, progress_at, read
 
 
 @pytest.fixture
@@ -160,6 +160,27 @@ def test_replaced_checkpoints_are_forgotten(sessions: Sessions, claimed: jobs.Cl
     assert keys == [gone.storage_key]
     with reading(sessions) as session:
         assert {one.id for one in artifacts.list_artifacts(session=session).rows} == {kept.id, model.id}
+
+
+def test_an_old_failed_jobs_checkpoints_go_but_not_under_the_feet_of_a_retry(
+    sessions: Sessions, claimed: jobs.Claim, blobs: BlobStore, tmp_path: Path
+) -> None:
+    kept = register(sessions, claimed, blobs, tmp_path, "state.pt", group="step-0000000100")
+    finish(sessions, claimed, FAILURE)
+
+    def removed(older_than_seconds: float = 0) -> list[str]:
+        with sessions.begin() as session:
+            return artifacts.remove_finished_checkpoints(session=session, older_than_seconds=older_than_seconds)
+
+    assert removed(older_than_seconds=60) == []
+    with sessions.begin() as session:
+        jobs.retry_job(session=session, job_id=claimed.job.id)
+        if session.get_bind().dialect.name == "postgresql":  # where others can write at the same time
+            assert removed() == []
+    assert removed() == []
+    finish(sessions, claim(sessions, claimed.job.id), FAILURE)
+    assert removed() == [kept.storage_key]
+    assert removed() == []
 
 
 def test_artifacts_need_the_lease_too(sessions: Sessions, claimed: jobs.Claim, blobs: BlobStore, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_a_clone_is_the_same_spec_with_some_fields_replaced_and_checked(client: 
     assert clone["labels"] == {"a": "1", "b": "2"}
     assert clone["spec"] == {**job["spec"], "name": "copy", "labels": clone["labels"], "training": {**job["spec"]["training"], "epochs": 3}}
     assert client.post(job["links"]["clone"]).json()["spec"] == job["spec"]
+    assert client.post(clone["links"]["clone"], json={"labels": {"a": None}}).json()["labels"] == {"b": "2"}
     for overrides, field in (
         ({"training": {"epochs": 0}}, "training.epochs"),
         ({"training": {"epochz": 1}}, "training.epochz"),
