@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +17,9 @@ from service.store import jobs
 from service.store.idempotency import Keyed, find_submitted, remember_keys
 from service.store.models import Job
 from service.store.session import OUT_OF_REACH, is_deadlock
+
+PAUSES_SECONDS = (0.05, 0.2, 0.5)
+"""Up to so long it waits before it tries again what was ended because of others, each time."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,23 @@ class Intake:
     def _store_each(self, submissions: Sequence[Submission]) -> list[Submitted | Exception]:
         """All in one transaction; where one of them can't be stored, each in its own."""
         try:
-            return self._store(submissions)
-        except OUT_OF_REACH as error:
-            if not is_deadlock(error):
+            return self._store_again(submissions)
+        except Exception as error:
+            if len(submissions) == 1 or isinstance(error, OUT_OF_REACH):
                 return [error for _ in submissions]
-        except Exception as error:
-            if len(submissions) > 1:
-                return [result for one in submissions for result in self._store_each([one])]
-            if not isinstance(error, IntegrityError):
-                return [error]
-        try:
-            return self._store(submissions)  # someone was faster with the same key, whose job is found now; or had what we waited for
-        except Exception as error:
-            return [error for _ in submissions]
+        return [result for one in submissions for result in self._store_each([one])]
+
+    def _store_again(self, submissions: Sequence[Submission]) -> list[Submitted | Exception]:
+        """As `_store`, again where others were in the way: who was faster with the same key, and whose job is found the next time; or who
+        waits for what we have, and we for theirs. That may come twice, as who waited for us need not have it before our next try."""
+        for pause_seconds in PAUSES_SECONDS:
+            try:
+                return self._store(submissions)
+            except Exception as error:
+                if not is_deadlock(error) and not (len(submissions) == 1 and isinstance(error, IntegrityError)):
+                    raise
+            time.sleep(random.uniform(0, pause_seconds))  # noqa: S311
+        return self._store(submissions)
 
     def _store(self, submissions: Sequence[Submission]) -> list[Submitted | Exception]:
         keys = [one.keyed for one in submissions if one.keyed is not None]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+from psycopg.errors import DeadlockDetected
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
@@ -70,6 +72,23 @@ def test_submissions_outlive_a_deadlock(intake: Intake, sessions: Sessions) -> N
         session.rollback()
         results = submitted.result(30)
     assert [isinstance(one, Submitted) for one in results] == [True, True], results
+
+
+@pytest.mark.parametrize("num_submissions", [1, 3])
+def test_submissions_outlive_one_deadlock_after_another(intake: Intake, num_submissions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waited for a lock need not have it before we try again, and meets us a second time."""
+    deadlocks = [OperationalError("SELECT", {}, DeadlockDetected()) for _ in range(2)]
+    create_jobs = jobs.create_jobs
+
+    def create_at_last(**given: Any) -> Any:
+        if deadlocks:
+            raise deadlocks.pop()
+        return create_jobs(**given)
+
+    monkeypatch.setattr("service.store.jobs.create_jobs", create_at_last)
+    results = take_all(intake, [submission() for _ in range(num_submissions)])
+    assert [isinstance(one, Submitted) for one in results] == [True] * num_submissions, results
+    assert deadlocks == []
 
 
 def is_locked(sessions: Sessions, job_id: str) -> bool:

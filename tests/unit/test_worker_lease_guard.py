@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.live import eventually
 from worker.lease import LeaseKeeper
 from worker.lease_guard import LeaseGuard, now
 from worker.run_cookie import COOKIE_VARIABLE, new_cookie, processes_with_cookie
@@ -141,7 +142,7 @@ def test_a_renewal_counts_from_its_own_moment_not_from_its_arrival(cookie: str) 
 
 def test_a_guard_ignores_polite_signals_and_is_replaced_when_killed(cookie: str) -> None:
     with trainer(cookie) as training, LeaseGuard(cookie, 3.0, since=now()) as guard:
-        (first,) = guards()
+        (first,) = eventually(lambda: guards() or None)  # a process that has just started has no command line yet
         while not _ignores_sigterm(first.pid):
             time.sleep(0.02)
         first.terminate()
