@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import EvaluationRecord, MetricsRecord, ResultRecord
 from cliprd_core.spec import JobSpec
-from service.store.artifacts import are_registered, list_artifacts, register_artifact, remove_artifacts
+from service.store.artifacts import are_registered, list_artifacts, register_artifacts, remove_artifacts
 from service.store.blobs import Blobs, BlobsRefusedError, BlobsUnreachableError, StoredBlob, new_key
 from service.store.jobs import (
     Claim,
@@ -141,8 +141,7 @@ class HeldJob:
         hashes = outcome.export_sha256 if isinstance(outcome, ResultRecord) else {}
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
-            for name, blob in stored:
-                self._register(session, name, blob, kind=ArtifactKind.MODEL, group=EXPORT_GROUP)
+            self._register(session, stored, kind=ArtifactKind.MODEL, group=EXPORT_GROUP)
             dropped = self._drop_checkpoints(session, ArtifactKind.CHECKPOINT, keep_groups=()) if is_success else []
             return finish_job(session=session, job_id=self.id, lease_token=self._token, outcome=outcome), dropped
 
@@ -209,8 +208,7 @@ class HeldJob:
         replaced = [artifact.storage_key for artifact in self.artifacts(self.id, kind, group)]
 
         def write(session: Session) -> list[str]:
-            for name, blob in stored:
-                self._register(session, name, blob, kind=kind, group=group, step=step)
+            self._register(session, stored, kind=kind, group=group, step=step)
             if kind is ArtifactKind.CHECKPOINT:
                 record_checkpoint(session=session, job_id=self.id, lease_token=self._token, step=step)
             return self._drop_checkpoints(session, kind, keep_groups)
@@ -226,19 +224,11 @@ class HeldJob:
 
         return self.patiently(attempt)
 
-    def _register(self, session: Session, name: str, blob: StoredBlob, *, kind: ArtifactKind, group: str, step: int | None = None) -> None:
-        media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
-        register_artifact(
-            session=session,
-            job_id=self.id,
-            lease_token=self._token,
-            kind=kind,
-            group=group,
-            name=name,
-            blob=blob,
-            step=step,
-            media_type=media_type,
-        )
+    def _register(
+        self, session: Session, stored: Sequence[tuple[str, StoredBlob]], *, kind: ArtifactKind, group: str, step: int | None = None
+    ) -> None:
+        files = dict(stored)
+        register_artifacts(session=session, job_id=self.id, lease_token=self._token, kind=kind, group=group, files=files, step=step)
 
     def _delete_blobs(self, keys: Sequence[str]) -> None:
         """Of bytes that nothing names. What cannot be deleted is logged: it only takes space, and what was written before stands."""

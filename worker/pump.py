@@ -70,17 +70,26 @@ class RecordPump(Generic[AnyRecord]):
         self._kind = kind
         self._write = write
         self._offset = 0
+        self._batch_size = MAX_BATCH
         self._retry = Retry(retriable)
 
     def pump(self) -> bool:
-        """Write the next batch; True if there may be more to write at once."""
+        """Write the next batch; True if there may be more to write at once.
+
+        What fails is tried again in half the size: on a bad network a small transaction gets through more often, and what waits grows.
+        """
         if not self._retry.is_due():
             return False
-        batch = list(islice(read_records(self._path, self._kind, self._offset), MAX_BATCH))
-        if not batch or not self._retry.run(lambda: self._write([record for record, _ in batch])):
+        batch = list(islice(read_records(self._path, self._kind, self._offset), self._batch_size))
+        if not batch:
+            return False
+        if not self._retry.run(lambda: self._write([record for record, _ in batch])):
+            self._batch_size = max(1, len(batch) // 2)
             return False
         self._offset = batch[-1][1]
-        return len(batch) == MAX_BATCH
+        is_full = len(batch) == self._batch_size
+        self._batch_size = min(2 * self._batch_size, MAX_BATCH)
+        return is_full
 
     def is_drained(self) -> bool:
         """Whether every whole record of the file has been written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, delete, exists, select
@@ -23,7 +23,7 @@ __all__ = [
     "ArtifactKind",
     "get_artifact",
     "list_artifacts",
-    "register_artifact",
+    "register_artifacts",
     "remove_artifacts",
     "remove_finished_checkpoints",
 ]
@@ -32,41 +32,46 @@ MAX_CLEANED = 1000
 """Jobs whose checkpoints are forgotten at once; the next round takes the next ones."""
 
 
-def register_artifact(
+def register_artifacts(
     *,
     session: Session,
     job_id: str,
     lease_token: str,
     kind: ArtifactKind,
     group: str,
-    name: str,
-    blob: StoredBlob,
+    files: Mapping[str, StoredBlob],
     step: int | None = None,
-    media_type: str = "application/octet-stream",
-) -> Artifact:
-    """Make a stored file known. A second one of the same job, kind, group and name takes the first one's place and id.
+) -> list[Artifact]:
+    """Make stored files known, by their names. One of the same job, kind, group and name as an earlier one takes its place and id.
 
-    The bytes it replaces are deleted by a cleaner, if not before.
+    The bytes that are replaced are deleted by a cleaner, if not before.
+
+    All in a few statements: each is a chance for a bad network to undo the whole transaction, a job's end.
 
     Raises:
         LeaseLostError: the token no longer holds the job.
     """
     lock_held_job(session=session, job_id=job_id, lease_token=lease_token)
-    same = select(Artifact).where(Artifact.job_id == job_id, Artifact.kind == kind, Artifact.group == group, Artifact.name == name)
-    artifact = session.scalars(same).one_or_none()
-    if artifact is None:
-        artifact = Artifact(id=str(uuid.uuid4()), job_id=job_id, kind=kind, group=group, name=name, created_at=database_now(session))
-        session.add(artifact)
-    elif artifact.storage_key != blob.key:
-        note_unneeded(session=session, storage_keys=[artifact.storage_key])
-    artifact.step = step
-    artifact.num_bytes = blob.num_bytes
-    artifact.sha256 = blob.sha256
-    artifact.media_type = media_type
-    artifact.storage_key = blob.key
-    forget_unneeded(session=session, storage_keys=[blob.key])
+    same = select(Artifact).where(Artifact.job_id == job_id, Artifact.kind == kind, Artifact.group == group, Artifact.name.in_(files))
+    known = {artifact.name: artifact for artifact in session.scalars(same)}
+    replaced = [artifact.storage_key for name, artifact in known.items() if artifact.storage_key != files[name].key]
+    note_unneeded(session=session, storage_keys=replaced)
+    now = database_now(session)
+    for place, (name, blob) in enumerate(files.items()):
+        artifact = known.get(name)
+        if artifact is None:
+            created_at = now + timedelta(microseconds=place)  # lists keep the files' order
+            artifact = Artifact(id=str(uuid.uuid4()), job_id=job_id, kind=kind, group=group, name=name, created_at=created_at)
+            known[name] = artifact
+        artifact.step = step
+        artifact.num_bytes = blob.num_bytes
+        artifact.sha256 = blob.sha256
+        artifact.media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
+        artifact.storage_key = blob.key
+    session.add_all(known.values())
+    forget_unneeded(session=session, storage_keys=[blob.key for blob in files.values()])
     session.flush()
-    return artifact
+    return [known[name] for name in files]
 
 
 def get_artifact(*, session: Session, artifact_id: str) -> Artifact:

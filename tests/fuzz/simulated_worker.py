@@ -98,7 +98,7 @@ class SimulatedWorker(threading.Thread):
         with self._sessions.begin() as session:
             jobs.record_evaluations(session=session, records=[evaluated(NUM_STEPS, claim.attempt)], **held)
             record_checkpoint(session=session, step=NUM_STEPS, **held)
-            artifacts.register_artifact(session=session, kind=ArtifactKind.MODEL, group="export", name="weights", blob=blob, **held)
+            artifacts.register_artifacts(session=session, kind=ArtifactKind.MODEL, group="export", files={"weights": blob}, **held)
             if fate < 0.2:
                 jobs.release_job(session=session, **held)
             else:

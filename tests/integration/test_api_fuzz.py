@@ -72,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         record_metrics(**held, records=[measured(step, train_loss=1 / step) for step in range(1, 300)])
         record_evaluations(**held, records=[evaluated(10)])
         blob = services.blobs.put_file(folder / "weights")
-        artifact = artifacts.register_artifact(**held, kind=ArtifactKind.MODEL, group="export", name="weights", blob=blob)
+        (artifact,) = artifacts.register_artifacts(**held, kind=ArtifactKind.MODEL, group="export", files={"weights": blob})
     finish(services.sessions, claimed)  # so that streams end
     given = [*[KeyScope.ADMIN] * 5, KeyScope.READ, None]
     headers = [(scope, {} if scope is None else {"Authorization": f"Bearer {keys[scope]}"}) for scope in given]

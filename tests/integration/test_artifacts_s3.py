@@ -179,15 +179,15 @@ def artifact(client: TestClient, tmp_path: Path) -> Artifact:
     services = client.app.state.services  # type: ignore[attr-defined]
     claimed = claim(services.sessions, create(services.sessions).id)
     with services.sessions.begin() as session:
-        return artifacts.register_artifact(
+        (artifact,) = artifacts.register_artifacts(
             session=session,
             job_id=claimed.job.id,
             lease_token=claimed.lease_token,
             kind=ArtifactKind.MODEL,
             group="export",
-            name="model.safetensors",
-            blob=services.blobs.put_file(write(tmp_path / "source", CONTENT)),
+            files={"model.safetensors": services.blobs.put_file(write(tmp_path / "source", CONTENT))},
         )
+    return artifact
 
 
 def test_the_api_streams_it_in_whole_and_in_part(client: TestClient, artifact: Artifact) -> None:

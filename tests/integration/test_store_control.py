@@ -12,7 +12,7 @@ import pytest
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.store import jobs
-from service.store.artifacts import register_artifact
+from service.store.artifacts import register_artifacts
 from service.store.blobs import StoredBlob
 from service.store.failure_policy import FAILURE_POLICIES
 from service.store.idempotency import Keyed, digest, find_submitted, forget_keys, remember_keys
@@ -228,7 +228,7 @@ def with_model(sessions: Sessions, job_id: str) -> str:
     with sessions.begin() as session:
         jobs.record_metrics(session=session, **lease, records=[measured(1, train_loss=1.0)])
         jobs.record_evaluations(session=session, **lease, records=[evaluated(1)])
-        artifact = register_artifact(session=session, **lease, kind=ArtifactKind.MODEL, group="export", name="w", blob=blob)
+        (artifact,) = register_artifacts(session=session, **lease, kind=ArtifactKind.MODEL, group="export", files={"w": blob})
     finish(sessions, claimed)
     return artifact.id
 

@@ -119,15 +119,15 @@ def register(
     source.write_bytes(content)
     kind = ArtifactKind.MODEL if group == "export" else ArtifactKind.CHECKPOINT
     with sessions.begin() as session:
-        return artifacts.register_artifact(
+        (artifact,) = artifacts.register_artifacts(
             session=session,
             job_id=claimed.job.id,
             lease_token=claimed.lease_token,
             kind=kind,
             group=group,
-            name=name,
-            blob=blobs.put_file(source),
+            files={name: blobs.put_file(source)},
         )
+    return artifact
 
 
 def test_artifacts_are_registered_listed_and_replaced(sessions: Sessions, claimed: jobs.Claim, blobs: BlobStore, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cliprd_core.spec import JobSpec
 from service.store import jobs
-from service.store.artifacts import register_artifact
+from service.store.artifacts import register_artifacts
 from service.store.blobs import StoredBlob, new_key
 from service.store.models import ArtifactKind, Job
 from service.store.session import database_now, reading
@@ -36,7 +36,7 @@ def mirror(sessions: Sessions, held: jobs.Claim, step: int) -> None:
     blob = StoredBlob(key=new_key(), num_bytes=1, sha256="0" * 64)
     kind, group = ArtifactKind.CHECKPOINT, f"step-{step:010d}"
     with sessions.begin() as session:
-        register_artifact(session=session, kind=kind, group=group, name="state.json", blob=blob, step=step, **lease)
+        register_artifacts(session=session, kind=kind, group=group, files={"state.json": blob}, step=step, **lease)
         jobs.record_checkpoint(session=session, step=step, **lease)
 
 

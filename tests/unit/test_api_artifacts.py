@@ -33,14 +33,13 @@ def artifact(client: TestClient, settings: Settings, tmp_path: Path) -> Iterator
     claimed = claim(sessions, create(sessions, JobSpec.model_validate(spec_dict())).id)
     (tmp_path / "source").write_bytes(CONTENT)
     with sessions.begin() as session:
-        registered = artifacts.register_artifact(
+        (registered,) = artifacts.register_artifacts(
             session=session,
             job_id=claimed.job.id,
             lease_token=claimed.lease_token,
             kind=ArtifactKind.MODEL,
             group="export",
-            name="modèle 1.safetensors",
-            blob=BlobStore(settings.artifacts_root).put_file(tmp_path / "source"),
+            files={"modèle 1.safetensors": BlobStore(settings.artifacts_root).put_file(tmp_path / "source")},
         )
     yield registered
     engine.dispose()

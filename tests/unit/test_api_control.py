@@ -15,7 +15,7 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.app import create_app
 from service.settings import Settings
 from service.store import jobs
-from service.store.artifacts import ArtifactKind, register_artifact
+from service.store.artifacts import ArtifactKind, register_artifacts
 from service.store.blobs import BlobStore, StoredBlob
 from service.store.models import Job
 from service.store.unneeded_blobs import take_unneeded
@@ -146,14 +146,13 @@ def test_deleting_leaves_the_bytes_to_the_workers(client: TestClient, sessions: 
     job = submit(client)
     claimed = claim(sessions, job["id"])
     with sessions.begin() as session:
-        register_artifact(
+        register_artifacts(
             session=session,
             job_id=job["id"],
             lease_token=claimed.lease_token,
             kind=ArtifactKind.MODEL,
             group="export",
-            name="model",
-            blob=StoredBlob("ab/" + "ab" * 16, 1, "0" * 64),
+            files={"model": StoredBlob("ab/" + "ab" * 16, 1, "0" * 64)},
         )
     finish(sessions, claimed)
     assert client.delete(job["links"]["self"]).status_code == 204

@@ -41,7 +41,7 @@ def job_id(client: TestClient, settings: Settings, tmp_path: Path) -> str:
     with sessions.begin() as session:
         held: dict[str, Any] = {"session": session, "job_id": claimed.job.id, "lease_token": claimed.lease_token}
         for name in ("a", "b"):
-            artifacts.register_artifact(**held, kind=ArtifactKind.MODEL, group="export", name=name, blob=blob)
+            artifacts.register_artifacts(**held, kind=ArtifactKind.MODEL, group="export", files={name: blob})
         record_evaluations(**held, records=[evaluated(10), evaluated(20)])
     engine.dispose()
     return claimed.job.id

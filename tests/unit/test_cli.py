@@ -27,7 +27,7 @@ from service.cli import app
 from service.client import Client, CliprdError
 from service.progress_view import duration
 from service.settings import Settings
-from service.store.artifacts import register_artifact
+from service.store.artifacts import register_artifacts
 from service.store.blobs import BlobStore
 from service.store.failure_policy import what_to_do
 from service.store.jobs import Cancelled, claim_job, finish_job, record_metrics, request_cancel
@@ -90,7 +90,7 @@ class Bench:
             assert claim is not None
             held: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": claim.lease_token}
             record_metrics(**held, records=[metrics])
-            register_artifact(**held, kind=ArtifactKind.MODEL, group="export", name="weights.bin", blob=blob)
+            register_artifacts(**held, kind=ArtifactKind.MODEL, group="export", files={"weights.bin": blob})
             finish_job(**held, outcome=result)
 
     def _file(self, name: str, content: bytes) -> Path:

@@ -65,6 +65,25 @@ def test_an_outage_delays_and_loses_nothing(tmp_path: Path) -> None:
     assert written == [1, 2]
 
 
+def test_a_network_that_breaks_large_batches_lets_smaller_ones_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.pump.FIRST_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("worker.pump.MAX_RETRY_SECONDS", 0.001)
+    path, written = tmp_path / "records.jsonl", list[int]()
+    path.write_text("".join(record(number).model_dump_json() + "\n" for number in range(MAX_BATCH)))
+
+    def write(batch: Sequence[CheckpointFile]) -> None:
+        if len(batch) > 70:
+            raise ConnectionError("broken in its midst")
+        written.extend(one.num_bytes for one in batch)
+
+    pump = RecordPump(path, CheckpointFile, write, (ConnectionError,))
+    deadline = time.monotonic() + 10
+    while not pump.is_drained():
+        pump.pump()
+        assert time.monotonic() < deadline
+    assert written == list(range(MAX_BATCH))
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     append_record(path, record(1))

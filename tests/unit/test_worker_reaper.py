@@ -25,7 +25,7 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from cliprd_core.spec import JobSpec
 from service.queue import JobQueue
 from service.store import recovery
-from service.store.artifacts import list_artifacts, register_artifact
+from service.store.artifacts import list_artifacts, register_artifacts
 from service.store.blobs import BlobStore
 from service.store.events import EventKind, list_events
 from service.store.jobs import (
@@ -312,7 +312,7 @@ def test_checkpoints_of_jobs_that_can_not_go_on_are_dropped(bench: Bench, tmp_pa
             assert claimed is not None
             held: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": claimed.lease_token}
             blob = blobs.put_file(tmp_path / "state.pt")
-            register_artifact(**held, kind=ArtifactKind.CHECKPOINT, group="step-0000000001", name="state.pt", blob=blob, step=1)
+            register_artifacts(**held, kind=ArtifactKind.CHECKPOINT, group="step-0000000001", files={"state.pt": blob}, step=1)
             if end == "failed":
                 finish_job(**held, outcome=ErrorRecord(reason=ErrorReason.DIVERGED, message="NaN"))
             elif end == "cancelled":
@@ -452,7 +452,7 @@ def test_the_bytes_of_replaced_artifacts_and_of_deleted_jobs_go(bench: Bench, tm
         assert claimed is not None
         held: dict[str, Any] = {"session": session, "job_id": job_id, "lease_token": claimed.lease_token}
         for name, blob in zip(("a", "b", "b"), stored, strict=True):  # the last one takes its predecessor's place
-            register_artifact(**held, kind=ArtifactKind.CHECKPOINT, group="step-0000000001", name=name, blob=blob, step=1)
+            register_artifacts(**held, kind=ArtifactKind.CHECKPOINT, group="step-0000000001", files={name: blob}, step=1)
     bench.cleaner.run_once()
     assert [blobs.path(blob.key).exists() for blob in stored] == [True, False, True]
     with bench.sessions.begin() as session:

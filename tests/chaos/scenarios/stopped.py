@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from cliprd_core.run_dir import EvaluationRecord
 from service.store import jobs
-from service.store.artifacts import register_artifact, remove_artifacts
+from service.store.artifacts import register_artifacts, remove_artifacts
 from service.store.blobs import StoredBlob
 from service.store.logs import append_log
 from service.store.models import ArtifactKind
@@ -111,7 +111,7 @@ def write_as_before(lab: Lab, sessions: sessionmaker[Session], job_id: str, toke
         lambda session: jobs.record_metrics(session=session, records=records, **late),
         lambda session: jobs.record_evaluations(session=session, records=[evaluation], **late),
         lambda session: append_log(session=session, text="late", **late),
-        lambda session: register_artifact(session=session, kind=ArtifactKind.MODEL, group="late", name="late", blob=blob, **late),
+        lambda session: register_artifacts(session=session, kind=ArtifactKind.MODEL, group="late", files={"late": blob}, **late),
         lambda session: remove_artifacts(session=session, kind=ArtifactKind.CHECKPOINT, keep_groups=[], **late),
         lambda session: jobs.release_job(session=session, **late),
         lambda session: jobs.finish_job(session=session, outcome=SUCCESS, **late),
