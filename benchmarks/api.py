@@ -52,6 +52,7 @@ INSERT INTO metrics (job_id, name, step, attempt, value)
 SELECT :job_id, 'train/m' || name, step, 1, sin(step * (name + 1)) / 9 + random()
 FROM generate_series(0, :num_names - 1) AS name, generate_series(1, :num_steps) AS step
 """
+STEPS = "INSERT INTO metric_steps (job_id, step, position) SELECT :job_id, step, step + 1 FROM generate_series(1, :num_steps) AS step"
 SPEC = {
     "name": "benchmark",
     "recipe": "clip",
@@ -228,8 +229,9 @@ def fill(database_url: str, num_steps: int, num_names: int) -> tuple[str, float]
     with sessions.begin() as session:
         values = {"job_id": job_id, "num_names": num_names, "num_steps": num_before}
         session.execute(text(HISTORY), values)
+        session.execute(text(STEPS), values)
         names = [f"train/m{number}" for number in range(num_names)]
-        update_rollups(session=session, job_id=job_id, names=names, first_step=1, last_step=num_before)
+        update_rollups(session=session, job_id=job_id, names=names, first_step=1, last_step=num_before, all_names=names, newest_before=None)
         session.execute(text("ANALYZE"))  # as the database does by itself within minutes
     seconds = []
     for start in range(num_before, num_steps, BATCH):

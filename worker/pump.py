@@ -14,7 +14,8 @@ from cliprd_core.run_dir import AnyRecord, read_records
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH = 500
+MIN_BATCH, MAX_BATCH = 50, 500
+"""Records that are written at once, at most. Below the first of them, what a transaction takes whatever it writes outweighs the records."""
 MAX_LOG_CHUNK_BYTES = 64 * 1024
 LOG_PAUSE_SECONDS = 1.0
 LOG_OFFSET_SUFFIX = ".pumped"
@@ -84,7 +85,7 @@ class RecordPump(Generic[AnyRecord]):
         if not batch:
             return False
         if not self._retry.run(lambda: self._write([record for record, _ in batch])):
-            self._batch_size = max(1, len(batch) // 2)
+            self._batch_size = max(MIN_BATCH, len(batch) // 2)
             return False
         self._offset = batch[-1][1]
         is_full = len(batch) == self._batch_size

@@ -79,12 +79,22 @@ def record_metrics(*, session: Session, job_id: str, lease_token: str, records: 
             if earlier is None or record.attempt >= earlier["attempt"]:
                 rows[name, record.step] = row
         latest = {**latest, **record.values} if record.attempt >= job.attempt else {**record.values, **latest}
-    written = _upsert(session, Metric, list(rows.values()), replace=("attempt", "value"))
-    if written:
-        names, steps = {name for _, name, _ in written}, {step for _, _, step in written}
-        update_rollups(session=session, job_id=job_id, names=names, first_step=min(steps), last_step=max(steps))
     if rows:
-        _put_last(session, job_id, written={step for _, _, step in written}, known={step for _, step in rows})
+        newest = select(func.max(MetricStep.step), func.max(MetricStep.position)).where(MetricStep.job_id == job_id)
+        newest_step, position = session.execute(newest).one()
+        written = _upsert(session, Metric, list(rows.values()), replace=("attempt", "value"))
+        steps = {step for _, _, step in written}
+        if written:
+            update_rollups(
+                session=session,
+                job_id=job_id,
+                names={name for _, name, _ in written},
+                first_step=min(steps),
+                last_step=max(steps),
+                all_names=latest,
+                newest_before=newest_step,
+            )
+        _put_last(session, job_id, position or 0, written=steps, known={step for _, step in rows})
     job.metrics = latest
     if job.progress is None or records[-1].attempt >= job.attempt:
         job.progress = records[-1].progress.model_dump(mode="json")
@@ -203,12 +213,12 @@ def _matches(name: str, pattern: str) -> bool:
     return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
 
-def _put_last(session: Session, job_id: str, *, written: Collection[int], known: Collection[int]) -> None:
-    """Put the steps `written` last in the order of writing. The caller holds the job's lock, so what a reader sees of it never gets a
-    row before one that was seen. Of `known`, those without a place get one, too: a worker of an older version gave them none."""
+def _put_last(session: Session, job_id: str, last: int, *, written: Collection[int], known: Collection[int]) -> None:
+    """Put the steps `written` last in the order of writing, behind position `last`. The caller holds the job's lock, so what a reader sees
+    of it never gets a row before one that was seen. Of `known`, those without a place get one, too: a worker of an older version gave them
+    none."""
     of_job = MetricStep.job_id == job_id
     placed = set(session.scalars(select(MetricStep.step).where(of_job, MetricStep.step.between(min(known), max(known)))))
-    last = newest_position(session=session, job_id=job_id)
     rows = []
     for step in sorted({*written, *known} - (placed - set(written))):
         last = max(last, step) + 1

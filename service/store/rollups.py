@@ -42,13 +42,38 @@ class _Ranges:
     """Width of the rollups that they are made of; 1: of the values themselves."""
 
 
-def update_rollups(*, session: Session, job_id: str, names: Collection[str], first_step: int, last_step: int) -> None:
-    """Make the rollups of these steps again, after values there were written. The caller holds the job's lock."""
+def update_rollups(
+    *,
+    session: Session,
+    job_id: str,
+    names: Collection[str],
+    first_step: int,
+    last_step: int,
+    all_names: Collection[str],
+    newest_before: int | None,
+) -> None:
+    """Make the rollups of these steps again, after values there were written. The caller holds the job's lock.
+
+    A job has those that are no wider than its steps are many, as no wider ones are read; all its metrics get them when it gets so far.
+
+    Args:
+        session: The database's.
+        job_id: The job.
+        names: The metrics that were written.
+        first_step: The first step of which any was written.
+        last_step: The last one.
+        all_names: Of all the job's metrics.
+        newest_before: The highest step that the job had before; None: none.
+    """
     is_postgresql = session.get_bind().dialect.name == "postgresql"
+    num_before = 0 if newest_before is None else newest_before + 1
     for level, width in enumerate(WIDTHS):
+        if width > max(num_before, last_step + 1):
+            return
+        is_new = width > num_before  # then all that was before is in the first one
         below = 1 if level == 0 else WIDTHS[level - 1]
-        start, end = first_step // width * width, (last_step // width + 1) * width
-        values = {"of_job": job_id, "of_names": list(names), "start": start // below, "end": end // below}
+        start, end = 0 if is_new else first_step // width * width, (last_step // width + 1) * width
+        values = {"of_job": job_id, "of_names": list(all_names if is_new else names), "start": start // below, "end": end // below}
         session.connection().execute(_roll_up(is_postgresql, width, below), values)
 
 
