@@ -124,7 +124,7 @@ def test_a_stream_of_a_job_that_is_deleted_meanwhile_ends(client: TestClient, se
         jobs.request_pause(session=session, job_id=job_id)
 
     def cancel_and_delete() -> None:
-        time.sleep(0.3)
+        time.sleep(1.0)  # by then the stream has told of the first events
         with sessions.begin() as session:
             jobs.request_cancel(session=session, job_id=job_id)
             jobs.delete_job(session=session, job_id=job_id)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,24 +38,31 @@ def test_speed_and_remaining_time(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "0:00:13 left" in caplog.text
 
 
-def test_stopwatch_leaves_out_pauses_and_counts_waiting() -> None:
+def test_stopwatch_leaves_out_pauses_and_counts_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("cliprd_core.metrics_log.time", SimpleNamespace(perf_counter=lambda: now))
     stopwatch = Stopwatch()
 
     def slow_items() -> list[int]:
         items = iter([1, 2])
 
         def produce() -> int:
-            time.sleep(0.05)
+            pass_time(0.05)
             return next(items)
 
         return list(stopwatch.waiting_for(iter(produce, 2)))
 
     with stopwatch.paused():
-        time.sleep(0.3)
+        pass_time(0.3)
     assert slow_items() == [1]
     lap = stopwatch.lap()
-    assert 0.1 <= lap.seconds < 0.3
-    assert lap.data_wait_share > 0.4
+    assert lap.seconds == pytest.approx(0.1)
+    assert lap.data_wait_share == pytest.approx(0.5)
     assert stopwatch.lap().data_wait_share == 0.0
 
 
