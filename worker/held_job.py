@@ -141,7 +141,8 @@ class HeldJob:
         hashes = outcome.export_sha256 if isinstance(outcome, ResultRecord) else {}
 
         def write(session: Session) -> tuple[list[QueuedJob], list[str]]:
-            self._register(session, stored, kind=ArtifactKind.MODEL, group=EXPORT_GROUP)
+            if stored:
+                self._register(session, stored, kind=ArtifactKind.MODEL, group=EXPORT_GROUP)
             dropped = self._drop_checkpoints(session, ArtifactKind.CHECKPOINT, keep_groups=()) if is_success else []
             return finish_job(session=session, job_id=self.id, lease_token=self._token, outcome=outcome), dropped
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Select, tuple_
+from sqlalchemy import ColumnElement, Select, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.store.errors import InvalidCursorError
@@ -60,7 +60,8 @@ def newest_page(
         query = query.where(tuple_(created_at, row_id) < (_moment(time), last_id))
     query = query.order_by(created_at.desc(), row_id.desc())
     if size is not None:
-        sizes = session.scalars(query.with_only_columns(size).limit(limit)).all()
+        found = query.with_only_columns(row_id).limit(limit).subquery()  # so that none but theirs are measured
+        sizes = session.scalars(select(size).join(found, row_id == found.c[row_id.key]).order_by(created_at.desc(), row_id.desc())).all()
         limit = max(1, sum(total <= max_size for total in accumulate(sizes)))
     rows = session.scalars(query.limit(limit + 1)).all()
     if len(rows) <= limit:

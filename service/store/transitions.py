@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from service.store.models import LOCK_ORDER, Job, JobTeacher
 from service.store.states import ALLOWED_MOVES, JobState
 
 GIVEN_BACK_MESSAGE = "Its worker gave it back in good order, as one does that is shut down. The attempt does not count as lost."
+
+MAX_IDS = 10_000
+"""In one statement; PostgreSQL takes 65,535 parameters, SQLite 32,766 or more."""
 
 
 class QueuedJob(NamedTuple):
@@ -153,16 +156,26 @@ def _without(teacher: Job) -> ErrorRecord:
 
 
 def _lock_dependents(session: Session, teacher_ids: Sequence[str]) -> list[Job]:
-    students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id.in_(teacher_ids))
-    query = select(Job).where(Job.id.in_(students), Job.state.in_((JobState.WAITING, JobState.PAUSED)))
-    query = query.order_by(*LOCK_ORDER).with_for_update()
-    return list(session.scalars(query.execution_options(populate_existing=True)))
+    found: list[Job] = []
+    for some in _in_parts(teacher_ids):
+        students = select(JobTeacher.job_id).where(JobTeacher.teacher_job_id.in_(some))
+        query = select(Job).where(Job.id.in_(students), Job.state.in_((JobState.WAITING, JobState.PAUSED)))
+        found += session.scalars(query.order_by(*LOCK_ORDER).with_for_update().execution_options(populate_existing=True))
+    return list(dict.fromkeys(found))
 
 
 def _teacher_of(session: Session, teacher_ids: Sequence[str]) -> dict[str, str]:
     """By the id of each job that has any of these teachers, one of them."""
-    pairs = select(JobTeacher.job_id, JobTeacher.teacher_job_id).where(JobTeacher.teacher_job_id.in_(teacher_ids))
-    return {pair.job_id: pair.teacher_job_id for pair in session.execute(pairs)}
+    found: dict[str, str] = {}
+    for some in _in_parts(teacher_ids):
+        pairs = select(JobTeacher.job_id, JobTeacher.teacher_job_id).where(JobTeacher.teacher_job_id.in_(some))
+        found |= {pair.job_id: pair.teacher_job_id for pair in session.execute(pairs)}
+    return found
+
+
+def _in_parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """No more of them at once than any database takes in a statement."""
+    return (ids[start : start + MAX_IDS] for start in range(0, len(ids), MAX_IDS))
 
 
 def waits_for_a_teacher(session: Session, dependent: Job) -> bool:
@@ -172,5 +185,6 @@ def waits_for_a_teacher(session: Session, dependent: Job) -> bool:
 
 def _unready(session: Session, jobs: Sequence[Job]) -> set[str]:
     """Ids of those of which a teacher has yet to succeed."""
-    query = select(JobTeacher.job_id).join(Job, Job.id == JobTeacher.teacher_job_id)
-    return set(session.scalars(query.where(JobTeacher.job_id.in_([job.id for job in jobs]), Job.state != JobState.SUCCEEDED)))
+    query = select(JobTeacher.job_id).join(Job, Job.id == JobTeacher.teacher_job_id).where(Job.state != JobState.SUCCEEDED)
+    parts = _in_parts([job.id for job in jobs])
+    return {job_id for some in parts for job_id in session.scalars(query.where(JobTeacher.job_id.in_(some)))}

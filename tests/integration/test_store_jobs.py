@@ -16,6 +16,7 @@ from sqlalchemy import Connection, event, text
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, ResultRecord
 from cliprd_core.spec import JobSpec
 from service.store import jobs
+from service.store.events import EventKind, list_events
 from service.store.failure_policy import DEFAULT_MAX_ATTEMPTS
 from service.store.jobs import Cancelled, JobState
 from service.store.models import Job
@@ -255,6 +256,26 @@ def test_a_teachers_end_takes_as_many_statements_for_many_students_as_for_one(
         if session.get_bind().dialect.name != "postgresql":
             pytest.skip("it is given rows one by one")
     assert num_statements(7) == num_statements(2)
+
+
+@pytest.mark.parametrize("outcome", [SUCCESS, FAILURE])
+def test_more_students_than_a_statement_takes_ids_end_with_their_teacher(
+    sessions: Sessions, outcome: ResultRecord | ErrorRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.store.transitions.MAX_IDS", 2)
+    teacher = claim(sessions, create(sessions).id)
+    students = [create(sessions, distilled_spec(teacher.job.id)).id for _ in range(5)]
+    both = create(sessions, distilled_spec(students[0], students[4])).id
+    queued = finish(sessions, teacher, outcome)
+    states = [read(sessions, job_id).state for job_id in (*students, both)]
+    if outcome is SUCCESS:
+        assert sorted(job_id for job_id, _ in queued) == sorted(students)
+        assert states == [*[JobState.QUEUED] * 5, JobState.WAITING]
+    else:
+        assert states == [JobState.FAILED] * 6
+        with reading(sessions) as session:
+            assert [one.kind for one in list_events(session=session, job_id=both)][-1] is EventKind.FAILED
+            assert [one.kind for one in list_events(session=session, job_id=both)].count(EventKind.FAILED) == 1
 
 
 def test_teachers_that_do_not_exist_are_refused(sessions: Sessions) -> None:
