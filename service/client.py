@@ -38,7 +38,7 @@ from service.schemas import (
     MetricsView,
     SeriesView,
 )
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from service.store.states import JobState
 from service.teacher_store_schemas import TeacherStoreList, TeacherStoreView
 from service.worker_schemas import WorkerList, WorkerView

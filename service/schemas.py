@@ -13,8 +13,9 @@ from pydantic_core import CoreSchema
 from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, EvaluationTask, Progress, ResultRecord
 from cliprd_core.spec import JobSpec, LabelName, LabelValue
 from service.store.failure_policy import what_to_do
+from service.store.kinds import ArtifactKind, EventKind
 from service.store.metrics import Series
-from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
+from service.store.models import Artifact, Job, JobEvent
 from service.store.states import JobState
 
 

@@ -15,7 +15,8 @@ from cliprd_core.run_dir import LOG_FILE, ErrorRecord
 from cliprd_core.spec import JobSpec, merge_over
 from service.store.blobs import BlobStore
 from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_job, requeue_expired, retry_job
-from service.store.models import Artifact, ArtifactKind, Job
+from service.store.kinds import ArtifactKind
+from service.store.models import Artifact, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
 from worker.held_job import HeldJob
 from worker.lease_guard import now

@@ -15,7 +15,8 @@ from cliprd_core.run_dir import CHECKPOINTS_DIR, checkpoint_dir, sync_directory
 from cliprd_core.spec import JobSpec, TeacherSpec
 from service.store.artifacts import get_artifact
 from service.store.jobs import ArtifactNotFoundError
-from service.store.models import Artifact, ArtifactKind
+from service.store.kinds import ArtifactKind
+from service.store.models import Artifact
 from worker.held_job import EXPORT_GROUP, HeldJob
 
 logger = logging.getLogger(__name__)

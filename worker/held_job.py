@@ -34,8 +34,9 @@ from service.store.jobs import (
     release_job,
     renew_lease,
 )
+from service.store.kinds import ArtifactKind
 from service.store.logs import append_log
-from service.store.models import Artifact, ArtifactKind
+from service.store.models import Artifact
 from service.store.session import reading
 from service.store.transitions import num_lost_attempts
 from service.store.unneeded_blobs import note_unneeded

@@ -29,7 +29,7 @@ from cliprd_core.run_dir import (
 )
 from service.store.blobs import StoredBlob
 from service.store.jobs import LeaseLostError
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from worker.held_job import OUT_OF_REACH, HeldJob
 
 logger = logging.getLogger(__name__)

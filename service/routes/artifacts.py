@@ -21,7 +21,8 @@ from service.schemas import ArtifactList
 from service.store import artifacts
 from service.store.blobs import Blobs
 from service.store.errors import ArtifactNotFoundError
-from service.store.models import Artifact, ArtifactKind
+from service.store.kinds import ArtifactKind
+from service.store.models import Artifact
 from service.store.session import reading
 from service.strict_query import StrictRoute
 

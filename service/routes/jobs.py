@@ -17,7 +17,7 @@ from service.examples import EXAMPLES
 from service.routes.dependencies import Cursor, JobIdInPath, Limit, RootPath, ServicesOf, root_path_of, services_of
 from service.schemas import ArtifactList, EvaluationList, EvaluationView, JobList, JobView, MetricsView
 from service.store import artifacts, jobs, metrics
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from service.store.session import reading
 from service.store.states import JobState
 from service.store.workers import complaint_about_queue

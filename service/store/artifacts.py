@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from service.store.blobs import StoredBlob
 from service.store.cursors import Page, newest_page
 from service.store.errors import ArtifactNotFoundError
+from service.store.kinds import ArtifactKind
 from service.store.leases import lock_held_job
-from service.store.models import Artifact, ArtifactKind, Job
+from service.store.models import Artifact, Job
 from service.store.session import database_now
 from service.store.states import JobState
 from service.store.unneeded_blobs import forget_unneeded, note_unneeded

@@ -10,7 +10,8 @@ from sqlalchemy import func, insert, select, text
 from sqlalchemy.orm import Session, object_session
 
 from service.store.bulk import insert_rows
-from service.store.models import EventKind, Job, JobEvent
+from service.store.kinds import EventKind
+from service.store.models import Job, JobEvent
 from service.store.webhooks import WebhookEvent, add_messages
 
 __all__ = [

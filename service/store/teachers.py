@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from cliprd_core.spec import JobSpec
 from service.store.errors import TeacherUnavailableError
-from service.store.models import LOCK_ORDER, Artifact, ArtifactKind, Job
+from service.store.kinds import ArtifactKind
+from service.store.models import LOCK_ORDER, Artifact, Job
 from service.store.states import JobState
 
 

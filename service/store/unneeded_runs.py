@@ -10,7 +10,8 @@ from sqlalchemy import and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from service.store.control import FINISHED_STATES, deleted_among
-from service.store.models import Artifact, ArtifactKind, EventKind, Job, JobEvent
+from service.store.kinds import ArtifactKind, EventKind
+from service.store.models import Artifact, Job, JobEvent
 from service.store.session import database_now
 from service.store.states import JobState
 

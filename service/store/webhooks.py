@@ -11,7 +11,8 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from service.store.bulk import insert_rows
-from service.store.models import EventKind, Job, WebhookDelivery
+from service.store.kinds import EventKind
+from service.store.models import Job, WebhookDelivery
 from service.store.session import database_now
 
 RETRY_SECONDS = (5, 60, 300, 1800, 7200, 18_000, 36_000, 36_000)

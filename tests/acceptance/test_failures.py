@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from service.store.states import JobState
 from tests.acceptance.conftest import Service
 from tests.live import assert_nothing_runs, eventually, processes_of

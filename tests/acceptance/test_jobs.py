@@ -10,7 +10,7 @@ from pathlib import Path
 from celery import Celery
 
 from cliprd_core.run_dir import ErrorReason
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from service.store.states import JobState
 from tests.acceptance.conftest import Service
 from tests.live import assert_nothing_runs, eventually, processes_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from service.client import CliprdError
 from service.schemas import EventView
-from service.store.models import EventKind
+from service.store.kinds import EventKind
 from service.store.states import JobState
 from tests.chaos.lab import Lab, Reference
 from tests.live import eventually

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.schemas import EventView
-from service.store.models import EventKind
+from service.store.kinds import EventKind
 from tests.chaos.lab import Lab
 
 ENDS = {

@@ -12,9 +12,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.store import artifacts, jobs
 from service.store.blobs import BlobStore
 from service.store.errors import LeaseLostError
+from service.store.kinds import ArtifactKind
 from service.store.leases import lock_held_job, record_checkpoint
 from service.store.logs import append_log
-from service.store.models import ArtifactKind, Job
+from service.store.models import Job
 from service.store.recovery import requeue_expired
 from service.store.states import JobState
 from tests.store_helpers import FAILURE, SUCCESS, evaluated, measured

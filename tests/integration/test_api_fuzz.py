@@ -19,8 +19,8 @@ from service.app import create_app
 from service.settings import Settings
 from service.store import artifacts
 from service.store.keys import KeyScope, create_key
+from service.store.kinds import ArtifactKind
 from service.store.metrics import record_evaluations, record_metrics
-from service.store.models import ArtifactKind
 from tests.fuzz.keys import expected_refusal
 from tests.store_helpers import claim, create, evaluated, finish, measured, write_table
 

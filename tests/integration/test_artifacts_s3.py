@@ -17,7 +17,8 @@ from service.app import create_app
 from service.settings import Settings
 from service.store import artifacts, s3_blobs
 from service.store.blobs import Blobs, BlobsRefusedError, BlobsUnreachableError, make_blobs, new_key
-from service.store.models import Artifact, ArtifactKind
+from service.store.kinds import ArtifactKind
+from service.store.models import Artifact
 from service.store.s3_blobs import S3BlobStore
 from tests.store_helpers import claim, create, local_client
 

@@ -17,7 +17,8 @@ from service.store.blobs import StoredBlob
 from service.store.failure_policy import FAILURE_POLICIES
 from service.store.idempotency import Keyed, digest, find_submitted, forget_keys, remember_keys
 from service.store.jobs import JobState
-from service.store.models import ArtifactKind, IdempotencyKey, Job
+from service.store.kinds import ArtifactKind
+from service.store.models import IdempotencyKey, Job
 from service.store.session import database_now, reading
 from service.store.unneeded_blobs import take_unneeded
 from tests.store_helpers import FAILURE, SUCCESS, Sessions, claim, create, distilled_spec, evaluated, finish, measured, read, spec_dict

@@ -10,7 +10,8 @@ from cliprd_core.run_dir import ErrorReason, ErrorRecord, EvaluationRecord, Metr
 from service.store import artifacts, jobs, metrics
 from service.store.blobs import BlobStore
 from service.store.cursors import Page
-from service.store.models import Artifact, ArtifactKind
+from service.store.kinds import ArtifactKind
+from service.store.models import Artifact
 from service.store.session import reading
 from tests.store_helpers import FAILURE, Sessions, claim, create, distilled_spec, evaluated, finish, measured, progress_at, read
 

@@ -10,7 +10,8 @@ from cliprd_core.spec import JobSpec
 from service.store import jobs
 from service.store.artifacts import register_artifacts
 from service.store.blobs import StoredBlob, new_key
-from service.store.models import ArtifactKind, Job
+from service.store.kinds import ArtifactKind
+from service.store.models import Job
 from service.store.session import database_now, reading
 from service.store.unneeded_runs import LocalRun, unneeded_runs
 from tests.store_helpers import FAILURE, Sessions, claim, create, finish, spec_dict

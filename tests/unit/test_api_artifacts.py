@@ -18,7 +18,8 @@ from cliprd_core.spec import JobSpec
 from service.settings import Settings
 from service.store import artifacts
 from service.store.blobs import BlobStore
-from service.store.models import Artifact, ArtifactKind
+from service.store.kinds import ArtifactKind
+from service.store.models import Artifact
 from service.store.session import make_engine, make_sessions
 from tests.store_helpers import claim, create, spec_dict
 

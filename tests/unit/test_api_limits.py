@@ -21,8 +21,8 @@ from service.middleware import RequestLimits
 from service.settings import Settings
 from service.store import artifacts
 from service.store.blobs import BlobStore
+from service.store.kinds import ArtifactKind
 from service.store.metrics import record_evaluations
-from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions
 from tests.store_helpers import claim, create, evaluated, spec_dict, write_table
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from service.schemas import EventView
-from service.store.models import EventKind
+from service.store.kinds import EventKind
 from tests.chaos.invariants import check_claims
 from tests.chaos.proxy import Network, Proxy
 from tests.chaos.trainers import MARK_VARIABLE, Census, TrainerWatch

@@ -31,8 +31,8 @@ from service.store.artifacts import register_artifacts
 from service.store.blobs import BlobStore
 from service.store.failure_policy import what_to_do
 from service.store.jobs import Cancelled, claim_job, finish_job, record_metrics, request_cancel
+from service.store.kinds import ArtifactKind
 from service.store.logs import append_log
-from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions
 from service.store.workers import report_worker
 from tests.store_helpers import FAILURE, gpu

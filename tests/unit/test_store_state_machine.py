@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cliprd_core.run_dir import ErrorReason, ErrorRecord
 from service.store import jobs
 from service.store.jobs import ALLOWED_MOVES, Cancelled, JobState
-from service.store.models import EventKind, JobEvent
+from service.store.kinds import EventKind
+from service.store.models import JobEvent
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
 from tests.store_helpers import FAILURE, SUCCESS, create, distilled_spec, measured, read
 

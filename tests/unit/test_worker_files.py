@@ -11,7 +11,8 @@ import pytest
 from cliprd_core.run_dir import LOG_FILE, ErrorReason, complete_checkpoints, step_of
 from service.store.blobs import BlobsUnreachableError
 from service.store.jobs import JobState, request_cancel
-from service.store.models import Artifact, ArtifactKind
+from service.store.kinds import ArtifactKind
+from service.store.models import Artifact
 from tests.worker_bench import Bench, soon
 
 

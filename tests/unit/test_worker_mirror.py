@@ -16,7 +16,7 @@ from cliprd_core.retention import BestCheckpoint, CheckpointsToKeep
 from cliprd_core.run_dir import BEST_FILE, CHECKPOINT_MARKER, CHECKPOINTS_DIR, checkpoint_dir, complete_checkpoints, step_of
 from service.store.blobs import BlobsUnreachableError, StoredBlob
 from service.store.jobs import JobState, LeaseLostError, QueuedJob
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from tests.fake_trainer import save
 from tests.worker_bench import Bench, soon
 from worker.cleaner import Cleaner

@@ -40,8 +40,9 @@ from service.store.jobs import (
     release_job,
     request_cancel,
 )
+from service.store.kinds import ArtifactKind
 from service.store.logs import append_log, read_log
-from service.store.models import ArtifactKind, Job, UnneededBlob
+from service.store.models import Job, UnneededBlob
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
 from service.store.unneeded_blobs import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, note_unneeded, take_unneeded
 from tests.live import eventually

@@ -10,8 +10,8 @@ import pytest
 from cliprd_core.run_dir import ErrorReason, complete_checkpoints, step_of
 from service.store.blobs import BlobsRefusedError, BlobStore, BlobsUnreachableError, StoredBlob
 from service.store.jobs import JobState, QueuedJob, request_cancel, request_pause
+from service.store.kinds import ArtifactKind
 from service.store.logs import read_log
-from service.store.models import ArtifactKind
 from service.store.session import reading
 from tests.worker_bench import Bench, soon
 

@@ -32,9 +32,10 @@ from service.store.jobs import (
     resume_job,
     retry_job,
 )
+from service.store.kinds import ArtifactKind
 from service.store.logs import read_log
 from service.store.metrics import list_evaluations, series
-from service.store.models import Artifact, ArtifactKind, Job
+from service.store.models import Artifact, Job
 from service.store.session import reading
 from tests.teacher_store_helpers import make_store
 from tests.worker_bench import Bench, soon

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cliprd_core.run_dir import complete_checkpoints, step_of
 from service.schemas import ArtifactView
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from tests.chaos.lab import FIRST_CHECKPOINT, Lab
 from tests.chaos.scenario import scenario
 from tests.live import eventually

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from service.store.models import EventKind
+from service.store.kinds import EventKind
 from tests.chaos.lab import Bench, Lab, SkippedError
 from tests.chaos.scenario import scenario
 from tests.live import eventually

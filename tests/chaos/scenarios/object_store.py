@@ -12,7 +12,7 @@ from unittest.mock import patch
 import boto3
 from moto.server import ThreadedMotoServer
 
-from service.store.models import ArtifactKind
+from service.store.kinds import ArtifactKind
 from tests.chaos.lab import Bench, Lab
 from tests.chaos.proxy import Network, Proxy
 from tests.chaos.scenario import scenario

@@ -13,8 +13,8 @@ from cliprd_core.run_dir import EvaluationRecord
 from service.store import jobs
 from service.store.artifacts import register_artifacts, remove_artifacts
 from service.store.blobs import StoredBlob
+from service.store.kinds import ArtifactKind
 from service.store.logs import append_log
-from service.store.models import ArtifactKind
 from service.store.session import make_engine, make_sessions, reading
 from tests.chaos.lab import Lab
 from tests.chaos.scenario import scenario
