@@ -18,8 +18,8 @@ from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_j
 from service.store.kinds import ArtifactKind
 from service.store.models import Artifact, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
+from worker.boot_clock import now
 from worker.held_job import HeldJob
-from worker.lease_guard import now
 from worker.process import TrainingProcess, trainer_environment
 from worker.run_cookie import new_cookie
 from worker.settings import WorkerSettings

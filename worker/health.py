@@ -14,21 +14,16 @@ import argparse
 import json
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
+
+from worker.boot_clock import now
 
 HEALTH_FILE_VARIABLE = "CLIPRD_HEALTH_FILE"
 RESTART_SECONDS = 60.0
 """A worker that hangs, or does not consume for no reason outside it, may come round by itself for so long: Celery waits up to half of it
 between two tries to reconnect."""
-
-
-def now() -> float:
-    """Seconds since the machine started, on a clock that nobody sets and all its processes share: a clock that is set back must not make a
-    worker that hangs ready for as long."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from service.queue import JobQueue
 from service.store.blobs import make_blobs
 from service.store.session import check_database, make_engine, make_sessions, reading
 from service.store.workers import forget_workers, holds_a_job, remove_worker, report_worker
+from worker.boot_clock import now
 from worker.child_watch import ChildWatch
 from worker.consumer_watch import ConsumerWatch
 from worker.gpus import GpuReader
-from worker.health import RESTART_SECONDS, Health, now
+from worker.health import RESTART_SECONDS, Health
 from worker.rounds import Rounds
 from worker.settings import WorkerSettings
 

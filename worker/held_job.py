@@ -75,7 +75,7 @@ class HeldJob:
         sessions: The database's.
         blobs: The artifact store.
         lease_seconds: For which each renewal asks, as the claim did.
-        held_since: When the claim began, as `lease_guard.now` says: from then on the lease counts.
+        held_since: When the claim began, as `boot_clock.now` says: from then on the lease counts.
     """
 
     def __init__(self, claim: Claim, sessions: sessionmaker[Session], blobs: Blobs, *, lease_seconds: float, held_since: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from worker.lease_guard import now
+from worker.boot_clock import now
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ class LeaseKeeper:
     Args:
         renew: Renews the lease in the store; False if it is not ours any more. Any exception means the store is out of reach.
         on_lost: Called once, from the watching thread, when the lease is lost.
-        on_renewed: Called after each renewal with the moment from which the lease counts again, as `lease_guard.now` says.
+        on_renewed: Called after each renewal with the moment from which the lease counts again, as `boot_clock.now` says.
         lease_seconds: How long the lease lasts without renewal.
         heartbeat_seconds: Pause between renewals.
-        since: From when on the lease counts, as `lease_guard.now` says.
+        since: From when on the lease counts, as `boot_clock.now` says.
     """
 
     def __init__(

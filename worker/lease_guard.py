@@ -16,21 +16,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from types import TracebackType
 from typing import Self
 
 from service.logs import handed_down, take_over
+from worker.boot_clock import now
 from worker.run_cookie import COOKIE_VARIABLE, kill_processes
 
 logger = logging.getLogger("worker.lease_guard")  # also where this module is the program
 
 END_TIMEOUT_SECONDS = 15.0
-
-
-def now() -> float:
-    """Seconds on a clock that all processes of this machine share, and that goes on while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class LeaseGuard:

@@ -14,7 +14,7 @@ from service.logs import about
 from service.queue import JobQueue
 from service.store.jobs import QueuedJob, jobs_to_send, mark_sent, num_to_send, requeue_expired, requeue_lost
 from service.store.session import database_now, reading
-from worker import lease_guard
+from worker import boot_clock
 from worker.holds import Hold, Holds
 from worker.run_cookie import kill_processes
 from worker.settings import WorkerSettings
@@ -46,9 +46,9 @@ class Reaper(StoreRounds):
         self._holds = holds
         self._queue = JobQueue(settings.broker_url, timeout_seconds=BROKER_TIMEOUT_SECONDS)
         self._clock: tuple[float, datetime] | None = None
-        """When the database's clock was last asked for (`lease_guard.now`), and what it said."""
+        """When the database's clock was last asked for (`boot_clock.now`), and what it said."""
         self._patient_until = 0.0
-        """Until then no lease counts as run out (`lease_guard.now`)."""
+        """Until then no lease counts as run out (`boot_clock.now`)."""
 
     def close(self) -> None:
         """Drop the connections to the broker."""
@@ -76,7 +76,7 @@ class Reaper(StoreRounds):
 
     def _requeue_expired(self, turn: Turn) -> None:
         with turn.sessions.begin() as session:
-            asked_at = lease_guard.now()
+            asked_at = boot_clock.now()
             now = database_now(session)
             self._look_at_clock(asked_at, now)
             if asked_at < self._patient_until:

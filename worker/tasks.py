@@ -21,9 +21,9 @@ from service.logs import about, clear_job, set_job
 from service.store.blobs import make_blobs
 from service.store.jobs import Claim, QueuedJob, claim_next, finish_job, mark_sent, new_lease_token
 from service.store.session import make_engine, make_sessions
+from worker.boot_clock import now
 from worker.held_job import OUT_OF_REACH, HeldJob
 from worker.holds import Holds
-from worker.lease_guard import now
 from worker.process import TrainingProcess
 from worker.run_cookie import new_cookie
 from worker.settings import WorkerSettings

@@ -21,9 +21,10 @@ from service.store.workers import WorkerState, holds_a_job, list_workers
 from tests.store_helpers import claim, create
 from worker import child_watch, consumer_watch, health, rounds
 from worker import heartbeat as heartbeat_module
+from worker.boot_clock import now
 from worker.child_watch import JOBLESS_SECONDS, ChildWatch
 from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
-from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health, now
+from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health
 from worker.heartbeat import ARTIFACTS_SECONDS, Heartbeat
 from worker.rounds import Rounds
 from worker.settings import WorkerSettings

@@ -4,8 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from worker.boot_clock import now
 from worker.lease import LeaseKeeper
-from worker.lease_guard import now
 
 
 def keeper(renew: Callable[[], bool], lease_seconds: float, heartbeat_seconds: float) -> tuple[LeaseKeeper, threading.Event]:

@@ -14,13 +14,15 @@ import psutil
 import pytest
 
 from tests.live import eventually
+from worker.boot_clock import now
 from worker.lease import LeaseKeeper
-from worker.lease_guard import LeaseGuard, now
+from worker.lease_guard import LeaseGuard
 from worker.run_cookie import COOKIE_VARIABLE, new_cookie, processes_with_cookie
 
 WORKER = """
 import os, subprocess, sys, time
-from worker.lease_guard import LeaseGuard, now
+from worker.boot_clock import now
+from worker.lease_guard import LeaseGuard
 from worker.run_cookie import COOKIE_VARIABLE
 with LeaseGuard(sys.argv[1], float(sys.argv[2]), since=now()):
     environment = {**os.environ, COOKIE_VARIABLE: sys.argv[1]}
@@ -86,7 +88,8 @@ def test_it_logs_as_its_worker_does(cookie: str, log_format: str) -> None:
     code = f"""
 import time
 from service import logs
-from worker.lease_guard import LeaseGuard, now
+from worker.boot_clock import now
+from worker.lease_guard import LeaseGuard
 logs.configure(logs.LogFormat("{log_format}"))
 logs.set_job("job-1", 2)
 with LeaseGuard("{cookie}", 0.2, since=now()) as guard:

@@ -47,7 +47,7 @@ from service.store.session import database_now, make_engine, make_sessions, migr
 from service.store.unneeded_blobs import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, note_unneeded, take_unneeded
 from tests.live import eventually
 from tests.process_group import free_port
-from worker import lease_guard
+from worker import boot_clock
 from worker.celery_app import create_app
 from worker.cleaner import REMOVAL_SECONDS, Cleaner
 from worker.holds import Holds
@@ -232,8 +232,8 @@ def test_after_the_databases_clock_jumped_forward_holders_may_renew_their_leases
         bench.reaper.run_once()
         bench.reaper.run_once()
         assert (bench.job(job_id).state is JobState.QUEUED) == is_taken
-        elapsed = lease_guard.now() + bench.settings.lease_seconds
-        patched.setattr("worker.reaper.lease_guard.now", lambda: elapsed)
+        elapsed = boot_clock.now() + bench.settings.lease_seconds
+        patched.setattr("worker.reaper.boot_clock.now", lambda: elapsed)
         bench.reaper.run_once()
     assert bench.job(job_id).state is JobState.QUEUED, "nobody renewed it"
 
