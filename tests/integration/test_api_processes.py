@@ -46,8 +46,13 @@ def api(postgres_url: str, tmp_path: Path) -> Iterator[tuple[str, psutil.Process
 
 def is_ready(url: str) -> bool:
     with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/readyz", trust_env=False).is_success
+        return get(f"{url}/readyz").is_success
     return False
+
+
+def get(url: str) -> httpx.Response:
+    """Over a connection of its own, which any process may take."""
+    return httpx.get(url, trust_env=False, timeout=TIMEOUT_SECONDS)
 
 
 def servers(parent: psutil.Process) -> list[psutil.Process]:
@@ -73,7 +78,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def num_answers(url: str) -> int:
     """Answers to /healthz, as one of the processes tells."""
-    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    text = get(f"{url}/metrics").text
     found = re.findall(r'^cliprd_request_seconds_count\{[^}]*route="/healthz"[^}]*\} ([0-9.]+)$', text, flags=re.MULTILINE)
     assert len(found) <= 1, "a series of each process"
     return int(float(found[0])) if found else 0
@@ -81,8 +86,9 @@ def num_answers(url: str) -> int:
 
 def test_each_tells_the_measurements_of_all(api: tuple[str, psutil.Process]) -> None:
     url, _ = api
-    for _ in range(40):  # over connections of their own, which any process may take
-        assert httpx.get(f"{url}/healthz", trust_env=False).is_success
+    for _ in range(40):
+        assert get(f"{url}/healthz").is_success
+    wait_for(lambda: num_answers(url) == 40)  # an answer is measured after it has been sent
     assert {num_answers(url) for _ in range(10)} == {40}
 
 
@@ -112,7 +118,8 @@ def test_a_port_that_another_service_has_is_not_shared_with_it(api: tuple[str, p
 
 def test_one_that_dies_is_replaced_and_its_measurements_stay(api: tuple[str, psutil.Process]) -> None:
     url, parent = api
-    httpx.get(f"{url}/healthz", trust_env=False).raise_for_status()
+    get(f"{url}/healthz").raise_for_status()
+    wait_for(lambda: num_answers(url) == 1)  # measured after it has been sent, by one that must not be killed before
     killed = servers(parent)
     for one in killed:
         one.kill()
