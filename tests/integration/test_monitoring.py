@@ -154,6 +154,7 @@ def test_metrics_need_a_key_unless_the_settings_say_otherwise(settings: Settings
 
 def test_a_database_that_can_only_be_read_is_not_ready(postgres_url: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "READY_SECONDS", 0.0)
+    monkeypatch.setattr(readiness, "LIMIT_SECONDS", 60.0)
     with local_client(create_app(settings.model_copy(update={"database_url": postgres_url}))) as client:
         assert client.get("/readyz").status_code == 200
         engine = make_engine(postgres_url)
@@ -173,9 +174,11 @@ def test_a_usual_database_is_writable(engine: Engine) -> None:
 
 @pytest.fixture
 def json_logs(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    before = caplog.handler.formatter
     caplog.handler.setFormatter(logs.JsonFormatter())
     caplog.set_level(logging.INFO)
     yield caplog
+    caplog.handler.setFormatter(before)  # the handler is that of all tests
     logs.clear_job()
 
 
@@ -192,7 +195,7 @@ def test_json_lines_name_job_and_attempt(json_logs: pytest.LogCaptureFixture) ->
         int("inner")
     except ValueError:
         logger.exception("failed")
-    first, second = lines(json_logs)
+    first, second = (line for line in lines(json_logs) if line["logger"] == "worker.test")
     assert first.pop("time").endswith("+00:00")
     assert first == {"level": "warning", "logger": "worker.test", "message": 'a "quoted"\nline 1', "job_id": "job-1", "attempt": 2}
     assert "job_id" not in second
