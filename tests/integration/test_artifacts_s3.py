@@ -13,6 +13,7 @@ import pytest
 from botocore.exceptions import ClientError
 from fastapi.testclient import TestClient
 
+from service import readiness
 from service.app import create_app
 from service.settings import Settings
 from service.store import artifacts, s3_blobs
@@ -29,6 +30,7 @@ CONTENT = bytes(range(256)) * 50_000  # 12.8 MB: uploaded in parts
 def s3(s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of an empty bucket; the store finds the server as any AWS tool does."""
     monkeypatch.setattr(s3_blobs, "NUM_TRIES", 1)
+    monkeypatch.setattr(readiness, "LIMIT_SECONDS", 60.0)
     client = s3_client
     client.create_bucket(Bucket="models")
     yield client
@@ -119,7 +121,7 @@ def test_a_store_that_says_nothing_is_soon_given_up_where_that_is_wanted(s3_clie
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         quick = make_blobs("s3://models", Path("unused"), is_quick=True)
         with pytest.raises(BlobsUnreachableError, match="Read timeout"):
-            pool.submit(quick.delete, new_key()).result(timeout=30)
+            pool.submit(quick.delete, new_key()).result(timeout=60)
 
 
 @pytest.mark.parametrize(
