@@ -25,6 +25,7 @@ from tests.fuzz.keys import expected_refusal
 from tests.store_helpers import claim, create, evaluated, finish, measured, write_table
 
 EXAMPLES_PER_OPERATION = 10
+TIMEOUT_SECONDS = 60.0
 schemathesis.checks.load_all_checks()
 WANTED = [
     not_a_server_error,
@@ -95,7 +96,7 @@ def test_the_api_does_what_it_documents(server: Running, case: schemathesis.Case
         if name in case.path_parameters and len(given) % 2 == 0:  # the others stay as they were made up
             case.path_parameters[name] = real
     scope, headers = next(server.keys)
-    response = case.call(base_url=server.url, headers=headers)
+    response = case.call(base_url=server.url, headers=headers, timeout=TIMEOUT_SECONDS)
     case.validate_response(response, checks=WANTED)
     refusal = expected_refusal(case.path, case.method, scope)
     assert refusal is None or response.status_code == refusal, f"{case.method} {case.path} with a key of scope {scope}"

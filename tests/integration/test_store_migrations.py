@@ -106,7 +106,7 @@ def test_several_processes_may_migrate_at_once(database_url: str) -> None:
         process.stdin.write(b"\n")
         process.stdin.flush()
     for process in processes:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors.decode()
     engine = make_engine(database_url)
     with engine.connect() as connection:
