@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cliprd_core import train
 from cliprd_core.run_dir import EXPORT_DIR, METRICS_FILE, SPEC_FILE, MetricsRecord, read_records
 from cliprd_core.spec import JobSpec
-from tests.ports import free_port
+from tests.process_group import free_port
 from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
 
 WEIGHTS = f"{EXPORT_DIR}/open_clip_model.safetensors"

@@ -46,7 +46,7 @@ from service.store.models import Job, UnneededBlob
 from service.store.session import database_now, make_engine, make_sessions, migrate, reading
 from service.store.unneeded_blobs import FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, note_unneeded, take_unneeded
 from tests.live import eventually
-from tests.ports import free_port
+from tests.process_group import free_port
 from worker import boot_clock
 from worker.celery_app import create_app
 from worker.cleaner import REMOVAL_SECONDS, Cleaner
