@@ -4,7 +4,8 @@
 
 The spec's labels steer it: `steps` and `step_seconds`; `error` (an ErrorReason to end with), `crash` (`kill`: SIGKILL itself;
 `exit`: exit code 3 without a word), `best` (steps, joined by `-`, that are the best so far when they are saved), `deaf` (ignores
-SIGTERM), `children` (processes it starts that outlive it unless killed).
+SIGTERM), `children` (processes it starts that outlive it unless killed), `holds_at` (steps, joined by `-`, past each of which the
+first attempt does not go before `go_on_file` lies in its run directory: who stops it there, or waits for something, is in time).
 It checkpoints every 5 steps, resumes from its newest checkpoint, and on SIGTERM checkpoints and exits with EXIT_CODE_STOPPED.
 """
 
@@ -119,6 +120,14 @@ def misbehave(run: Path, labels: dict[str, str]) -> None:
         sys.exit(3)
 
 
+def go_on_file(run: Path, step: int) -> Path:
+    return run / f"go-on-{step}"
+
+
+def is_held(run: Path, attempt: int, step: int, labels: dict[str, str]) -> bool:
+    return attempt == 1 and str(step) in labels.get("holds_at", "").split("-") and not go_on_file(run, step).exists()
+
+
 def train(run: Path, labels: dict[str, str]) -> None:
     attempt = int(os.environ[ATTEMPT_VARIABLE])
     num_steps, step_seconds = int(labels.get("steps", "10")), float(labels.get("step_seconds", "0.01"))
@@ -133,6 +142,8 @@ def train(run: Path, labels: dict[str, str]) -> None:
             save(run, step)
             sys.exit(EXIT_CODE_STOPPED)
         time.sleep(step_seconds)
+        if is_held(run, attempt, step, labels):
+            continue
         step += 1
         record = MetricsRecord(
             attempt=attempt, step=step, time=time.time(), progress=progress(step, num_steps, step_seconds), values={"train/loss": 1 / step}

@@ -18,6 +18,7 @@ from service.store.jobs import JobState, QueuedJob, claim_job, create_job, get_j
 from service.store.kinds import ArtifactKind
 from service.store.models import Artifact, Job
 from service.store.session import make_engine, make_sessions, migrate, reading
+from tests.fake_trainer import go_on_file
 from worker.boot_clock import now
 from worker.held_job import HeldJob
 from worker.process import TrainingProcess, trainer_environment
@@ -26,6 +27,9 @@ from worker.settings import WorkerSettings
 from worker.supervisor import Supervisor
 
 FAKE_TRAINER = Path(__file__).parent / "fake_trainer.py"
+LEASE_SECONDS = 120.0
+"""Longer than any machine is too busy to renew a lease: a test that wants one to be lost takes it away."""
+TIMEOUT_SECONDS = 120.0
 
 
 class Bench:
@@ -42,13 +46,15 @@ class Bench:
             artifacts_root=folder / "artifacts",
             runs_root=folder / "runs",
             teacher_store_root=folder / "teacher-stores",
-            lease_seconds=2,
+            lease_seconds=LEASE_SECONDS,
             heartbeat_seconds=0.2,
-            grace_seconds=5,
+            grace_seconds=60,
             poll_seconds=0.05,
         )
         self.stop = threading.Event()
         self.process: TrainingProcess | None = None
+        self.before_launch: Callable[[Path], object] = lambda _: None
+        """Called with the prepared run directory."""
 
     def submit(self, labels: dict[str, str], max_attempts: int = 3, **changes: Any) -> str:
         spec: dict[str, Any] = {
@@ -61,15 +67,16 @@ class Bench:
         with self.sessions.begin() as session:
             return create_job(session=session, spec=JobSpec.model_validate(merge_over(spec, changes)), max_attempts=max_attempts).id
 
-    def held(self, job_id: str, lease_seconds: float = 2) -> HeldJob:
+    def held(self, job_id: str) -> HeldJob:
         held_since = now()
         with self.sessions.begin() as session:
-            claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=lease_seconds)
+            claim = claim_job(session=session, job_id=job_id, worker="test", lease_seconds=LEASE_SECONDS)
         assert claim is not None
-        return HeldJob(claim, self.sessions, self.blobs, lease_seconds=lease_seconds, held_since=held_since)
+        return HeldJob(claim, self.sessions, self.blobs, lease_seconds=LEASE_SECONDS, held_since=held_since)
 
     def supervisor(self, job: HeldJob, settings: WorkerSettings | None = None) -> Supervisor:
         def launch(run: Path, job: HeldJob, cookie: str) -> TrainingProcess:
+            self.before_launch(run)
             command = [sys.executable, str(FAKE_TRAINER), str(run / "spec.json")]
             self.process = TrainingProcess(run, command, trainer_environment(job.attempt, 1), cookie)
             return self.process
@@ -98,6 +105,10 @@ class Bench:
             session.flush()
             assert requeue_expired(session=session).queued == [QueuedJob(job_id, "default")]
 
+    def go_on(self, job_id: str, step: int) -> None:
+        """Let the fake trainer go on from a step at which its label `holds_at` holds it."""
+        go_on_file(self.run_dir(job_id), step).touch()
+
     def retry(self, job_id: str, labels: dict[str, str]) -> None:
         """Queue a failed job again, with other labels for the fake trainer."""
         with self.sessions.begin() as session:
@@ -119,7 +130,7 @@ def soon(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     """Do something, from another thread, once a condition holds: the supervisor has the main thread."""
 
     def wait_and_act() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -48,6 +48,8 @@ from worker.supervisor import Supervisor
 from worker.tasks import launcher, run_job
 
 SLOW = {"steps": "1000", "step_seconds": "0.02"}
+STOPPED = {"steps": "60", "holds_at": "40"}
+"""For a run that is stopped on its way, however late, and goes on in its next attempt."""
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ def test_a_deaf_run_is_killed_after_the_grace_period(bench: Bench) -> None:
 
 
 def test_shutdown_gives_the_job_back_and_the_next_attempt_goes_on(bench: Bench) -> None:
-    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+    job_id = bench.submit(STOPPED)
     soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), bench.stop.set)
     assert bench.run(job_id) == [QueuedJob(job_id, "default")]
     job = bench.job(job_id)
@@ -226,7 +228,7 @@ def test_shutdown_gives_the_job_back_and_the_next_attempt_goes_on(bench: Bench) 
 
 
 def test_a_job_resumes_on_another_machine(bench: Bench, tmp_path: Path) -> None:
-    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+    job_id = bench.submit(STOPPED)
     soon(lambda: len(complete_checkpoints(bench.run_dir(job_id))) >= 3, bench.stop.set)
     bench.run(job_id)
     groups = {artifact.group for artifact in bench.artifacts(job_id, ArtifactKind.CHECKPOINT)}
@@ -244,7 +246,7 @@ def test_a_job_resumes_on_another_machine(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_a_paused_job_saves_and_goes_on_on_another_machine(bench: Bench, tmp_path: Path) -> None:
-    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"})
+    job_id = bench.submit(STOPPED)
 
     def pause() -> None:
         with bench.sessions.begin() as session:
@@ -265,7 +267,7 @@ def test_a_paused_job_saves_and_goes_on_on_another_machine(bench: Bench, tmp_pat
 
 
 def test_a_job_that_runs_for_too_long_saves_and_can_be_tried_again(bench: Bench, tmp_path: Path) -> None:
-    job_id = bench.submit({"steps": "60", "step_seconds": "0.02"}, resources={"max_hours": 2.0})
+    job_id = bench.submit(STOPPED, resources={"max_hours": 2.0})
     with bench.sessions.begin() as session:
         session.get_one(Job, job_id).seconds_run = 3600.0
     held = bench.held(job_id)
@@ -359,8 +361,9 @@ def test_a_failed_job_keeps_its_best_checkpoint_and_another_machine_does_not_los
 
 
 def test_a_damaged_mirror_falls_back_to_the_older_one(bench: Bench, tmp_path: Path) -> None:
-    job_id = bench.submit({"steps": "160", "step_seconds": "0.03"})
-    soon(lambda: len({one.group for one in bench.artifacts(job_id, ArtifactKind.CHECKPOINT)}) == 2, bench.stop.set)
+    job_id = bench.submit({"steps": "30", "holds_at": "5-20"})
+    soon(lambda: bool(bench.artifacts(job_id, ArtifactKind.CHECKPOINT)), lambda: bench.go_on(job_id, 5))
+    soon(lambda: len(complete_checkpoints(bench.run_dir(job_id))) > 1, bench.stop.set)
     bench.run(job_id)
     mirrored = sorted(bench.artifacts(job_id, ArtifactKind.CHECKPOINT), key=lambda artifact: (artifact.step, artifact.name))
     older, newest = mirrored[0].step, mirrored[-1].step
@@ -386,19 +389,26 @@ def test_a_lost_lease_kills_at_once_and_writes_nothing_more(bench: Bench) -> Non
 
 
 def test_an_outage_of_the_store_costs_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id = bench.submit({"steps": "80", "step_seconds": "0.02"})
+    job_id = bench.submit({"steps": "80", "holds_at": "60"})
     held = bench.held(job_id)
-    is_away = threading.Event()
+    is_away, num_refused = threading.Event(), 0
     begin = bench.sessions.begin
 
     def begin_unless_away() -> Any:
+        nonlocal num_refused
         if is_away.is_set():
+            num_refused += 1
             raise OperationalError("SELECT", {}, ConnectionError("store away"))
         return begin()
 
     monkeypatch.setattr(held._sessions, "begin", begin_unless_away)
+
+    def come_back_and_go_on() -> None:
+        is_away.clear()
+        bench.go_on(job_id, 60)
+
     soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), is_away.set)
-    soon(lambda: len(complete_checkpoints(bench.run_dir(job_id))) >= 10, is_away.clear)  # a second later
+    soon(lambda: is_away.is_set() and num_refused > 10, come_back_and_go_on)
     bench.supervisor(held).run()
     job = bench.job(job_id)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
@@ -430,14 +440,12 @@ def test_an_earlier_job_is_the_teacher(bench: Bench, by: str) -> None:
         student_id = bench.submit({"steps": "2"}, recipe="clip_rd", teacher={"artifact": artifact.id})
     seen: dict[str, Any] = {}
 
-    def look() -> None:
-        seen["spec"] = json.loads((bench.run_dir(student_id) / "spec.json").read_text())
-        seen["files"] = sorted(path.name for path in (bench.run_dir(student_id) / "teachers" / "teacher").iterdir())
+    def look(run: Path) -> None:
+        seen["spec"] = json.loads((run / "spec.json").read_text())
+        seen["files"] = sorted(path.name for path in (run / "teachers" / "teacher").iterdir())
 
-    log = bench.run_dir(student_id) / "log.txt"
-    watcher = soon(log.exists, look)
+    bench.before_launch = look
     bench.run(student_id)
-    watcher.join()
     assert bench.job(student_id).state is JobState.SUCCEEDED
     assert seen["spec"]["teacher"]["model"] == f"local-dir:{bench.run_dir(student_id) / 'teachers' / 'teacher'}"
     assert seen["files"] == ["open_clip_config.json", "open_clip_model.safetensors"]
@@ -489,7 +497,7 @@ def test_a_damaged_teacher_is_refused(bench: Bench) -> None:
 
 @pytest.mark.parametrize("written", ["mark_started", "record_checkpoint", "finish_job"])
 def test_a_commit_whose_acknowledgement_is_lost_counts_once(bench: Bench, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
-    job_id = bench.submit({"steps": "30", "step_seconds": "0.02"})
+    job_id = bench.submit({"steps": "30", "holds_at": "20"})
     write, sessions = getattr(held_job, written), list[Session]()
 
     def lose_the_answer(_: Session) -> None:
@@ -502,6 +510,7 @@ def test_a_commit_whose_acknowledgement_is_lost_counts_once(bench: Bench, monkey
         return write(session=session, **arguments)
 
     monkeypatch.setattr(held_job, written, write_and_lose_the_answer)
+    soon(lambda: bool(bench.artifacts(job_id, ArtifactKind.CHECKPOINT)), lambda: bench.go_on(job_id, 20))
     assert bench.run(job_id) == []
     assert sessions
     assert bench.job(job_id).state is JobState.SUCCEEDED
