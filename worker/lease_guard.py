@@ -91,9 +91,9 @@ def wait_for_end(stdin: int, lease_seconds: float, since: float) -> bool:
     rest = b""
     while True:
         seconds_left = since + lease_seconds - now()
-        if seconds_left <= 0:
-            return True
-        if not select.select([stdin], [], [], seconds_left)[0]:
+        if not select.select([stdin], [], [], max(0.0, seconds_left))[0]:  # renewals may have come while this process was held up
+            if seconds_left <= 0:
+                return True
             continue
         received = os.read(stdin, 4096)
         if not received:
