@@ -32,6 +32,15 @@ def processes_with_cookie(cookie: str) -> Iterator[int]:
                     yield int(folder.name)
 
 
+def _start_of(pid: int) -> str | None:
+    """When a live process started, in the kernel's ticks; None: it has ended."""
+    try:
+        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else others[18]
+
+
 def kill_processes(cookie: str, reap: Callable[[], bool] = lambda: True) -> list[int]:
     """SIGKILL all processes with the cookie, and those they start meanwhile, until none is left.
 
@@ -43,12 +52,16 @@ def kill_processes(cookie: str, reap: Callable[[], bool] = lambda: True) -> list
         Those that survive after KILL_TIMEOUT_SECONDS, since they hang in the kernel; mostly none.
     """
     deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
+    killed: dict[int, str | None] = {}  # with when they started, as ids are used again
     while True:
-        survivors = list(processes_with_cookie(cookie))
-        for pid in survivors:
+        found = list(processes_with_cookie(cookie))
+        killed |= {pid: _start_of(pid) for pid in found}
+        for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if reap() and not survivors:
+        # A process that ends lets go of its environment first, and of its files and locks after that.
+        survivors = [pid for pid, start in killed.items() if start is not None and _start_of(pid) == start]
+        if reap() and not found and not survivors:
             return []
         if time.monotonic() > deadline:
             return survivors

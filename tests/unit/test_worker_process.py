@@ -11,9 +11,13 @@ import psutil
 import pytest
 
 from service.die_with_parent import wrap
+from tests.live import eventually
+from worker import run_cookie
 from worker.process import TrainingProcess, torchrun_command, trainer_environment
-from worker.run_cookie import COOKIE_VARIABLE, processes_with_cookie
+from worker.run_cookie import COOKIE_VARIABLE, new_cookie, processes_with_cookie
 from worker.settings import WorkerSettings
+
+TIMEOUT_SECONDS = 120.0
 
 START_TREE = """
 import subprocess, sys, time
@@ -30,9 +34,10 @@ def start(run: Path, code: str) -> TrainingProcess:
     return TrainingProcess(run, [sys.executable, "-c", code], dict(os.environ))
 
 
-def wait_for_log(run: Path, text: str, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while text not in (run / "log.txt").read_text():
+def wait_for_log(run: Path, text: str, times: int = 1) -> None:
+    """Where several processes print it, their lines may run into each other."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while (run / "log.txt").read_text().count(text) < times:
         assert time.monotonic() < deadline, (run / "log.txt").read_text()
         time.sleep(0.01)
 
@@ -44,20 +49,44 @@ def test_kill_leaves_nothing_even_in_other_sessions_and_after_the_parent(tmp_pat
     assert len(below) == 2
     assert len({os.getsid(child.pid) for child in below}) == 2, "the test should cover a session of its own"
     os.kill(process.pid, signal.SIGKILL)  # orphans the two
-    process.wait(5)
+    assert process.wait(TIMEOUT_SECONDS)
     process.kill()
     assert not [child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_the_cookie_tells_runs_apart() -> None:
-    marked = subprocess.Popen(["sleep", "60"], env={**os.environ, COOKIE_VARIABLE: "mine"})
-    other = subprocess.Popen(["sleep", "60"], env={**os.environ, COOKIE_VARIABLE: "mine-not"})
+    cookie = new_cookie()
+    others = f"{cookie}-not"
+    marked, other = (subprocess.Popen(["sleep", "60"], env={**os.environ, COOKIE_VARIABLE: one}) for one in (cookie, others))
     try:
-        assert list(processes_with_cookie("mine")) == [marked.pid]
+        for process, own in ((marked, cookie), (other, others)):  # a process that has just started has no environment yet
+            assert eventually(lambda own=own: list(processes_with_cookie(own)) or None) == [process.pid]
+        assert list(processes_with_cookie(cookie)) == [marked.pid]
     finally:
         for process in (marked, other):
             process.kill()
             process.wait()
+
+
+def test_a_killed_process_counts_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take long to let go of its files, and is without its environment by then."""
+    with subprocess.Popen(["sleep", "60"]) as ending:
+        looks = iter([[ending.pid]])
+        monkeypatch.setattr(run_cookie, "processes_with_cookie", lambda _: next(looks, []))
+        monkeypatch.setattr(os, "kill", lambda *_: None)
+        num_looks = 0
+
+        def look() -> bool:
+            nonlocal num_looks
+            num_looks += 1
+            if num_looks == 3:
+                monkeypatch.undo()
+                ending.kill()
+            return True
+
+        assert run_cookie.kill_processes("its cookie", look) == []
+        assert num_looks > 3
+        assert psutil.Process(ending.pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_terminate_is_polite(tmp_path: Path) -> None:
@@ -65,7 +94,7 @@ def test_terminate_is_polite(tmp_path: Path) -> None:
     process = start(tmp_path, code)
     wait_for_log(tmp_path, "ready")
     process.terminate()
-    assert process.wait(5)
+    assert process.wait(TIMEOUT_SECONDS)
     assert process.report().exit_code == 75
 
 
@@ -79,11 +108,11 @@ time.sleep(60)
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
-    time.sleep(0.3)  # past prctl
+    eventually(lambda: child.name() == "sleep" or None)  # past prctl
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    _, alive = psutil.wait_procs([child], timeout=5)
+    _, alive = psutil.wait_procs([child], timeout=TIMEOUT_SECONDS)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -98,7 +127,7 @@ def test_nothing_starts_when_the_parent_is_gone_already() -> None:
 @pytest.mark.parametrize(("code", "signal_number"), [("import os; os.kill(os.getpid(), 9)", 9), ("raise SystemExit(3)", None)])
 def test_the_report_says_how_it_ended(tmp_path: Path, code: str, signal_number: int | None) -> None:
     process = start(tmp_path, f"print('last words', flush=True); {code}")
-    assert process.wait(5)
+    assert process.wait(TIMEOUT_SECONDS)
     report = process.report()
     assert report.signal_number == signal_number
     assert report.exit_code == (3 if signal_number is None else -9)
@@ -109,7 +138,7 @@ def test_the_report_reads_torchruns_lines_of_this_attempt_only(tmp_path: Path) -
     line = "torchrun: training process 0 (pid 1) failed with exitcode: "
     (tmp_path / "log.txt").write_text(f"{line}-9\n")  # an earlier attempt's
     process = start(tmp_path, f"print('{line}-11'); raise SystemExit(1)")
-    assert process.wait(5)
+    assert process.wait(TIMEOUT_SECONDS)
     assert process.report().signal_number == signal.SIGSEGV
 
 
@@ -151,7 +180,7 @@ def test_the_trainer_is_told_where_the_jobs_share_what_they_know_of_data(tmp_pat
         trainer=[str(tmp_path / "program.py")],
         environment=settings.trainer_environment,
     )
-    assert process.wait(60)
+    assert process.wait(TIMEOUT_SECONDS)
     assert f"{tmp_path / 'cache'} 123" in process.report().last_lines
 
 
@@ -173,7 +202,7 @@ time.sleep(60)
 @pytest.mark.parametrize(("ends", "signal_number"), [("raise SystemExit(3)", signal.SIGTERM), ("os.kill(os.getpid(), 9)", signal.SIGKILL)])
 def test_torchrun_says_who_failed_in_a_line_each(tmp_path: Path, ends: str, signal_number: int) -> None:
     process = under_torchrun(tmp_path, FIRST_FAILS.format(ends=ends))
-    assert process.wait(60)
+    assert process.wait(TIMEOUT_SECONDS)
     report = process.report()
     first, second = report.last_lines.splitlines()[-2:]
     assert first.startswith("torchrun: training process 0 (pid ")
@@ -185,9 +214,9 @@ def test_torchrun_says_who_failed_in_a_line_each(tmp_path: Path, ends: str, sign
 def test_a_run_under_torchrun_that_is_asked_to_stop_says_that_it_did(tmp_path: Path) -> None:
     code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
     process = under_torchrun(tmp_path, code)
-    wait_for_log(tmp_path, "ready\nready", seconds=60)
+    wait_for_log(tmp_path, "ready", times=2)
     process.terminate()
-    assert process.wait(30)
+    assert process.wait(TIMEOUT_SECONDS)
     report = process.report()
     assert report.was_stopped
     assert "Traceback" not in report.last_lines
