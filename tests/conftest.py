@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -24,6 +26,10 @@ from service.settings import Settings
 from service.store.session import make_engine, make_sessions, migrate
 from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
+
+# No time that an example takes is a fault on a machine that may be busy; and the same code is given the same examples each time.
+hypothesis_settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

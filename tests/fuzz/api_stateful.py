@@ -68,6 +68,7 @@ ROUND = settings(
     max_examples=SCENARIOS_PER_ROUND,
     stateful_step_count=STEPS_PER_SCENARIO,
     deadline=None,
+    derandomize=False,  # unlike what `make test` draws
     database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
