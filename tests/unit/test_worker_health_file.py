@@ -66,6 +66,7 @@ def test_what_a_worker_said_expires_and_a_restart_is_due_some_time_after(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = now()
+    monkeypatch.setattr(health, "now", lambda: at)
     Health(at - 20, at - 1, (), is_stuck=False).write(file)
     assert probe(monkeypatch, capsys) == (1, "the worker has not reported for 20 s: it hangs, was stopped, or is gone")
     assert probe(monkeypatch, capsys, "--live") == (0, "live")

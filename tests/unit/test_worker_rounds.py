@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from tests.live import eventually
 from worker.rounds import Rounds
 
 
@@ -25,11 +26,11 @@ def test_a_failing_round_is_logged_and_the_next_one_comes_until_the_end(caplog: 
     rounds = Rounds("tester", work, pause_seconds=0.01)
     with caplog.at_level(logging.ERROR):
         rounds.start()
-        assert enough.wait(5)
+        assert enough.wait(60)
         rounds.stop()
     assert "tester: the round failed" in caplog.text
     assert "store away" in caplog.text
-    assert not [thread for thread in threading.enumerate() if thread.name == "tester"]
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "tester"] or None)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -39,15 +40,15 @@ def test_a_fork_waits_for_the_end_of_a_round_and_its_child_can_do_rounds() -> No
 
     def work() -> None:
         is_inside.set()
-        may_end.wait(5)
+        may_end.wait(120)
         ended.append(True)
 
     rounds = Rounds("tester", work, pause_seconds=0.01)
     rounds.start()
-    assert is_inside.wait(5)
+    assert is_inside.wait(60)
     threading.Timer(0.1, may_end.set).start()
     child = os.fork()
     if child == 0:
-        os._exit(0 if ended and rounds.lock.acquire(timeout=5) else 1)
+        os._exit(0 if ended and rounds.lock.acquire(timeout=60) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     rounds.stop()

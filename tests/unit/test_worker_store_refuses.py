@@ -126,16 +126,20 @@ def test_the_end_of_a_jobs_time_ends_the_wait_and_is_told(bench: Bench, failing:
 
 
 def test_a_time_that_ends_with_the_training_leaves_some_for_the_upload(bench: Bench, failing: Failing) -> None:
-    job_id = bench.submit({"steps": "12"}, resources={"max_hours": 1.0})
+    job_id = bench.submit({"steps": "12", "deaf": "yes", "holds_at": "10"}, resources={"max_hours": 1.0})
     supervisor = bench.supervisor(bench.held(job_id))
     failing.error = BlobsUnreachableError("503 Slow Down")
 
-    def end_time_and_outage() -> None:
+    def end_time() -> None:
+        supervisor._stop_at = 0.0
+        bench.go_on(job_id, 10)  # and, being deaf, to its end
+
+    def end_outage() -> None:
         failing.num_failures = 0
         soon(lambda: failing.num_failures > 1, lambda: setattr(failing, "error", None))
 
-    soon((bench.run_dir(job_id) / "export").exists, lambda: setattr(supervisor, "_stop_at", 0.0))
-    soon((bench.run_dir(job_id) / "result.json").exists, end_time_and_outage)
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), end_time)
+    soon((bench.run_dir(job_id) / "result.json").exists, end_outage)
     supervisor.run()
     assert bench.job(job_id).state is JobState.SUCCEEDED
 
