@@ -18,20 +18,24 @@ import httpx
 import pytest
 from fastapi import Response
 from fastapi.testclient import TestClient
+from sqlalchemy.orm import Session
 from starlette.types import Message
 
 from cliprd_core.run_dir import MetricsRecord
 from service.app import create_app
+from service.routes import streams as streams_routes
 from service.settings import Settings
 from service.store import jobs, logs
 from service.store.errors import JobNotFoundError
 from service.store.keys import KeyScope, create_key, revoke_key
+from service.store.models import Job
 from service.store.session import make_engine, make_sessions, migrate
 from service.streams import Found, Streams, TooManyStreamsError, Wanted
-from tests.live import eventually
 from tests.store_helpers import FAILURE, Sessions, claim, create, evaluated, finish, local_client, measured
 
 STREAM = {"Accept": "text/event-stream"}
+SHUTDOWN_SECONDS = 100
+TIMEOUT_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -118,13 +122,27 @@ def test_logs_as_text_and_as_a_stream(client: TestClient, sessions: Sessions) ->
     assert client.get(path, params={"tail": 0}).status_code == 422
 
 
-def test_a_stream_of_a_job_that_is_deleted_meanwhile_ends(client: TestClient, sessions: Sessions) -> None:
+@pytest.fixture
+def has_told(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A stream of events that is open has told of the first ones."""
+    told, look = threading.Event(), streams_routes._events
+
+    def look_again(session: Session, job: Job, position: int) -> Found:
+        if position > 0:
+            told.set()
+        return look(session, job, position)
+
+    monkeypatch.setattr(streams_routes, "_events", look_again)
+    return told
+
+
+def test_a_stream_of_a_job_that_is_deleted_meanwhile_ends(client: TestClient, sessions: Sessions, has_told: threading.Event) -> None:
     job_id = create(sessions).id
     with sessions.begin() as session:
         jobs.request_pause(session=session, job_id=job_id)
 
     def cancel_and_delete() -> None:
-        time.sleep(1.0)  # by then the stream has told of the first events
+        has_told.wait(60)
         with sessions.begin() as session:
             jobs.request_cancel(session=session, job_id=job_id)
             jobs.delete_job(session=session, job_id=job_id)
@@ -138,7 +156,7 @@ def test_a_stream_of_a_job_that_is_deleted_meanwhile_ends(client: TestClient, se
 @pytest.fixture
 def api(settings: Settings, sessions: Sessions) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The API as a process of its own that keeps one stream open at most, with a heartbeat each second."""
-    values = {"max_streams": 1, "stream_heartbeat_seconds": 1, "port": 0, "shutdown_seconds": 20}
+    values = {"max_streams": 1, "stream_heartbeat_seconds": 1, "port": 0, "shutdown_seconds": SHUTDOWN_SECONDS}
     known = settings.model_copy(update=values).model_dump(mode="json")
     environment = {f"CLIPRD_{name.upper()}": str(value) for name, value in known.items()}
     command = [sys.executable, "-m", "service"]
@@ -155,7 +173,7 @@ def test_news_arrive_while_they_happen_and_a_shutdown_ends_the_stream(api: tuple
     url, process = api
     job_id = create(sessions).id
     with (
-        httpx.Client(base_url=url, timeout=10, trust_env=False) as client,
+        httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, trust_env=False) as client,
         client.stream("GET", f"/jobs/{job_id}/events", headers=STREAM) as stream,
     ):
         lines = stream.iter_lines()
@@ -170,8 +188,8 @@ def test_news_arrive_while_they_happen_and_a_shutdown_ends_the_stream(api: tuple
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert list(events) == []
-        assert process.wait(15) in (0, -signal.SIGTERM)
-        assert time.monotonic() - started < 10, "it did not wait for the stream's client"
+        assert process.wait(SHUTDOWN_SECONDS) in (0, -signal.SIGTERM)
+        assert time.monotonic() - started < SHUTDOWN_SECONDS / 2, "it did not wait for the stream's client"
 
 
 def test_values_that_a_step_gets_after_it_was_told_are_told(api: tuple[str, subprocess.Popen[bytes]], sessions: Sessions) -> None:
@@ -185,7 +203,7 @@ def test_values_that_a_step_gets_after_it_was_told_are_told(api: tuple[str, subp
 
     write(*(measured(step, train_loss=1 / step) for step in (1, 2)))
     with (
-        httpx.Client(base_url=api[0], timeout=10, trust_env=False) as client,
+        httpx.Client(base_url=api[0], timeout=TIMEOUT_SECONDS, trust_env=False) as client,
         client.stream("GET", f"/jobs/{job_id}/metrics/stream") as stream,
     ):
         told = ((event, data) for event, _, data in parse(stream.iter_lines()))
@@ -261,9 +279,9 @@ def test_a_stream_of_few_metrics_reads_on_past_steps_without_them(
 def test_a_stream_that_is_left_makes_room(api: tuple[str, subprocess.Popen[bytes]], sessions: Sessions) -> None:
     url, _ = api
     path = f"/jobs/{create(sessions).id}/events"
-    with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, trust_env=False) as client:
         for _ in range(3):
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + TIMEOUT_SECONDS
             while True:
                 with client.stream("GET", path, headers=STREAM) as stream:
                     if stream.status_code == 200:
@@ -273,7 +291,9 @@ def test_a_stream_that_is_left_makes_room(api: tuple[str, subprocess.Popen[bytes
                 time.sleep(0.05)
 
 
-def test_a_stream_ends_when_its_key_is_revoked(settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_ends_when_its_key_is_revoked(
+    settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch, has_told: threading.Event
+) -> None:
     monkeypatch.setattr("service.streams.ALLOWED_SECONDS", 0.2)  # after what there is was told
     job_id = create(sessions).id
     with sessions.begin() as session:
@@ -296,11 +316,12 @@ def test_a_stream_ends_when_its_key_is_revoked(settings: Settings, sessions: Ses
             told.append(" ".join(event for event, _, _ in parse(iter(lines))))
 
         for one, then, expected in ((key, revoke, "created queued"), (other, end_the_job, "created queued claimed failed end")):
+            has_told.clear()
             follower = threading.Thread(target=follow, args=(one,))
             follower.start()
-            eventually(lambda: client.app.state.services.streams.num_open or None)  # type: ignore[attr-defined]
+            assert has_told.wait(TIMEOUT_SECONDS)
             then()
-            follower.join(30)
+            follower.join(TIMEOUT_SECONDS)
             assert told.pop() == expected
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from service.batches import MAX_CALLS, MAX_ITEMS, Batches
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS = 60
 
 
 class Work:

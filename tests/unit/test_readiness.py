@@ -33,6 +33,12 @@ class Store:
             raise self.error
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test does not say otherwise, nothing hangs, however slow the machine is."""
+    monkeypatch.setattr(readiness, "LIMIT_SECONDS", 60.0)
+
+
 @pytest.fixture
 def store() -> Iterator[Store]:
     store = Store()
@@ -54,6 +60,7 @@ def ask(asked: Readiness, times: int = 1) -> list[dict[str, str]]:
 
 
 def test_one_look_serves_all_who_ask_until_it_is_old(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "READY_SECONDS", 3600.0)
     asked = readiness_of(store)
     assert ask(asked, 50) == [{}] * 50
     assert ask(asked) == [{}]
@@ -85,7 +92,7 @@ def test_a_failure_is_noticed_and_told_in_one_line_and_so_is_its_end(store: Stor
 def test_a_part_that_hangs_has_failed_and_is_not_asked_again_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "LIMIT_SECONDS", 0.1)
     monkeypatch.setattr(readiness, "NOT_READY_SECONDS", 0.0)
-    asked = readiness_of(store)
+    asked = Readiness({"store": Part(store.check, "Look at it.")})  # alone: a busy machine may not give another one its turn in time
     store.goes_on.clear()
     for _ in range(5):
         assert ask(asked, 10) == [{"store": "has not answered for 0.1 s"}] * 10
@@ -121,6 +128,6 @@ def test_a_silent_store_holds_up_nobody(settings: Settings, store: Store, monkey
             probe.start()
         assert client.get("/jobs").status_code == 200
         for probe in probes:
-            probe.join(30)
+            probe.join(60)
     assert answers == [503] * 45
     assert store.num_checks == 1
