@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from tests.chaos.trainers import MARK_VARIABLE, Census, TrainerWatch
 from tests.live import eventually
 from worker.run_cookie import COOKIE_VARIABLE
 
-MARK = "a mark of this test's"
+MARK = f"a mark of this test's {uuid.uuid4().hex}"
 JOB_ID = "job-0001"
 
 
@@ -112,7 +113,7 @@ def echo(tmp_path: Path) -> Iterator[Path]:
 
 
 def connect(proxy: Proxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), timeout=5)
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=60)
 
 
 def test_a_silent_network_delivers_late_and_a_refusing_one_breaks_connections(echo: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_silent_network_delivers_late_and_a_refusing_one_breaks_connections(ec
         with pytest.raises(TimeoutError):
             client.recv(10)
         proxy.set(Network.WHOLE)
-        client.settimeout(5)
+        client.settimeout(60)
         assert client.recv(10) == b"late"
         proxy.set(Network.REFUSING)
         with pytest.raises(ConnectionResetError):

@@ -35,7 +35,7 @@ def test_child_dies_with_its_parent_if_asked() -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         assert child.is_running()
         parent.kill()
-        child.wait(timeout=10)
+        child.wait(timeout=60)
     finally:
         parent.kill()
         parent.communicate()

@@ -170,7 +170,7 @@ def test_a_store_that_is_opened_while_others_evict_stays_until_it_is_closed(tmp_
     evicting = threading.Thread(target=evict_all)
     evicting.start()
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while min(num_evicted, num_held) < 20 and time.monotonic() < deadline:
             create_store(tmp_path, key, teacher="", data="")
             lock = lock_shared(folder)
@@ -215,7 +215,7 @@ def test_usage_adds_up_and_never_waits_unless_told(tmp_path: Path) -> None:
     assert add_usage(folder, hits=4, misses=0, filled=(5, 3))
     usage = list_stores(tmp_path)[0].usage
     assert (usage.hits, usage.misses, usage.num_images, usage.num_texts) == (7, 1, 5, 3)
-    assert time.time() - usage.last_used < 10
+    assert time.time() - usage.last_used < 60
     with (folder / "usage.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert not add_usage(folder, hits=1, misses=0, filled=(5, 3))
