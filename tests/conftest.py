@@ -91,6 +91,12 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
+def patient_readiness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/readyz` waits for its parts however slow the machine is: none of them hangs."""
+    monkeypatch.setattr("service.readiness.LIMIT_SECONDS", 60.0)
+
+
+@pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
     """The API of `settings`; an exception inside it becomes the 500 that a real client would see."""
     from service.app import create_app

@@ -21,6 +21,8 @@ from service.client import Client
 from service.settings import Settings
 from tests.store_helpers import spec_dict, write_table
 
+pytestmark = pytest.mark.usefixtures("patient_readiness")
+
 
 def run(settings: Settings, *arguments: str) -> tuple[int, str, str]:
     result = CliRunner(env={"CLIPRD_DATABASE_URL": settings.database_url, "COLUMNS": "200"}).invoke(cli, ["keys", *arguments])

@@ -16,6 +16,8 @@ from service.settings import Settings
 from service.store import session
 from tests.store_helpers import local_client
 
+pytestmark = pytest.mark.usefixtures("patient_readiness")
+
 
 def not_ready(settings: Settings) -> dict[str, str]:
     with local_client(create_app(settings)) as client:
@@ -72,7 +74,7 @@ def test_the_process_is_up_while_all_its_threads_wait(settings: Settings) -> Non
         limiter.total_tokens = 1
         limiter.acquire_on_behalf_of_nowait("a request that waits")
         async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(settings)), base_url="http://127.0.0.1") as client:
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 return (await client.get("/healthz")).status_code
 
     assert anyio.run(answer) == 200

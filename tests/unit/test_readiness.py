@@ -16,6 +16,8 @@ from service.settings import Settings
 from tests.live import eventually
 from tests.store_helpers import local_client
 
+pytestmark = pytest.mark.usefixtures("patient_readiness")
+
 
 class Store:
     """A part that can hang, or fail."""
@@ -31,12 +33,6 @@ class Store:
         self.goes_on.wait()
         if self.error is not None:
             raise self.error
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test does not say otherwise, nothing hangs, however slow the machine is."""
-    monkeypatch.setattr(readiness, "LIMIT_SECONDS", 60.0)
 
 
 @pytest.fixture
