@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from cliprd_core import train
 from cliprd_core.run_dir import EXPORT_DIR, METRICS_FILE, SPEC_FILE, MetricsRecord, read_records
 from cliprd_core.spec import JobSpec
+from tests.held_trainer import HELD_STEP_VARIABLE
 from tests.process_group import free_port
 from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
 
+ROOT = Path(__file__).parents[1]
 WEIGHTS = f"{EXPORT_DIR}/open_clip_model.safetensors"
 NUM_STEPS = 8
 TIMEOUT_SECONDS = 120
@@ -59,16 +61,22 @@ def run_here(run: Path, spec: JobSpec) -> int:
     return train.main([str(run / SPEC_FILE)])
 
 
-def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1) -> subprocess.Popen[bytes]:
+def start(
+    run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1, held_step: int | None = None
+) -> subprocess.Popen[bytes]:
+    """As processes of their own. A run that is to be killed or stopped does not begin `held_step` before that."""
     run.mkdir(exist_ok=True)
     (run / SPEC_FILE).write_text(spec.model_dump_json())
     launcher = [sys.executable]
     if num_processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
+    trainer = "cliprd_core.train" if held_step is None else "tests.held_trainer"
+    held = {} if held_step is None else {HELD_STEP_VARIABLE: str(held_step)}
     with (run / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [*launcher, "-m", "cliprd_core.train", str(run / SPEC_FILE)],
-            env={**os.environ, "CLIPRD_ATTEMPT": str(attempt)},
+            [*launcher, "-m", trainer, str(run / SPEC_FILE)],
+            cwd=ROOT,
+            env={**os.environ, "CLIPRD_ATTEMPT": str(attempt), **held},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -80,8 +88,11 @@ def wait_for_step(
 ) -> None:
     """Return as soon as `attempt` has recorded `step`, so within a few milliseconds of the update."""
     deadline = time.monotonic() + timeout_seconds
-    while not any(record.step >= step and record.attempt == attempt for record in metrics(run)):
-        assert process.poll() is None, (run / "log.txt").read_text()
+    while True:
+        has_ended = process.poll() is not None  # asked first: one that ends in between has recorded it all the same
+        if any(record.step >= step and record.attempt == attempt for record in metrics(run)):
+            return
+        assert not has_ended, (run / "log.txt").read_text()
         assert time.monotonic() < deadline, (run / "log.txt").read_text()
         time.sleep(0.005)
 

@@ -10,7 +10,7 @@ import pytest
 
 from cliprd_core.compiled_towers import CACHE_NAME
 from cliprd_core.run_dir import ERROR_FILE, ErrorReason, ErrorRecord, read_record
-from tests.training_runs import Inputs, assert_same_weights, losses, make_inputs, run_here, start, wait_for_step
+from tests.training_runs import NUM_STEPS, Inputs, assert_same_weights, losses, make_inputs, run_here, start, wait_for_step
 
 HAS_COMPILER = shutil.which("g++") is not None and any(Path(sys.base_prefix, "include").glob("python*/Python.h"))
 
@@ -28,6 +28,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPRD_CACHE_DIR", str(tmp_path / "cache"))
 
 
+@pytest.mark.timeout(4 * COMPILE_SECONDS)
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs g++ and Python's headers")
 @pytest.mark.usefixtures("_own_cache")
 def test_compiled_and_killed_a_run_ends_with_the_weights_of_one_that_was_not(tmp_path: Path, inputs: Inputs) -> None:
@@ -39,7 +40,7 @@ def test_compiled_and_killed_a_run_ends_with_the_weights_of_one_that_was_not(tmp
     assert "compiled the student's towers" in (straight / "log.txt").read_text()
     assert any((tmp_path / "cache" / CACHE_NAME).iterdir())
 
-    process = start(killed, inputs.spec(**changes))
+    process = start(killed, inputs.spec(**changes), held_step=NUM_STEPS)
     wait_for_step(killed, 5, process, timeout_seconds=COMPILE_SECONDS)
     process.kill()
     process.wait()
@@ -51,6 +52,7 @@ def test_compiled_and_killed_a_run_ends_with_the_weights_of_one_that_was_not(tmp
     assert losses(straight) == pytest.approx(losses(plain), rel=1e-4)
 
 
+@pytest.mark.timeout(2 * COMPILE_SECONDS)
 @pytest.mark.usefixtures("_own_cache")
 def test_without_a_compiler_the_message_names_the_field_and_what_to_install(
     tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch

@@ -93,7 +93,7 @@ def test_a_stopped_run_with_patch_dropout_resumes_to_the_same_weights(folder: Pa
     config["vision_cfg"]["patch_dropout"] = 0.3
     spec = make_spec(folder, student={"config": config}, training={"micro_batch_size": 3, "epochs": 6})
     assert start(tmp_path / "reference", spec).wait(TIMEOUT_SECONDS) == 0
-    process = start(tmp_path / "stopped", spec)
+    process = start(tmp_path / "stopped", spec, held_step=23)
     wait_for_step(tmp_path / "stopped", 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT_SECONDS) == EXIT_CODE_STOPPED, (tmp_path / "stopped" / "log.txt").read_text()

@@ -133,7 +133,7 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(inputs: Inputs, tmp_pa
     assert process.wait(TIMEOUT_SECONDS) == 0, (reference / "log.txt").read_text()
     steps = sorted(random.Random(time.time_ns()).sample(range(1, 10), k=2))  # of 12
     for attempt, step in enumerate(steps, start=1):
-        process = start(killed, inputs.random_spec(), attempt=attempt)
+        process = start(killed, inputs.random_spec(), attempt=attempt, held_step=step + 2)
         wait_for_step(killed, step, process, attempt=attempt)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(TIMEOUT_SECONDS)
@@ -154,7 +154,7 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_stopped(inputs: Inputs, tmp_
     spec = inputs.spec(training={"checkpoint_every_steps": 1000, "epochs": 100})  # long enough not to finish before the signal
     ends = [0]
     for attempt in (1, 2):
-        process = start(run, spec, attempt=attempt)
+        process = start(run, spec, attempt=attempt, held_step=ends[-1] + 4)
         wait_for_step(run, ends[-1] + 2, process, attempt=attempt)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
@@ -195,7 +195,7 @@ def test_several_teachers_teach_and_a_resumed_run_has_them_all(inputs: Inputs, t
     assert result is not None
     assert result.num_teacher_parameters is not None
     assert result.num_teacher_parameters > 2 * 1_500_000
-    process = start(tmp_path / "killed", spec)
+    process = start(tmp_path / "killed", spec, held_step=NUM_STEPS)
     wait_for_step(tmp_path / "killed", 5, process)
     process.kill()
     process.wait()
@@ -211,7 +211,7 @@ def test_two_processes_follow_the_curve_of_one(inputs: Inputs, straight: Path, t
     The run is stopped half-way and resumed by a single process, so it also shows that checkpoints don't depend on their number.
     """
     spec = inputs.spec(data={"validation": [inputs.source]}, training={"checkpoint_every_steps": 1000})
-    process = start(tmp_path / "run", spec, num_processes=2)
+    process = start(tmp_path / "run", spec, num_processes=2, held_step=NUM_STEPS - 1)
     wait_for_step(tmp_path / "run", 4, process)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
     process.wait(TIMEOUT_SECONDS)

@@ -107,7 +107,7 @@ def test_killed_with_a_half_filled_store_it_ends_with_the_same_weights(inputs: I
     killed = tmp_path / "killed"
     steps = sorted(random.Random(time.time_ns()).sample(range(1, 14), k=2))  # of 16
     for attempt, step in enumerate(steps, start=1):
-        process = start(killed, specs[attempt], attempt=attempt)
+        process = start(killed, specs[attempt], attempt=attempt, held_step=step + 2)
         wait_for_step(killed, step, process, attempt=attempt)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(TIMEOUT_SECONDS)
@@ -141,7 +141,7 @@ def test_a_run_that_has_a_store_only_later_goes_on_with_the_same_numbers(inputs:
     assert run_here(tmp_path / "stored", spec) == 0
     shutil.rmtree(root)
     root.write_text("a file where the folder should be")
-    process = start(tmp_path / "run", spec)
+    process = start(tmp_path / "run", spec, held_step=12)
     wait_for_step(tmp_path / "run", 5, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(TIMEOUT_SECONDS)
@@ -166,7 +166,7 @@ def test_killed_with_corrupt_pairs_it_ends_with_the_same_weights(inputs: Inputs,
     assert result is not None
     assert result.num_corrupt_samples == 2
     step = random.Random(time.time_ns()).randrange(1, 14)
-    process = start(tmp_path / "killed", spec)
+    process = start(tmp_path / "killed", spec, held_step=step + 2)
     wait_for_step(tmp_path / "killed", step, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(TIMEOUT_SECONDS)
