@@ -61,9 +61,7 @@ def run_here(run: Path, spec: JobSpec) -> int:
     return train.main([str(run / SPEC_FILE)])
 
 
-def start(
-    run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1, held_step: int | None = None
-) -> subprocess.Popen[bytes]:
+def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1, held_step: int | None = None) -> subprocess.Popen[bytes]:
     """As processes of their own. A run that is to be killed or stopped does not begin `held_step` before that."""
     run.mkdir(exist_ok=True)
     (run / SPEC_FILE).write_text(spec.model_dump_json())
