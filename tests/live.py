@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from service.schemas import JobView
 from service.store.states import JobState
 from tests.tiny import tiny_spec
 
-TIMEOUT_SECONDS = 90.0
+TIMEOUT_SECONDS = 240.0
 SHORT_LEASES = {
     "CLIPRD_LEASE_SECONDS": "5",
     "CLIPRD_HEARTBEAT_SECONDS": "1",
@@ -63,6 +64,8 @@ class Jobs:
         return eventually(look)
 
     def wait_for_checkpoint(self, job_id: str) -> None:
+        """Until the service has heard that the job's training started, and the training has saved."""
+        eventually(lambda: self.client.job(job_id).started_at)
         eventually(lambda: any((self.run_dir(job_id) / "checkpoints").glob("*/COMPLETE.json")) or None)
 
     def steps_of_attempt(self, run: Path, attempt: int) -> list[int]:
@@ -87,12 +90,23 @@ def processes_of(job_id: str) -> list[psutil.Process]:
     return found
 
 
+def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def assert_nothing_runs(job_id: str) -> None:
     """Of a job whose end, pause or handing back has been told: its training had ended by then, the lease's guard ends just after."""
-    left = [process for process in processes_of(job_id) if not _is_guard(process)]
+    left = [process for process in processes_of(job_id) if not is_guard(process)]
     assert not left
     eventually(lambda: not processes_of(job_id) or None)
 
 
-def _is_guard(process: psutil.Process) -> bool:
+def is_guard(process: psutil.Process) -> bool:
+    """Of those that `processes_of` found."""
     return "worker.lease_guard" in process.info["cmdline"]

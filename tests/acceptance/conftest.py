@@ -1,4 +1,4 @@
-"""The embedded service with leases short enough for tests."""
+"""The embedded service, which looks often enough for tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from service.client import Client
 from service.embedded import EmbeddedStack
 from tests.live import SHORT_LEASES, Jobs
 from tests.tiny import write_shards
+
+SETTINGS = SHORT_LEASES | {"CLIPRD_LEASE_SECONDS": "120"}
+"""No test here waits for a lease to run out, so it outlasts any time for which a machine is too busy to renew it."""
+TEST_SECONDS = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole jobs take long where others are at work, too, and a test waits for several."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 class Service(Jobs):
@@ -26,5 +37,5 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
     shards = write_shards(folder / "shards", 32)
     roots = {"CLIPRD_DATA_ROOTS": str(tmp_path_factory.getbasetemp())}
-    with EmbeddedStack(folder / "home", port=0, environment=SHORT_LEASES | roots) as stack, Client(stack.url) as client:
+    with EmbeddedStack(folder / "home", port=0, environment=SETTINGS | roots) as stack, Client(stack.url) as client:
         yield Service(stack, client, shards)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -16,7 +17,7 @@ import pytest
 from service.client import Client
 from service.embedded import EmbeddedStack
 from service.store.states import JobState
-from tests.live import Jobs, eventually, processes_of
+from tests.live import TIMEOUT_SECONDS, Jobs, alive, eventually, processes_of
 from tests.tiny import write_shards
 
 CLIPRD = str(Path(sys.executable).with_name("cliprd"))
@@ -36,9 +37,8 @@ class Up:
         self.url, self.port = found[0], found[1]
         self.children = psutil.Process(self.process.pid).children(recursive=True)
 
-    def survivors(self, timeout_seconds: float) -> list[psutil.Process]:
-        _, alive = psutil.wait_procs(self.children, timeout=timeout_seconds)
-        return [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=TIMEOUT_SECONDS, **options)
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 
 def try_up(*arguments: str) -> str:
-    ended = subprocess.run([CLIPRD, "up", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    ended = subprocess.run([CLIPRD, "up", *arguments], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     return ended.stderr
 
 
 def test_it_refuses_a_home_or_a_port_in_use_and_stops_in_order(up: Up, tmp_path: Path) -> None:
-    assert httpx.get(f"{up.url}/readyz").json() == {"status": "ready"}
+    eventually(lambda: up.get("/readyz").json() == {"status": "ready"} or None)  # it may seem otherwise while the machine stands still
     assert len(up.children) >= 3, "Redis, API and worker"
     assert f"already runs in {up.home}" in try_up("--home", str(up.home), "--port", "0")
     assert f"--port {int(up.port) + 1}" in try_up("--home", str(tmp_path / "other"), "--port", up.port)
@@ -67,15 +67,15 @@ def test_it_refuses_a_home_or_a_port_in_use_and_stops_in_order(up: Up, tmp_path:
         "--home", str(blocked), "--port", "0"
     )
     up.process.send_signal(signal.SIGTERM)
-    said, _ = up.process.communicate(timeout=30)
+    said, _ = up.process.communicate(timeout=TIMEOUT_SECONDS)
     assert up.process.returncode == 0
     assert "Stopping" in said
-    assert not up.survivors(0)
+    assert not alive(up.children)
 
 
 def test_a_killed_one_takes_everything_with_it(up: Up) -> None:
     up.process.kill()
-    assert not up.survivors(10)
+    eventually(lambda: not alive(up.children) or None)
 
 
 def test_it_listens_for_other_machines_once_there_is_a_key(tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_it_listens_for_other_machines_once_there_is_a_key(tmp_path: Path) -> No
     made = subprocess.run([CLIPRD, *found[1].split(), "--name", "x", *found[2].split()], capture_output=True, text=True, check=True)
     up = Up(home, "--host", "0.0.0.0")
     try:
-        listening = {one.laddr.ip for child in up.children for one in child.net_connections() if str(one.laddr.port) == up.port}
+        listening = {one.laddr.ip for child in alive(up.children) for one in child.net_connections() if str(one.laddr.port) == up.port}
         assert "0.0.0.0" in listening
-        assert httpx.get(f"{up.url}/jobs").status_code == 401
-        assert httpx.get(f"{up.url}/jobs", headers={"Authorization": f"Bearer {made.stdout.strip()}"}).status_code == 200
+        assert up.get("/jobs").status_code == 401
+        assert up.get("/jobs", headers={"Authorization": f"Bearer {made.stdout.strip()}"}).status_code == 200
     finally:
         up.process.send_signal(signal.SIGINT)
-        up.process.communicate(timeout=60)
+        up.process.communicate(timeout=TIMEOUT_SECONDS)
 
 
 def test_a_job_goes_on_at_once_after_everything_was_killed(tmp_path: Path) -> None:
