@@ -14,7 +14,7 @@ from service.store.states import JobState
 from tests.chaos.lab import Lab, Reference
 from tests.live import eventually
 
-STRAY_SECONDS = 10.0
+STRAY_SECONDS = 60.0
 WEIGHTS = "open_clip_model.safetensors"
 
 Faults = list[str]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from service.client import Client
-from tests.chaos.invariants import INVARIANTS, reference_of
+from tests.chaos.invariants import INVARIANTS, STRAY_SECONDS, reference_of
 from tests.chaos.lab import Bench, Lab, SkippedError
 from tests.chaos.stack import Stack
 from tests.chaos.story import story_of
@@ -107,7 +107,7 @@ def play(chosen: Scenario, bench: Bench) -> Row:
                 faults = check(lab)
                 row.held[name] = not faults
                 row.problems += faults
-        eventually(lambda: not Census(mark).take() or None, timeout_seconds=10.0)
+        eventually(lambda: not Census(mark).take() or None, STRAY_SECONDS)
     except SkippedError as error:
         row.skipped = str(error)
     except Exception as error:
@@ -135,7 +135,7 @@ def open_lab(chosen: Scenario, bench: Bench, home: Path) -> Iterator[Lab]:
     """A stack with those who watch it."""
     rng = random.Random(f"{bench.seed} {chosen.name}")
     settings = chosen.settings(bench) if callable(chosen.settings) else chosen.settings
-    stack = Stack(home, bench.postgres, bench.folder, settings=settings, are_apart=chosen.are_apart, rng=rng)
+    stack = Stack(home, bench.postgres, bench.folder, settings={**bench.settings, **settings}, are_apart=chosen.are_apart, rng=rng)
     home.mkdir()
     with (
         chosen.around(bench, home) as around,

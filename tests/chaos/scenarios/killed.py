@@ -13,13 +13,16 @@ from typing import LiteralString
 import psycopg
 from sqlalchemy.engine import make_url
 
-from tests.chaos.lab import Lab
+from tests.chaos.lab import EPOCHS, STEPS_PER_EPOCH, Lab
+from tests.chaos.paced_trainer import HELD_STEP_VARIABLE
 from tests.chaos.scenario import scenario
 from tests.live import eventually
 
 NUM_KILLS = 5
 SUBMISSION_SECONDS = 0.05
 """About as long as one takes."""
+HELD = {HELD_STEP_VARIABLE: str(EPOCHS * STEPS_PER_EPOCH - 10)}
+"""For a run whose first attempt is to be killed."""
 
 
 @scenario(
@@ -79,7 +82,7 @@ def counted(connection: psycopg.Connection, query: LiteralString) -> int:
     return int(row[0])
 
 
-@scenario("worker-parent-killed", "SIGKILL of a worker's parent process, which is not started again")
+@scenario("worker-parent-killed", "SIGKILL of a worker's parent process, which is not started again", settings=HELD)
 def worker_parent_killed(lab: Lab) -> None:
     job_id = lab.train_to_checkpoint()
     lab.holder(job_id).kill()
@@ -87,7 +90,7 @@ def worker_parent_killed(lab: Lab) -> None:
     assert lab.finish(job_id).attempt == 2
 
 
-@scenario("worker-child-killed", "SIGKILL of the worker's child that runs the job")
+@scenario("worker-child-killed", "SIGKILL of the worker's child that runs the job", settings=HELD)
 def worker_child_killed(lab: Lab) -> None:
     job_id = lab.train_to_checkpoint()
     lab.holder(job_id).pool_child().kill()
@@ -95,7 +98,7 @@ def worker_child_killed(lab: Lab) -> None:
     assert lab.finish(job_id).attempt == 2
 
 
-@scenario("torchrun-killed", "SIGKILL of torchrun, two training processes", num_processes=2)
+@scenario("torchrun-killed", "SIGKILL of torchrun, two training processes", settings=HELD, num_processes=2)
 def torchrun_killed(lab: Lab) -> None:
     job_id = lab.train_to_checkpoint()
     os.kill(lab.launcher(job_id).pid, signal.SIGKILL)
@@ -103,7 +106,7 @@ def torchrun_killed(lab: Lab) -> None:
     assert lab.finish(job_id).attempt == 2
 
 
-@scenario("rank-killed", "SIGKILL of the second of two training processes", num_processes=2)
+@scenario("rank-killed", "SIGKILL of the second of two training processes", settings=HELD, num_processes=2)
 def rank_killed(lab: Lab) -> None:
     job_id = lab.train_to_checkpoint()
     os.kill(lab.ranks(job_id)[-1].pid, signal.SIGKILL)
