@@ -6,6 +6,7 @@ import atexit
 import itertools
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -148,13 +149,29 @@ class TrainLoader:
             self._start_stream(position)
         assert self._stream is not None
         self._next = None  # until the batch is here: after an error the stream's place is unknown
-        built = next(self._stream)
+        try:
+            built = next(self._stream)
+        except RuntimeError as error:
+            self._tell_of_a_killed_process(error)
+            raise
         if isinstance(built, InvalidDataError):
             raise built
         if isinstance(built, PackedBatch):  # not where torch's pinning thread has opened it
             built = BatchSlots.unpack(built)
         self._next = self._requests.after(position)
         return built
+
+    def _tell_of_a_killed_process(self, error: RuntimeError) -> None:
+        """torch raises its word for a loader process that SIGKILL ended from its handler of SIGCHLD. If what that interrupts bears any
+        exception, as logging does, it says seconds later only that a process has exited.
+
+        Raises:
+            RuntimeError: SIGKILL ended one, in torch's words.
+        """
+        for process in getattr(self._stream, "_workers", ()):
+            if process.exitcode == -signal.SIGKILL:
+                message = f"DataLoader worker (pid {process.pid}) is killed by signal: {signal.strsignal(signal.SIGKILL)}."
+                raise RuntimeError(message) from error
 
     def _start_stream(self, position: Position) -> None:
         assert self._loader is not None, "the loader is closed"

@@ -30,7 +30,7 @@ JOB_ID = "job-0001"
 @contextmanager
 def trainer(cookie: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that looks like a training process of JOB_ID."""
-    command = [sys.executable, "-c", "import time; time.sleep(60)", f"/runs/{JOB_ID}/spec.json"]
+    command = [sys.executable, "-c", "import time; time.sleep(600)", f"/runs/{JOB_ID}/spec.json"]
     process = subprocess.Popen(command, env={MARK_VARIABLE: MARK, COOKIE_VARIABLE: cookie, "RANK": "0"})
     try:
         yield process

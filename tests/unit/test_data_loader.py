@@ -429,3 +429,18 @@ class TestProcesses:
         train_loader.close()
         train_loader.close()
         assert not psutil.wait_procs(children, timeout=60)[1]
+
+    def test_a_killed_process_is_told_though_the_handler_s_word_was_lost(self, folder: Path) -> None:
+        """torch tells it by an exception from its handler of SIGCHLD, which code that bears any exception swallows, such as logging's."""
+        with closing(loader(folder, num_data_workers=1)) as train_loader:
+            before = set(psutil.Process().children())
+            batches = train_loader.epoch(0)
+            next(batches)
+            (child,) = set(psutil.Process().children()) - before
+            handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+            try:
+                child.kill()
+                with pytest.raises(RuntimeError, match=f"{child.pid}\\) is killed by signal: Killed"):
+                    list(batches)
+            finally:
+                signal.signal(signal.SIGCHLD, handler)
