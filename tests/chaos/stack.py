@@ -18,7 +18,7 @@ import httpx
 import psutil
 from sqlalchemy.engine import make_url
 
-from service.embedded import API_GRACE_SECONDS, Child, answers, choose_port, wait_until, worker_command
+from service.embedded import API_GRACE_SECONDS, Child, answers, held_port, wait_until, worker_command
 from tests.chaos.paced_trainer import PACE_VARIABLE
 from tests.chaos.proxy import Proxy
 from tests.chaos.trainers import MARK_VARIABLE, Census, Marked
@@ -112,8 +112,8 @@ class Stack:
         self.proxy = Proxy(postgres.socket, cut_probability=CUT_PROBABILITY, rng=rng)
         self.redis = RedisServer()
         self.broker_proxy = Proxy(self.redis.port, cut_probability=CUT_PROBABILITY, rng=rng)
-        self.port = choose_port(0)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.port = 0
+        self.url = ""
         self.workers: list[Worker] = []
 
     def __enter__(self) -> Self:
@@ -126,6 +126,8 @@ class Stack:
         self._cleanup.close()
 
     def _start(self, cleanup: ExitStack) -> None:
+        self.port = cleanup.enter_context(held_port(0))
+        self.url = f"http://127.0.0.1:{self.port}"
         self.database_url = cleanup.enter_context(self.postgres.database())
         cleanup.enter_context(self.proxy)
         cleanup.enter_context(self.redis)
