@@ -43,7 +43,6 @@ def check_shared_evaluation(rank: int, num_processes: int, port: int, folder: st
     dist.destroy_process_group()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_share_an_evaluation(num_processes: int, tmp_path: Path) -> None:
     write_classification(tmp_path / "many", [number * 7 % 6 for number in range(23)])

@@ -174,7 +174,6 @@ def check_one_exchange(rank: int, num_processes: int, port: int) -> None:
     distributed.shutdown()
 
 
-@pytest.mark.timeout(120)
 def test_two_processes_exchange_gradients_once() -> None:
     run_processes(check_one_exchange, 2)
 
@@ -209,7 +208,6 @@ def check_every_term(rank: int, num_processes: int, port: int) -> None:
     distributed.shutdown()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_micro_batches_in_a_group_have_the_gradients_of_one_process_for_every_term(num_processes: int) -> None:
     run_processes(check_every_term, num_processes)

@@ -198,24 +198,20 @@ def check_collectives(rank: int, num_processes: int, port: int) -> None:
     assert distributed.world_size() == 1
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
 def test_equals_one_process_on_the_whole_batch(num_processes: int) -> None:
     run_processes(check_objective, num_processes)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_random_problems_equal_numpy_and_one_process(num_processes: int) -> None:
     run_processes(check_properties, num_processes)
 
 
-@pytest.mark.timeout(120)
 def test_feature_gradients() -> None:
     run_processes(check_feature_gradients, 3)
 
 
-@pytest.mark.timeout(120)
 def test_collectives() -> None:
     run_processes(check_collectives, 3)
 
