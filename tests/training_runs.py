@@ -17,7 +17,7 @@ from cliprd_core import train
 from cliprd_core.run_dir import EXPORT_DIR, METRICS_FILE, SPEC_FILE, MetricsRecord, read_records
 from cliprd_core.spec import JobSpec
 from tests.held_trainer import HELD_STEP_VARIABLE
-from tests.process_group import free_port
+from tests.ports import free_port
 from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
 
 ROOT = Path(__file__).parents[1]
