@@ -48,9 +48,13 @@ class DamagedCheckpointError(Exception):
         self.fault = fault
 
 
+class RemovedCheckpointError(Exception):
+    """The trainer removed a checkpoint just now, for it has newer ones."""
+
+
 class CheckpointMirror:
     """Uploads the best and then the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
-    One that is found damaged is disowned, and the one before takes its place.
+    One that is found damaged is disowned, and the one before takes its place; one that the trainer just removed gives way to the newest.
 
     An upload goes from links of its own to the files, as it may take longer than the trainer keeps the checkpoint.
 
@@ -97,7 +101,7 @@ class CheckpointMirror:
             OSError: a file could not be copied; others of OUT_OF_REACH: the database is.
         """
         self.wait()
-        self._passing_over_damage(self._upload)
+        self._until_done(self._upload)
 
     def mirror_best(self) -> None:
         """Mirror the best one if that is new, now, however long the store is away.
@@ -106,15 +110,17 @@ class CheckpointMirror:
             StopAskedError: the run is to stop meanwhile; others as of `mirror`.
         """
         self.wait()
-        self._passing_over_damage(partial(self._upload_best, self._job.put_file_patiently))
+        self._until_done(partial(self._upload_best, self._job.put_file_patiently))
 
-    def _passing_over_damage(self, upload: Callable[[], None]) -> None:
-        """Upload, once more after each checkpoint that is found damaged."""
+    def _until_done(self, upload: Callable[[], None]) -> None:
+        """Upload, once more after each checkpoint that is found damaged or gone: neither is found again."""
         while True:
             try:
                 upload()
             except DamagedCheckpointError as error:
                 disown(error.folder, error.fault)
+            except RemovedCheckpointError as error:
+                logger.debug("job %s: %s", self._job.id, error)
             else:
                 return
 
@@ -137,6 +143,7 @@ class CheckpointMirror:
 
         Raises:
             DamagedCheckpointError: it is not what its marker says; nothing of it is known.
+            RemovedCheckpointError: it is gone; nothing of it is known.
         """
         with _held(folder) as (links, marker):
             known = {artifact.name: artifact.sha256 for artifact in self._job.artifacts(self._job.id, kind, folder.name)}
@@ -177,10 +184,10 @@ class CheckpointMirror:
 
     def _try_mirror(self) -> None:
         try:
-            self._passing_over_damage(self._upload)
+            self._until_done(self._upload)
         except LeaseLostError:
             logger.info("job %s: lost while mirroring a checkpoint", self._job.id)
-        except (OSError, *OUT_OF_REACH) as error:  # the trainer may have removed it meanwhile; the next one comes
+        except (OSError, *OUT_OF_REACH) as error:
             logger.warning("job %s: a checkpoint was not mirrored: %s", self._job.id, error)
             self._not_before = time.monotonic() + RETRY_SECONDS
 
@@ -191,12 +198,15 @@ def _held(folder: Path) -> Iterator[tuple[Path, CheckpointMarker]]:
 
     Raises:
         DamagedCheckpointError: it is not what its marker says.
-        FileNotFoundError: the trainer removed it just now.
+        RemovedCheckpointError: the trainer removed it just now.
     """
     links = folder.with_name(f"{MIRRORING_PREFIX}{folder.name}-{secrets.token_hex(4)}")
     links.mkdir()
     try:
-        _link(folder / CHECKPOINT_MARKER, links)
+        try:
+            _link(folder / CHECKPOINT_MARKER, links)
+        except FileNotFoundError as error:
+            raise RemovedCheckpointError(f"{folder} was removed by the trainer") from error
         try:
             marker = CheckpointMarker.model_validate_json((links / CHECKPOINT_MARKER).read_bytes())
         except ValueError as error:
@@ -210,7 +220,7 @@ def _held(folder: Path) -> Iterator[tuple[Path, CheckpointMarker]]:
         if missing and (folder / CHECKPOINT_MARKER).is_file():
             raise DamagedCheckpointError(folder, f"{', '.join(missing)} missing")
         if missing:  # the trainer is removing it, the marker first
-            raise FileNotFoundError(f"{folder} was removed by the trainer")
+            raise RemovedCheckpointError(f"{folder} was removed by the trainer")
         yield links, marker
     finally:
         shutil.rmtree(links, ignore_errors=True)
