@@ -150,7 +150,8 @@ async def stream_metrics(
 ) -> Response:
     """Events `metrics`, `{"step": …, "values": {name: value}}`, in the order of writing. A step is told again, with all that is known of
     it, when more of it becomes known: an evaluation's values come after the training's, and a resumed run measures the steps after its
-    checkpoint again. The later event counts. The last one is `end` with the job's state."""
+    checkpoint again. The later event counts. The last one is `end` with the job's state. "Try it out" shows nothing before then; look at
+    one while it comes with `curl -N`."""
     look = partial(_metrics, metric_names(names), since_step)
     return await follower.follow(job_id, look, metrics.newest_position, since_step)
 
