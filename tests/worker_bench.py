@@ -132,7 +132,7 @@ def soon(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     def wait_and_act() -> None:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not condition():
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, f"what was waited for did not come: {condition}"
             time.sleep(0.02)
         act()
 

@@ -51,6 +51,10 @@ class DamagedCheckpointError(Exception):
 class RemovedCheckpointError(Exception):
     """The trainer removed a checkpoint just now, for it has newer ones."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} was removed by the trainer")
+        self.folder = folder
+
 
 class CheckpointMirror:
     """Uploads the best and then the newest complete checkpoint whenever asked and idle; older ones that were never uploaded are skipped.
@@ -113,14 +117,17 @@ class CheckpointMirror:
         self._until_done(partial(self._upload_best, self._job.put_file_patiently))
 
     def _until_done(self, upload: Callable[[], None]) -> None:
-        """Upload, once more after each checkpoint that is found damaged or gone: neither is found again."""
+        """Upload, once more after each checkpoint that is found damaged or gone."""
+        gone = None
         while True:
             try:
                 upload()
             except DamagedCheckpointError as error:
                 disown(error.folder, error.fault)
             except RemovedCheckpointError as error:
-                logger.debug("job %s: %s", self._job.id, error)
+                if error.folder == gone:  # the look and the upload see different things, as over NFS for a while
+                    raise FileNotFoundError(f"{gone} is there and can't be read") from error
+                gone = error.folder
             else:
                 return
 
@@ -206,7 +213,7 @@ def _held(folder: Path) -> Iterator[tuple[Path, CheckpointMarker]]:
         try:
             _link(folder / CHECKPOINT_MARKER, links)
         except FileNotFoundError as error:
-            raise RemovedCheckpointError(f"{folder} was removed by the trainer") from error
+            raise RemovedCheckpointError(folder) from error
         try:
             marker = CheckpointMarker.model_validate_json((links / CHECKPOINT_MARKER).read_bytes())
         except ValueError as error:
@@ -220,7 +227,7 @@ def _held(folder: Path) -> Iterator[tuple[Path, CheckpointMarker]]:
         if missing and (folder / CHECKPOINT_MARKER).is_file():
             raise DamagedCheckpointError(folder, f"{', '.join(missing)} missing")
         if missing:  # the trainer is removing it, the marker first
-            raise RemovedCheckpointError(f"{folder} was removed by the trainer")
+            raise RemovedCheckpointError(folder)
         yield links, marker
     finally:
         shutil.rmtree(links, ignore_errors=True)

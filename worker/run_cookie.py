@@ -32,13 +32,14 @@ def processes_with_cookie(cookie: str) -> Iterator[int]:
                     yield int(folder.name)
 
 
-def _start_of(pid: int) -> str | None:
-    """When a live process started, in the kernel's ticks; None: it has ended."""
+def _start_of(pid: int) -> bytes | None:
+    """When a process started, in the kernel's ticks; None: it has ended, with all of its threads."""
     try:
-        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *others = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # the name before it can be any bytes
     except OSError:
         return None
-    return None if state in "ZX" else others[18]
+    num_threads, start = int(others[16]), others[18]
+    return None if state in (b"Z", b"X") and num_threads <= 1 else start  # that state is its first thread's, and the others hold its files
 
 
 def kill_processes(cookie: str, reap: Callable[[], bool] = lambda: True) -> list[int]:
@@ -52,7 +53,7 @@ def kill_processes(cookie: str, reap: Callable[[], bool] = lambda: True) -> list
         Those that survive after KILL_TIMEOUT_SECONDS, since they hang in the kernel; mostly none.
     """
     deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
-    killed: dict[int, str | None] = {}  # with when they started, as ids are used again
+    killed: dict[int, bytes | None] = {}  # with when they started, as ids are used again
     while True:
         found = list(processes_with_cookie(cookie))
         killed |= {pid: _start_of(pid) for pid in found}

@@ -18,7 +18,8 @@ SETTINGS = {"CLIPRD_LEASE_SECONDS": "15"}
 def bench(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """With the undisturbed run that the others are compared with."""
     folder = tmp_path_factory.mktemp("chaos")
-    bench = Bench(postgres_server, folder, write_shards(folder / "shards", 32), outage_seconds=5.0, seed=0, settings=SETTINGS)
+    shards = write_shards(folder / "shards", 32)
+    bench = Bench(postgres_server, folder, shards, outage_seconds=5.0, seed=0, settings=SETTINGS, stray_seconds=60.0)
     row = play(UNDISTURBED[1], bench)
     assert row.is_good, row.problems
     return bench

@@ -21,7 +21,7 @@ import yaml
 from cliprd_core import train
 from cliprd_core.connections import PEER_TIMEOUT_VARIABLE
 from cliprd_core.run_dir import ERROR_FILE, RESULT_FILE, SPEC_FILE, ErrorReason, ErrorRecord, read_record
-from tests.held_trainer import HELD_STEP_VARIABLE
+from tests.held_trainer import held_by_this
 from tests.process_group import run_processes, set_group_environment
 from tests.training_runs import ROOT, TIMEOUT_SECONDS, assert_same_weights, make_inputs, metrics, wait_for_step
 
@@ -112,7 +112,7 @@ def connect(first: Node, second: Node) -> None:
 
 def held(node: Node, lost: Node, step: int) -> dict[str, str]:
     """The machine that is to be lost does not begin this step, so that the run does not end first."""
-    return {HELD_STEP_VARIABLE: str(step)} if node is lost else {}
+    return held_by_this(step) if node is lost else {}
 
 
 def torchrun(nodes: tuple[Node, Node], run: Path, *, attempt: int, lost: Node, held_step: int) -> Started:

@@ -17,7 +17,9 @@ import pytest
 
 from service.client import Client
 from service.embedded import HOST, EmbeddedError, EmbeddedStack, held_port
+from service.store.session import make_engine, make_sessions, reading
 from service.store.states import JobState
+from service.store.workers import list_workers
 from tests.live import TIMEOUT_SECONDS, Jobs, alive, eventually, processes_of
 from tests.tiny import write_shards
 
@@ -72,6 +74,16 @@ def test_it_refuses_a_home_or_a_port_in_use_and_stops_in_order(up: Up, tmp_path:
     assert up.process.returncode == 0
     assert "Stopping" in said
     assert not alive(up.children)
+    assert not workers_told_of(up.home), "a worker that is not killed takes leave"
+
+
+def workers_told_of(home: Path) -> list[str]:
+    engine = make_engine(f"sqlite:///{home / 'cliprd.db'}")
+    try:
+        with reading(make_sessions(engine)) as session:
+            return [worker.id for worker in list_workers(session=session)]
+    finally:
+        engine.dispose()
 
 
 def test_a_killed_one_takes_everything_with_it(up: Up) -> None:

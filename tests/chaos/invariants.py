@@ -14,7 +14,6 @@ from service.store.states import JobState
 from tests.chaos.lab import Lab, Reference
 from tests.live import eventually
 
-STRAY_SECONDS = 60.0
 WEIGHTS = "open_clip_model.safetensors"
 
 Faults = list[str]
@@ -82,7 +81,7 @@ def check_no_orphan(lab: Lab) -> Faults:
         return not (lab.stack.strays() or [one for one in lab.stack.census() if one.cookie is not None]) or None
 
     try:
-        eventually(look, STRAY_SECONDS)
+        eventually(look, lab.bench.stray_seconds)
     except AssertionError:
         return [f"process {one.pid} is left: {one.command[:80]}" for one in lab.stack.strays()] or ["a run's processes are left"]
     return []

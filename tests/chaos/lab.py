@@ -87,6 +87,8 @@ class Bench:
     """Of each job."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """`CLIPRD_…` of all stacks, where a scenario has none of its own."""
+    stray_seconds: float = 10.0
+    """What is left so long after the jobs' end is an orphan."""
 
 
 class Lab(Jobs):

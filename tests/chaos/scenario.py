@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from service.client import Client
-from tests.chaos.invariants import INVARIANTS, STRAY_SECONDS, reference_of
+from tests.chaos.invariants import INVARIANTS, reference_of
 from tests.chaos.lab import Bench, Lab, SkippedError
 from tests.chaos.stack import Stack
 from tests.chaos.story import story_of
@@ -107,7 +107,7 @@ def play(chosen: Scenario, bench: Bench) -> Row:
                 faults = check(lab)
                 row.held[name] = not faults
                 row.problems += faults
-        eventually(lambda: not Census(mark).take() or None, STRAY_SECONDS)
+        eventually(lambda: not Census(mark).take() or None, bench.stray_seconds)
     except SkippedError as error:
         row.skipped = str(error)
     except Exception as error:

@@ -64,18 +64,15 @@ def check_checkpoints(rank: int, num_processes: int, port: int, root: Path) -> N
     distributed.shutdown()
 
 
-@pytest.mark.timeout(120)
 def test_a_run_directory_of_its_own_is_noticed_at_the_start(tmp_path: Path) -> None:
     for name in ("shared", "machine0", "machine1"):
         (tmp_path / name).mkdir()
     run_processes(check_shared_folders, 3, tmp_path)
 
 
-@pytest.mark.timeout(120)
 def test_what_differs_is_named_with_its_machine() -> None:
     run_processes(check_differences, 2)
 
 
-@pytest.mark.timeout(120)
 def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path: Path) -> None:
     run_processes(check_checkpoints, 2, tmp_path)

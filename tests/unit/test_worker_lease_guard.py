@@ -25,10 +25,13 @@ WORKER = """
 import os, subprocess, sys, time
 from worker.boot_clock import now
 from worker.lease_guard import LeaseGuard
-from worker.run_cookie import COOKIE_VARIABLE
+from worker.run_cookie import COOKIE_VARIABLE, processes_with_cookie
+environment = {**os.environ, COOKIE_VARIABLE: sys.argv[1]}
+training = subprocess.Popen(["sleep", "120"], env=environment, start_new_session=True)
+while training.pid not in processes_with_cookie(sys.argv[1]):  # first, or the guard of a short lease could find none, and end
+    time.sleep(0.01)
 with LeaseGuard(sys.argv[1], float(sys.argv[2]), since=now()):
-    environment = {**os.environ, COOKIE_VARIABLE: sys.argv[1]}
-    print(subprocess.Popen(["sleep", "120"], env=environment, start_new_session=True).pid, flush=True)
+    print(training.pid, flush=True)
     time.sleep(120)
 """
 

@@ -219,6 +219,26 @@ def test_a_checkpoint_that_goes_as_its_upload_begins_gives_way_to_the_newest(
     assert not [one for one in caplog.records if one.levelname != "DEBUG"], "it is no fault, neither of the store nor of the checkpoint"
 
 
+def test_a_checkpoint_that_is_seen_and_not_there_delays_the_mirror(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not retried without a pause; and the job's end does not wait for it for ever."""
+    job_id = bench.submit({})
+    run = bench.run_dir(job_id)
+    mirror = CheckpointMirror(bench.held(job_id), run, num_kept=1)
+    save(run, 5)
+
+    def link_in_vain(*_: Path) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("os.link", link_in_vain)
+    mirror.start()
+    mirror.wait()
+    assert "a checkpoint was not mirrored" in caplog.text
+    with pytest.raises(FileNotFoundError, match="can't be read"):
+        mirror.mirror()
+
+
 def test_links_of_a_killed_worker_are_swept(bench: Bench) -> None:
     job_id = bench.submit({"steps": "20", "error": "timeout"})
     run = bench.run_dir(job_id)

@@ -70,10 +70,17 @@ def test_the_cookie_tells_runs_apart() -> None:
 
 def test_a_killed_process_counts_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may take long to let go of its files, and is without its environment by then."""
-    with subprocess.Popen(["sleep", "60"]) as ending:
+    script = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", script]) as ending:
+        eventually(lambda: psutil.Process(ending.pid).status() == psutil.STATUS_ZOMBIE or None)  # with a thread that has not ended
         looks = iter([[ending.pid]])
         monkeypatch.setattr(run_cookie, "processes_with_cookie", lambda _: next(looks, []))
         monkeypatch.setattr(os, "kill", lambda *_: None)
+        monkeypatch.setattr(run_cookie, "KILL_TIMEOUT_SECONDS", 600.0)
         num_looks = 0
 
         def look() -> bool:

@@ -8,11 +8,13 @@ import threading
 
 import pytest
 
-from tests.live import eventually
 from worker.rounds import Rounds
 
 
-def test_a_failing_round_is_logged_and_the_next_one_comes_until_the_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_round_is_logged_and_the_next_one_comes_until_the_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.rounds.STOP_SECONDS", 60.0)
     num_rounds = 0
     enough = threading.Event()
 
@@ -30,7 +32,7 @@ def test_a_failing_round_is_logged_and_the_next_one_comes_until_the_end(caplog: 
         rounds.stop()
     assert "tester: the round failed" in caplog.text
     assert "store away" in caplog.text
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "tester"] or None)
+    assert not [thread for thread in threading.enumerate() if thread.name == "tester"]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -17,7 +17,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from cliprd_core.run_dir import ERROR_FILE, METRICS_FILE, ErrorReason, complete_checkpoints, step_of
+from cliprd_core.run_dir import ERROR_FILE, METRICS_FILE, ErrorReason, checkpoint_dir, complete_checkpoints, step_of
 from cliprd_core.spec import JobSpec, merge_over
 from cliprd_core.store_dir import lock_shared
 from service.store.artifacts import remove_finished_checkpoints
@@ -389,7 +389,7 @@ def test_a_lost_lease_kills_at_once_and_writes_nothing_more(bench: Bench) -> Non
 
 
 def test_an_outage_of_the_store_costs_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id = bench.submit({"steps": "80", "holds_at": "60"})
+    job_id = bench.submit({"steps": "80", "holds_at": "5-60"})
     held = bench.held(job_id)
     is_away, num_refused = threading.Event(), 0
     begin = bench.sessions.begin
@@ -403,12 +403,16 @@ def test_an_outage_of_the_store_costs_nothing(bench: Bench, monkeypatch: pytest.
 
     monkeypatch.setattr(held._sessions, "begin", begin_unless_away)
 
-    def come_back_and_go_on() -> None:
+    def go_away() -> None:
+        is_away.set()
+        bench.go_on(job_id, 5)
+
+    def come_back() -> None:
         is_away.clear()
         bench.go_on(job_id, 60)
 
-    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), is_away.set)
-    soon(lambda: is_away.is_set() and num_refused > 10, come_back_and_go_on)
+    soon(lambda: bool(complete_checkpoints(bench.run_dir(job_id))), go_away)
+    soon(lambda: num_refused > 10 and checkpoint_dir(bench.run_dir(job_id), 60) in complete_checkpoints(bench.run_dir(job_id)), come_back)
     bench.supervisor(held).run()
     job = bench.job(job_id)
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
