@@ -46,7 +46,7 @@ class JobQueue:
         for number, job in enumerate(queued):
             try:
                 self._app.send_task(RUN_JOB_TASK, args=[job.job_id], queue=job.queue, retry=True, retry_policy=retry_once)
-            except (KombuError, RedisError, OSError) as error:
+            except (KombuError, RedisError, OSError, AttributeError) as error:  # the last: of a channel whose connection broke before
                 rest = len(queued) - number
                 logger.warning("%d jobs are stored but their messages could not be sent (%s); the reaper will send them", rest, error)
                 return False

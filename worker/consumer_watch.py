@@ -4,6 +4,9 @@ That happens: after a broker came back, workers of some versions have answered p
 the broker answers the consumer's own requests for messages (Redis answers each BRPOP within a second, with a message or without).
 A worker that is busy asks for none, and counts as consuming as long as its event loop runs; whether its child works,
 `ChildWatch` sees.
+
+One kind of deafness is mended here: kombu counts a message whose acknowledgement broke with its connection as one at work, for ever, and so
+asks for no other one. Celery logs that ("Couldn't ack") and keeps its connection.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ from celery.worker import state
 LOOK_SECONDS = 1.0
 SILENCE_SECONDS = 10.0
 """An event loop that hasn't run for this long, or a broker that hasn't answered, counts as a fault. Both are heard every second."""
+
+
+class LostAcknowledgementError(ConnectionError):
+    """The consumer counts as busy though it has no message. Being an error of the connection, it makes Celery's event loop end, and begin
+    again with a new connection that counts anew."""
 
 
 class ConsumerWatch:
@@ -37,6 +45,7 @@ class ConsumerWatch:
         self._missing: tuple[str, ...] = ()
         self._looked_at: float | None = None
         self._heard_at: float | None = None
+        self._was_full_for_nothing = False
 
     def problem(self) -> str | None:
         """Why the worker does not consume; None: it does."""
@@ -59,7 +68,7 @@ class ConsumerWatch:
 
     def connected(self, channel: Any) -> None:
         """Listen to a new connection's channel (kombu's for Redis): an answer without a message raises Empty."""
-        self._heard_at = None
+        self._heard_at, self._was_full_for_nothing = None, False
         handlers: dict[str, Callable[[], Any]] = channel.handlers
         read = handlers["BRPOP"]
 
@@ -79,13 +88,20 @@ class ConsumerWatch:
 
         Args:
             consumer: Celery's task consumer (a kombu.Consumer).
+
+        Raises:
+            LostAcknowledgementError: twice in a row it was full without a message.
         """
         now = time.monotonic()
         self._missing = tuple(queue for queue in self._queues if not consumer.consuming_from(queue))
         self.message = next((request.id for request in list(state.reserved_requests)), None)
-        if not consumer.channel.qos.can_consume():  # busy: it asks for nothing, so there is nothing to be heard
-            self._heard_at = now
         self._looked_at = now
+        is_full = not consumer.channel.qos.can_consume()
+        if is_full and self.message is not None:  # busy: it asks for nothing, so there is nothing to be heard
+            self._heard_at = now
+        was_full, self._was_full_for_nothing = self._was_full_for_nothing, is_full and self.message is None
+        if was_full and self._was_full_for_nothing and not self.is_shutting_down:
+            raise LostAcknowledgementError("an acknowledgement was lost, so that no further message is asked for")
 
     def disconnected(self) -> None:
         self._looked_at = None

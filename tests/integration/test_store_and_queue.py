@@ -69,6 +69,19 @@ def test_connections_that_broke_are_made_anew(queue: JobQueue, redis_url: str) -
     assert received(redis_url, "default") == [(RUN_JOB_TASK, ["job-1"]), (RUN_JOB_TASK, ["job-2"])]
 
 
+def test_what_kombu_makes_of_a_channel_that_lost_its_connection_is_no_fault_of_the_caller(
+    queue: JobQueue, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(*_: object, **__: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'client'")  # as was seen where connections break
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kombu.transport.redis.Channel._put", put)
+        assert not queue.send([QueuedJob("job-1", "default")])
+    assert queue.send([QueuedJob("job-1", "default")])
+    assert received(redis_url, "default") == [(RUN_JOB_TASK, ["job-1"])]
+
+
 @pytest.mark.parametrize("kind", ["refusing", "silent"])
 def test_a_broker_that_is_down_is_noticed_soon_and_logged(kind: str, silent_port: int, caplog: pytest.LogCaptureFixture) -> None:
     queue = JobQueue(f"redis://127.0.0.1:{silent_port if kind == 'silent' else 1}/0", timeout_seconds=TIMEOUT_SECONDS)

@@ -139,6 +139,14 @@ def test_it_is_ready_only_while_the_broker_is_there(machine: Machine) -> None:
     machine.wait_for(machine.submit(), JobState.SUCCEEDED)
 
 
+def test_a_worker_whose_acknowledgement_was_lost_takes_the_next_job(tmp_path: Path) -> None:
+    with ready_machine(tmp_path, CLIPRD_TEST_LOST_ACKS="1") as machine:
+        for _ in range(2):
+            machine.wait_for(machine.submit(), JobState.SUCCEEDED)
+        machine.wait_until("^ready$")
+        assert "Couldn't ack" in machine.log.read_text()
+
+
 def test_a_busy_worker_is_ready_as_long_as_the_broker_is_there(machine: Machine) -> None:
     job_id = machine.submit(steps="10000", step_seconds="0.05")
     machine.wait_for(job_id, JobState.RUNNING)

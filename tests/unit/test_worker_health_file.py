@@ -23,7 +23,7 @@ from worker import child_watch, consumer_watch, health, rounds
 from worker import heartbeat as heartbeat_module
 from worker.boot_clock import now
 from worker.child_watch import JOBLESS_SECONDS, ChildWatch
-from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch
+from worker.consumer_watch import SILENCE_SECONDS, ConsumerWatch, LostAcknowledgementError
 from worker.health import HEALTH_FILE_VARIABLE, RESTART_SECONDS, Health
 from worker.heartbeat import ARTIFACTS_SECONDS, Heartbeat
 from worker.rounds import Rounds
@@ -119,6 +119,7 @@ def test_the_watch_tells_a_deaf_consumer_from_a_busy_one(monkeypatch: pytest.Mon
     assert channel.handlers["BRPOP"]()
     assert watch.problem() is None
     channel.is_free = False
+    monkeypatch.setattr(consumer_watch.state, "reserved_requests", [SimpleNamespace(id="its message")])
     clock.now += 100 * SILENCE_SECONDS
     assert watch.problem() == f"its event loop has not run for {100 * SILENCE_SECONDS:.0f} s"
     watch.look(consumer)
@@ -127,6 +128,30 @@ def test_the_watch_tells_a_deaf_consumer_from_a_busy_one(monkeypatch: pytest.Mon
     assert watch.problem() == "it is not connected to the broker"
     watch.is_shutting_down = True
     assert watch.problem() == "it is shutting down"
+
+
+def test_a_consumer_that_is_full_without_a_message_needs_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, channel, watch = Clock(monkeypatch, consumer_watch), Channel(), ConsumerWatch(["default"])
+    consumer = SimpleNamespace(channel=channel, consuming_from=lambda _: True)
+    reserved: list[Any] = []
+    monkeypatch.setattr(consumer_watch.state, "reserved_requests", reserved)
+    watch.connected(channel)
+    channel.answers = [True]
+    channel.handlers["BRPOP"]()
+    channel.is_free = False
+    watch.look(consumer)  # the message may just have come
+    reserved.append(SimpleNamespace(id="its message"))
+    watch.look(consumer)
+    reserved.clear()
+    watch.look(consumer)  # or just have been done
+    clock.now += SILENCE_SECONDS + 1
+    with pytest.raises(LostAcknowledgementError):
+        watch.look(consumer)
+    assert watch.problem() == f"it has had no answer from the broker for {SILENCE_SECONDS + 1:.0f} s", "until the new connection is there"
+    watch.connected(channel)
+    watch.look(consumer)
+    watch.is_shutting_down = True
+    watch.look(consumer)
 
 
 def test_a_child_with_a_message_and_no_job_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
