@@ -13,7 +13,6 @@ import pytest
 from botocore.exceptions import ClientError
 from fastapi.testclient import TestClient
 
-from service import readiness
 from service.app import create_app
 from service.settings import Settings
 from service.store import artifacts, s3_blobs
@@ -27,10 +26,9 @@ CONTENT = bytes(range(256)) * 50_000  # 12.8 MB: uploaded in parts
 
 
 @pytest.fixture
-def s3(s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def s3(s3_client: Any, patient_readiness: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of an empty bucket; the store finds the server as any AWS tool does."""
     monkeypatch.setattr(s3_blobs, "NUM_TRIES", 1)
-    monkeypatch.setattr(readiness, "LIMIT_SECONDS", 60.0)
     client = s3_client
     client.create_bucket(Bucket="models")
     yield client

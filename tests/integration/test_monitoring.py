@@ -152,9 +152,9 @@ def test_metrics_need_a_key_unless_the_settings_say_otherwise(settings: Settings
             assert client.get("/jobs").status_code == 403
 
 
+@pytest.mark.usefixtures("patient_readiness")
 def test_a_database_that_can_only_be_read_is_not_ready(postgres_url: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "READY_SECONDS", 0.0)
-    monkeypatch.setattr(readiness, "LIMIT_SECONDS", 60.0)
     with local_client(create_app(settings.model_copy(update={"database_url": postgres_url}))) as client:
         assert client.get("/readyz").status_code == 200
         engine = make_engine(postgres_url)

@@ -12,7 +12,6 @@ import redis
 from celery import Celery
 from kombu.exceptions import KombuError
 
-from service import readiness
 from service.app import create_app
 from service.queue import RUN_JOB_TASK, JobQueue
 from service.settings import Settings
@@ -112,9 +111,8 @@ def test_a_job_is_accepted_while_the_broker_is_down_and_left_to_the_reaper(tmp_p
     engine.dispose()
 
 
-@pytest.mark.usefixtures("queue")
-def test_the_api_sends_what_it_stores(redis_url: str, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "LIMIT_SECONDS", PATIENCE_SECONDS)
+@pytest.mark.usefixtures("queue", "patient_readiness")
+def test_the_api_sends_what_it_stores(redis_url: str, database_url: str, tmp_path: Path) -> None:
     write_table(tmp_path)
     settings = Settings(
         database_url=database_url,
